@@ -1,0 +1,77 @@
+"""bnviz: attach once to a running PyTorch model, measure what holds it back, rank it and show it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .catalog import Package
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "capture": "capture",
+    "sites": "capture",
+    "Recorder": "capture",
+    "open": "run",
+    "Run": "run",
+    "diagnose": "report",
+    "Report": "report",
+    "BnvizError": "errors",
+}
+_ROOMS = ("probes", "diagnostics", "views", "estimators", "scores", "reduce")
+
+__all__ = [
+    "BnvizError",
+    "Recorder",
+    "Report",
+    "Run",
+    "__version__",
+    "capture",
+    "diagnose",
+    "diagnostics",
+    "estimators",
+    "open",
+    "probes",
+    "reduce",
+    "scores",
+    "sites",
+    "views",
+]
+
+if TYPE_CHECKING:
+    from . import diagnostics, estimators, probes, reduce, scores, views
+    from .capture import Recorder, capture, sites
+    from .errors import BnvizError
+    from .report import Report, diagnose
+    from .run import Run, open
+
+
+sys.modules[__name__].__class__ = Package
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"bnviz.{_HOMES[name]}"), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"bnviz.{name}")
+    raise AttributeError(f"module 'bnviz' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext bnviz`: register the magics."""
+    from .jupyter import load
+
+    load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """`%unload_ext bnviz`: take the magics back and detach what they attached."""
+    from .jupyter import unload
+
+    unload(shell)
