@@ -19,6 +19,7 @@ from typing import Any
 from .errors import SchemaError, UnknownName, unknown
 
 ROOMS = ("probes", "diagnostics", "views", "estimators", "scores", "reduce")
+_SHARED = {"views": ("style",)}  # what the files of a room share stands beside them and is no object of the catalogue
 
 
 @cache
@@ -30,7 +31,7 @@ def _sources(room: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         module.name: f"bnviz.{room}.{module.name}"
         for module in pkgutil.iter_modules([str(folder)])
-        if not module.name.startswith("_")
+        if not module.name.startswith("_") and module.name not in _SHARED.get(room, ())
     }
     for point in importlib.metadata.entry_points(group=f"bnviz.{room}"):
         if point.name in found:
