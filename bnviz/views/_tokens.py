@@ -124,8 +124,8 @@ def css() -> str:
     fonts = f"--bnv-font:var(--jp-ui-font-family,{FONT});--bnv-mono:var(--jp-code-font-family,{MONO});"
     return (
         f":root{{color-scheme:light;{fonts}{block(0)}}}\n"
-        f":root[data-theme=dark]{{color-scheme:dark;{block(1)}}}\n"
-        f"@media print{{:root[data-theme=dark]{{color-scheme:light;{block(0)}}}}}\n"
+        f":root[data-bnviz-theme=dark]{{color-scheme:dark;{block(1)}}}\n"
+        f"@media print{{:root[data-bnviz-theme=dark]{{color-scheme:light;{block(0)}}}}}\n"
     )
 
 

@@ -32,6 +32,7 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure as bokeh_figure
 
+from ._static import page_css, page_script
 from ._tokens import (
     CATEGORY,
     CHROME,
@@ -77,6 +78,8 @@ __all__ = [
     "limit_line",
     "mapper",
     "note_text",
+    "page_css",
+    "page_script",
     "palette",
     "place_ticks",
     "row",
@@ -85,6 +88,12 @@ __all__ = [
     "themes",
 ]
 
+_FIGURE_CSS = f"""
+.bk-Tooltip {{ --tooltip-color: var(--bnv-surface, #ffffff); --tooltip-text: var(--bnv-ink, #212121);
+  --tooltip-border: var(--bnv-rule, #bdbdbd); --tooltip-arrow-color: var(--bnv-rule, #bdbdbd);
+  --tooltip-arrow-inner-color: var(--bnv-surface, #ffffff); opacity: 1; border-radius: 2px;
+  --base-font: var(--jp-ui-font-family, {FONT}); --font-size: {SIZE["tick"]}; }}
+"""
 _EMPTY_CSS = f"""
 :host {{ display: block; width: 100%; }}
 .bnviz-empty {{ box-sizing: border-box; display: flex; align-items: center; justify-content: center; padding: 8px 16px;
@@ -140,6 +149,7 @@ def dress(plot: Any, *, x: str | None = None, y: str | None = None, grid: str = 
     """The house's manners on a Bokeh figure made elsewhere."""
     plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = plot.border_line_color = None
     plot.toolbar.logo, plot.toolbar.autohide = None, True
+    plot.stylesheets = [*plot.stylesheets, InlineStyleSheet(css=_FIGURE_CSS)]
     plot.title.update(
         text_font=FONT, text_font_size=SIZE["label"], text_font_style="normal", text_color=LIGHT["ink"], offset=0
     )
@@ -239,7 +249,9 @@ def tap(renderer: GlyphRenderer, plot: Any = None) -> TapTool:
     glyph = renderer.glyph
     filled = "fill_color" in glyph.properties()
     tool = TapTool(renderers=[renderer])
-    if not filled:
+    if not filled and "line_alpha" not in glyph.properties():
+        renderer.nonselection_glyph = None
+    elif not filled:
         renderer.nonselection_glyph = glyph.clone(line_alpha=0.25)
         renderer.selection_glyph = None
     else:
@@ -267,16 +279,18 @@ def _outline(plot: Any, renderer: GlyphRenderer, glyph: Glyph) -> None:
     extra.tags = ["bnviz-outline"]
 
 
-def tap_cells(plot: Any, x: str, y: str, *, paths: Sequence[str] = ()) -> None:
+def tap_cells(plot: Any, x: str, y: str, counts: tuple[int, int], *, paths: Sequence[str] = ()) -> None:
     """Make the cells of an image selectable by arithmetic: cell (i, j) is centred at (i, j) and means `x` = i, `y` = j.
 
-    For drawings of more than 4,096 cells, which are one `image` glyph. `paths[i]` is the module path of the i-th `x`.
+    For drawings of more than 4,096 cells, which are one `image` glyph. `counts` says how many cells there are along x and y,
+    `paths[i]` is the module path of the i-th `x`.
     """
-    source = ColumnDataSource(
-        {x: [], y: [], "path": []}, name="bnviz-cursor", tags=[{"cells": [x, y], "paths": list(paths)}]
-    )
+    address = {"cells": [x, y], "counts": list(counts), "paths": list(paths)}
+    boxes: dict[str, list[float]] = {"cx": [], "cy": [], "width": [], "height": []}
+    source = ColumnDataSource(boxes, name="bnviz-cursor", tags=[address])
     for colour, line in (("surface", 5), ("ink", 2)):
-        plot.rect(x, y, 1, 1, source=source, fill_color=None, line_color=LIGHT[colour], line_width=line)
+        outline = {"fill_color": None, "line_color": LIGHT[colour], "line_width": line, "line_join": "miter"}
+        plot.rect("cx", "cy", "width", "height", source=source, **outline)
     plot.tags = [*plot.tags, f"bnviz-cells:{x}:{y}"]
 
 
