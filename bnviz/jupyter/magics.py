@@ -1,0 +1,154 @@
+"""`%bnviz` and `%%bnviz`: each is the reading of its arguments and one call of the public surface."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
+from IPython.display import display
+
+import bnviz
+from bnviz import quantities
+from bnviz.errors import BnvizError
+
+from . import arguments, cell, complete, models
+
+_INSTANCE = "_bnviz_magics"
+
+
+@magics_class
+class BnvizMagics(Magics):  # type: ignore[misc]
+    """The magics of one shell, and the recorder `%bnviz attach` started."""
+
+    def __init__(self, shell: Any) -> None:
+        super().__init__(shell)
+        self.recorder: Any = None
+        self._watched = ""
+
+    @no_var_expand
+    @line_cell_magic
+    def bnviz(self, line: str, cell: str | None = None) -> Any:
+        """Watch a model: `%%bnviz [MODEL]` while this cell runs, `%bnviz attach MODEL` from now on. `%bnviz help` lists all."""
+        with _slips_in_one_line():
+            if cell is not None:
+                return self._cell(line, cell)
+            asked = arguments.line(line)
+            return getattr(self, f"_{asked.action}")(asked)
+
+    def _cell(self, line: str, body: str) -> None:
+        asked = arguments.cell(line)
+        model = models.named(self.shell, asked.model) if asked.model else models.only(self.shell)
+        error: BaseException | None = None
+        try:
+            with bnviz.capture(model, **_options(asked)) as recorder:
+                error = cell.run(self.shell, body, f"%%bnviz {line}")
+                if error is not None:
+                    raise error
+        except BaseException as raised:
+            if error is None:  # not the cell's: the capture refused, or the cell is not Python
+                raise
+            self._keep_until_fault(recorder, asked.output)
+            raise error from raised.__cause__
+        self.shell.push({asked.output: recorder.run})
+        display(recorder.run if asked.quiet else bnviz.diagnose(recorder.run))
+
+    def _keep_until_fault(self, recorder: Any, name: str) -> None:
+        try:
+            run = recorder.run
+        except BnvizError as error:  # the cell failed before the model ran
+            print(f"No run: {error}")
+            return
+        self.shell.push({name: run})
+        print(f"The cell failed; `{name}` holds what was seen until then.")
+
+    def _attach(self, asked: argparse.Namespace) -> None:
+        if self.recorder is not None:
+            raise UsageError(f"{self._watched} is watched already; %bnviz detach first.")
+        model = models.named(self.shell, asked.model)
+        recorder = bnviz.capture(model, **_options(asked))
+        recorder.attach()
+        self.recorder, self._watched = recorder, asked.model
+        print(f"Watching {asked.model}. Run it, then %bnviz report or %bnviz detach.")
+
+    def _detach(self, asked: argparse.Namespace) -> Any:
+        recorder, self.recorder = self._attached(), None
+        recorder.detach()
+        self.shell.push({asked.output: recorder.run})
+        return recorder.run
+
+    def _status(self, _: argparse.Namespace) -> Any:
+        if self.recorder is None:
+            print("Nothing is watched. Attach a model: %bnviz attach MODEL")
+            return None
+        print(f"Watching {self._watched}.")
+        return self.recorder.snapshot()
+
+    def _report(self, asked: argparse.Namespace) -> Any:
+        report = bnviz.diagnose(self._run(asked.run))
+        if asked.file is None:
+            return report
+        written = report.save(asked.file)
+        print(f"{written} · {quantities.size(written.stat().st_size)}")
+        return None
+
+    def _sites(self, asked: argparse.Namespace) -> Any:
+        return bnviz.sites(models.named(self.shell, asked.model))
+
+    def _help(self, _: argparse.Namespace) -> None:
+        print(arguments.HELP)
+
+    def _attached(self) -> Any:
+        if self.recorder is None:
+            raise UsageError("Nothing is watched. Attach a model: %bnviz attach MODEL")
+        return self.recorder
+
+    def _run(self, name: str) -> Any:
+        """The run called `name`; while a model is watched and none was asked for by name, what was seen so far."""
+        if self.recorder is not None and name == "run":
+            return self.recorder.snapshot()
+        run = self.shell.user_ns.get(name)
+        if not isinstance(run, bnviz.Run):
+            raise UsageError(f"No run is called {name}. Make one with %%bnviz MODEL, or name yours: %bnviz report -r NAME")
+        return run
+
+
+@contextmanager
+def _slips_in_one_line() -> Iterator[None]:
+    """What a person can mend is one line, as IPython shows a `UsageError`; anything else keeps its traceback."""
+    try:
+        yield
+    except BnvizError as error:
+        raise UsageError(str(error)) from error
+
+
+def _options(asked: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for; what was not keeps the defaults of `bnviz.capture`."""
+    chosen = {"probes": asked.probes, "budget": asked.budget, "path": asked.path}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def register(shell: Any) -> None:
+    """Register the magics in `shell`; nothing when they are there."""
+    if getattr(shell, _INSTANCE, None) is None:
+        magics = BnvizMagics(shell)
+        setattr(shell, _INSTANCE, magics)
+        shell.register_magics(magics)
+        complete.register(shell)
+
+
+def withdraw(shell: Any) -> None:
+    """Take the magics out of `shell` and detach what they attached; nothing when they are not there."""
+    magics = getattr(shell, _INSTANCE, None)
+    if magics is None:
+        return
+    delattr(shell, _INSTANCE)
+    complete.withdraw(shell)
+    for kind in ("line", "cell"):
+        shell.magics_manager.magics[kind].pop("bnviz", None)
+    if magics.recorder is not None:
+        recorder, magics.recorder = magics.recorder, None
+        recorder.detach()
