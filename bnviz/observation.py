@@ -138,7 +138,7 @@ class RouterSeen:
         What the router computed before it chose; logits or probabilities, see `logits_are`.
     experts : int
     logits_are : str
-        "logits" or "probabilities".
+        "logits" (a softmax makes the weights), "sigmoid" or "probabilities".
     """
 
     site: Site
@@ -151,54 +151,141 @@ class RouterSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
-    """What one profiler session saw, as columns; times in ns since the session's first event.
+class Signature:
+    """What an operator was called with, as the profiler saw it; hashable, so that a signature is worked out once.
 
     Parameters
     ----------
-    name, thread, start, duration, sequence, forward_thread : arrays (event,)
-        Operators. `name` indexes `names`; `sequence` is autograd's number (-1: none).
-    shapes : tuple of str
-        Distinct input signatures, e.g. "float32[128,64] float32[64]"; `shape (event,)` indexes it (-1: unknown).
+    shapes : tuple
+        One entry an argument: the sizes of a tensor, a tuple of sizes for a list of tensors, () for anything else.
+    strides : tuple
+        Likewise; a stride of 0 is an expanded dimension, which takes no memory.
+    dtypes : tuple of str
+        "float32", "int64", ...; of the members for a list of tensors; "" for what is no tensor.
+    values : tuple of str
+        Numbers, flags and lists of numbers as text, e.g. "True" or "[2, 2]"; "" for tensors.
+    """
+
+    shapes: tuple[Any, ...] = ()
+    strides: tuple[Any, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Sizes of the tensors as people write them.
+
+        Examples
+        --------
+        >>> Signature(((64,), (128, 64), ()), ((1,), (64, 1), ()), ("float32", "float32", ""), ("", "", "1")).text
+        '64 · 128×64'
+        """
+        shown = []
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            if dtype and shape and isinstance(shape[0], tuple):
+                shown.append(f"{len(shape)} tensors")
+            elif dtype and shape:
+                shown.append("×".join(map(str, shape)))
+        return " · ".join(shown)
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Memory that something of the model owns.
+
+    Parameters
+    ----------
+    category : str
+        "parameter", "buffer", "gradient" or "optimizer".
+    path : str
+        The module it belongs to; "" for the model itself or when it is not known.
+    nbytes, address : int
+        Size and place of the storage; a shared storage is held once.
+    device : int
+        -1 the host, otherwise the index of the accelerator.
+    """
+
+    category: str
+    path: str
+    nbytes: int
+    address: int
+    device: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What one profiler session saw, as columns; times in ns since the session's first event.
+
+    Rows of operators are ordered by thread, then by start. What bnviz itself ran is left out.
+
+    Parameters
+    ----------
+    names, paths, signatures : tuples
+        Tables that `name`, `module` and `signature` index.
+    name, thread, start, duration : arrays (event,)
+        Operators; `name` indexes `names`.
+    sequence : array (event,)
+        Autograd's number of the node the operator made (forward) or runs (backward); -1: none.
+    signature : array (event,)
+        Index into `signatures`; -1: not known.
     module : array (event,)
-        Index into `paths` of the innermost module (-1: outside), forward and backward.
+        Index into `paths` of the innermost module, forward and backward; -1: outside every module.
     phase : array (event,)
-        0 forward, 1 backward, 2 optimizer, 3 other.
+        Index into `PHASES`: 0 forward, 1 backward, 2 optimizer, 3 other.
     parent : array (event,)
         Row of the enclosing operator, -1 for a root.
-    memory_time, memory_bytes, memory_address, memory_event : arrays (allocation,)
-        Allocations (+) and frees (-) and the operator they happened in (-1: none).
-    static : mapping
-        Bytes that were there before: {"parameter": ..., "buffer": ..., "gradient": ..., "optimizer": ...}.
-    gradient_addresses : frozenset of int
-        Where gradients lie at the end.
-    device_type : array (event,)
-        0 CPU, 1 CUDA kernel.
+    kernel_time : array (event,)
+        Nanoseconds of the device kernels this operator launched itself; 0 where there are none.
+    call_module, call_start, call_duration, call_depth, call_backward : arrays (call,)
+        Calls of modules in order of their start; depth 0 is a call of the watched model. `call_backward` marks a
+        recomputation inside the backward pass (activation checkpointing).
+    memory_time, memory_bytes, memory_address, memory_event, memory_device : arrays (allocation,)
+        Allocations (+) and frees (-) in order of time, the operator they happened in (-1: none) and where
+        (-1 the host). Address 0: not known.
+    before, after : tuples of Holding
+        What was held when the session began; gradients and optimizer state when it ended.
     wall : int
-        Nanoseconds from the first to the last event.
+        Nanoseconds from start to stop.
+    overhead : int
+        Nanoseconds inside `wall` that bnviz itself took in the watched thread.
+    contention : float
+        Share of `wall` in which the thread was ready and waited for a core; NaN where the system does not say.
+    notes : tuple of str
+        What a reader of the numbers must know, e.g. that events were cut off.
     """
 
     names: tuple[str, ...]
     paths: tuple[str, ...]
-    shapes: tuple[str, ...]
+    signatures: tuple[Signature, ...]
     name: np.ndarray
     thread: np.ndarray
     start: np.ndarray
     duration: np.ndarray
     sequence: np.ndarray
-    forward_thread: np.ndarray
-    shape: np.ndarray
+    signature: np.ndarray
     module: np.ndarray
     phase: np.ndarray
     parent: np.ndarray
-    device_type: np.ndarray
+    kernel_time: np.ndarray
+    call_module: np.ndarray
+    call_start: np.ndarray
+    call_duration: np.ndarray
+    call_depth: np.ndarray
+    call_backward: np.ndarray
     memory_time: np.ndarray
     memory_bytes: np.ndarray
     memory_address: np.ndarray
     memory_event: np.ndarray
-    static: Mapping[str, int] = field(default_factory=dict)
-    gradient_addresses: frozenset[int] = frozenset()
+    memory_device: np.ndarray
+    before: tuple[Holding, ...] = ()
+    after: tuple[Holding, ...] = ()
     wall: int = 0
+    overhead: int = 0
+    contention: float = float("nan")
+    notes: tuple[str, ...] = ()
+
+
+PHASES = ("forward", "backward", "optimizer", "other")
 
 
 class Probe(Protocol):

@@ -1,0 +1,130 @@
+"""What would be watched in a model, by which mechanism, and what was not understood."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+
+from torch import nn
+
+from bnviz.observation import Site
+
+from .attention import reaches
+from .blocks import Block, find_blocks
+from .routers import RouterSite, find_routers
+from .writers import fused_below
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
+
+
+@dataclass(slots=True)
+class Plan:
+    """The sites of one model.
+
+    Parameters
+    ----------
+    blocks : list of (Site, Block)
+    attention : dict of module to (Site, mechanism)
+        Mechanism "interface" or "sdpa".
+    routers : list of (Site, RouterSite)
+    fused : callable
+        Tells paths where a hook would switch off a native fused path.
+    unknown : list of str
+        What looks like attention or experts and is reached by no mechanism.
+    """
+
+    blocks: list[tuple[Site, Block]] = field(default_factory=list)
+    attention: dict[nn.Module, tuple[Site, str]] = field(default_factory=dict)
+    routers: list[tuple[Site, RouterSite]] = field(default_factory=list)
+    fused: Callable[[str], bool] = lambda path: False
+    unknown: list[str] = field(default_factory=list)
+
+    def count(self, kind: str) -> int:
+        """Sites of one kind."""
+        return {
+            "block": len(self.blocks),
+            "sublayer": len(self.blocks),
+            "attention": len(self.attention),
+            "router": len(self.routers),
+        }.get(kind, 1)
+
+    def __repr__(self) -> str:
+        lines = [f"{len(self.blocks)} blocks, {len(self.attention)} attention, {len(self.routers)} routers"]
+        for site, block in self.blocks:
+            lines.append(f"layer {site.layer:<3} {site.path}  {type(block.first).__name__} ({site.evidence})")
+            lines += [
+                f"  attention  {s.path}  ({s.evidence})" for s, _ in self.attention.values() if s.layer == site.layer
+            ]
+            lines += [
+                f"  router     {s.path}  {r.count} experts ({s.evidence})"
+                for s, r in self.routers
+                if s.layer == site.layer
+            ]
+        lines += [f"outside    {s.path}  ({s.evidence})" for s, _ in self.attention.values() if s.layer < 0]
+        lines += [f"not understood  {line}" for line in self.unknown]
+        return "\n".join(lines)
+
+
+def sites(model: nn.Module, *, attention: str | None = None) -> Plan:
+    """Find what a capture of `model` would watch; its repr is a readable list.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    attention : str, optional
+        Pattern of module paths (`"*.attn"`) to take as attention besides those found.
+
+    Returns
+    -------
+    Plan
+        Blocks, attention, routers, and what was not understood.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> print(sites(net))
+    2 blocks, 0 attention, 0 routers
+    layer 0   0  Linear (item of Sequential '')
+    layer 1   2  Linear (item of Sequential '')
+    """
+    plan = Plan(fused=fused_below(model))
+    for number, block in enumerate(find_blocks(model)):
+        plan.blocks.append((Site("block", block.path, number, "block", block.evidence), block))
+    _find_attention(model, plan, attention)
+    for router in find_routers(model):
+        where = _layer(plan, router.path)
+        plan.routers.append(
+            (Site("router", router.path, where, "mlp", f"experts are given {router.ids}, {router.weights}"), router)
+        )
+    return plan
+
+
+def _find_attention(model: nn.Module, plan: Plan, pattern: str | None) -> None:
+    taken: set[int] = set()
+    for path, module in model.named_modules():
+        named = pattern is not None and fnmatch(path, pattern)
+        mechanism = "sdpa" if named else reaches(module)
+        if isinstance(module, nn.MultiheadAttention) or (plan.fused(path) and mechanism):
+            plan.unknown.append(f"{path} {type(module).__name__}: computes attention inside a fused native kernel")
+        elif mechanism:
+            layer = _layer(plan, path)
+            if layer in taken or _CROSS.search(path) or _CROSS.search(type(module).__name__):
+                plan.unknown.append(f"{path} {type(module).__name__}: a second or cross attention of layer {layer}")
+                continue
+            taken.add(layer)
+            evidence = "named by attention=" if named else f"its code calls the {mechanism}"
+            plan.attention[module] = (Site("attention", path, layer, "attention", evidence), mechanism)
+        elif _ATTENTION.search(type(module).__name__) and not any(
+            _ATTENTION.search(type(c).__name__) for c in module.children()
+        ):
+            plan.unknown.append(
+                f'{path} {type(module).__name__}: named attention, calls no known kernel; try attention="{path}"'
+            )
+
+
+def _layer(plan: Plan, path: str) -> int:
+    """The block a path lies in; -1 outside every block."""
+    return next((s.layer for s, _ in plan.blocks if s.path in ("", path) or path.startswith(f"{s.path}.")), -1)

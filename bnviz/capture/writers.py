@@ -1,0 +1,128 @@
+"""Which modules of a block write to its residual stream: found by arithmetic in the first forward, not by name.
+
+Among the outputs of a block's descendants, the smallest set with output - input = sum of the set is taken; one of them is the
+attention, another the feed-forward part. A block that is not such a sum (post-norm, hyper-connections) has no verified writers
+and is watched as a whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = 1e-3  # relative; bf16 sums of two terms stay near 4e-3 and are judged in float32 with 1e-2
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_FORWARD = re.compile(r"mlp|ffn|feed_?forward|moe|expert|fc|dense|linear", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Writers:
+    """Verified residual writers of one block, in order of execution.
+
+    Parameters
+    ----------
+    paths : tuple of str
+        Relative to the block.
+    parts : tuple of str
+        "attention" or "mlp" for each.
+    parallel : bool
+        All read the block's input (GPT-J, Falcon); else each reads the sum so far.
+    """
+
+    paths: tuple[str, ...]
+    parts: tuple[str, ...]
+    parallel: bool
+
+
+def stream(value: object) -> Tensor | None:
+    """The hidden state in what a module took or gave: a floating tensor, or the first of a tuple."""
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2 else None
+
+
+class Search:
+    """Watches the descendants of one block for one forward and finds its writers."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._outputs: list[tuple[str, Tensor]] = []
+        self._inputs: list[Tensor] = []
+        self._handles = [h for path, module in _candidates(block) for h in self._watch(path, module)]
+
+    def _watch(self, path: str, module: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        def before(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            seen = stream(args) if args else stream(next(iter(kwargs.values()), None))
+            if seen is not None:
+                self._inputs.append(seen.detach())
+
+        def after(_: nn.Module, __: object, output: object) -> None:
+            seen = stream(output)
+            if seen is not None:
+                self._outputs.append((path, seen.detach()))
+
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_hook(after)
+
+    def close(self) -> None:
+        """Take the hooks back and let the tensors go."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._outputs.clear()
+        self._inputs.clear()
+
+    def found(self, before: Tensor, after: Tensor) -> tuple[Writers | None, list[Tensor]]:
+        """The writers and their outputs, or None when the block is no sum of its descendants' outputs."""
+        delta = after.detach().float() - before.detach().float()
+        same = [(p, y) for p, y in self._outputs if y.shape == delta.shape]
+        # an outer module ends after the inner one whose output it passes on: the last of equal outputs is the outermost
+        candidates = [
+            (p, y) for i, (p, y) in enumerate(same) if not any(q.data_ptr() == y.data_ptr() for _, q in same[i + 1 :])
+        ]
+        tolerance = TOLERANCE if before.dtype == torch.float32 else 10 * TOLERANCE
+        scale = delta.norm()
+        for count in (2, 1, 3):
+            for chosen in itertools.combinations(candidates, count):
+                total = sum((y.float() for _, y in chosen[1:]), chosen[0][1].float())
+                if bool((total - delta).norm() <= tolerance * scale) and bool(scale > 0):
+                    return self._writers(before, chosen, tolerance), [y for _, y in chosen]
+        return None, []
+
+    def _writers(self, before: Tensor, chosen: tuple[tuple[str, Tensor], ...], tolerance: float) -> Writers:
+        paths = tuple(p for p, _ in chosen)
+        middle = before.detach().float() + chosen[0][1].float()
+        reads = any(
+            x.shape == middle.shape and bool((x.float() - middle).norm() <= tolerance * middle.norm())
+            for x in self._inputs
+        )
+        return Writers(paths, tuple(_part(p, i) for i, p in enumerate(paths)), len(chosen) > 1 and not reads)
+
+
+def _part(path: str, place: int) -> str:
+    head = path.partition(".")[0]
+    for text in (head, path):
+        if _ATTENTION.search(text):
+            return "attention"
+        if _FORWARD.search(text):
+            return "mlp"
+    return "attention" if place == 0 else "mlp"
+
+
+def _candidates(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    fused = fused_below(block)
+    return [(p, m) for p, m in block.named_modules() if p and not fused(p)]
+
+
+def fused_below(model: nn.Module) -> Callable[[str], bool]:
+    """Tells paths inside modules whose native fused path a hook on a descendant would switch off."""
+    roots = [
+        f"{p}." if p else ""
+        for p, m in model.named_modules()
+        if isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention)
+    ]
+    return lambda path: any(path.startswith(root) for root in roots if path != root[:-1])
