@@ -1,0 +1,175 @@
+"""Which (query, key) pairs of one strip are hidden, how many keys a row sees, and which rows and keys are real."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._attention_pattern import Pattern
+
+HIDDEN = -1e30  # a finite logit: 0 * -inf would be NaN where p * log p is wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Which rows and keys are real, and how the two axes are aligned.
+
+    Parameters
+    ----------
+    queries, keys : int
+    rows : Tensor (batch, queries) bool, optional
+        None: all.
+    keys_valid : Tensor (batch, keys) bool, optional
+        None: all, or not known.
+    """
+
+    queries: int
+    keys: int
+    rows: Tensor | None
+    keys_valid: Tensor | None
+
+    @property
+    def shift(self) -> int:
+        """Query i is the token of key i + shift."""
+        return self.keys - self.queries
+
+    def first_key(self) -> Tensor | None:
+        """(batch,) index of the first real key; None: 0 everywhere."""
+        return None if self.keys_valid is None else self.keys_valid.int().argmax(-1)
+
+    def last_rows(self, count: int) -> Tensor | None:
+        """(batch, queries) bool: the last `count` real rows; None when all rows are real."""
+        if self.rows is None:
+            return None
+        return self.rows & (self.rows.flip(-1).cumsum(-1).flip(-1) <= count)
+
+
+def tokens(valid: Tensor | None, pattern: Pattern, queries: int, keys: int) -> Tokens:
+    """Split `valid`, given for the queries or for the keys, into rows and keys."""
+    rows = keys_valid = None
+    if valid is not None:
+        rows = valid[:, -queries:] if queries else valid[:, :0]
+        if valid.shape[-1] == keys:
+            keys_valid = valid
+    if keys_valid is None and pattern.allowed is not None and queries < keys and pattern.window is None:
+        # A cache behind a padded batch: `valid` tells of this call's tokens only, the mask tells of the rest.
+        seen = ~hides(pattern.allowed)
+        if rows is not None:
+            seen = seen & rows[:, None, :, None]
+        keys_valid = seen.any(dim=2).any(dim=1)
+    return Tokens(queries, keys, rows, keys_valid)
+
+
+def hides(allowed: Tensor) -> Tensor:
+    """True where a mask hides the key."""
+    if allowed.dtype == torch.bool:
+        return ~allowed
+    return allowed <= torch.finfo(allowed.dtype).min / 2
+
+
+def reach(pattern: Pattern, position: int, keys: int) -> tuple[int, int]:
+    """First and one past the last key that the row at key position `position` may see, before `allowed`."""
+    stop = keys
+    if pattern.causal:
+        stop = min(keys, position + 1)
+    elif pattern.window is not None:
+        stop = min(keys, position + pattern.window)
+    start = 0 if pattern.window is None else max(0, position - pattern.window + 1)
+    return start, max(start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What the rows [first, first + count) see, among the keys [start, stop).
+
+    Parameters
+    ----------
+    patches : tuple of (first column, Tensor (batch | 1, heads | 1, rows, columns))
+        Where pairs are hidden; columns without a patch are seen by every row.
+    bias : Tensor, optional
+        What an additive mask adds.
+    visible : Tensor (batch | 1, heads | 1, rows, 1)
+        Number of keys a row sees.
+    dead : Tensor like visible, optional
+        Rows that are padding or see nothing; None: there are none.
+    """
+
+    first: int
+    count: int
+    start: int
+    stop: int
+    patches: tuple[tuple[int, Tensor], ...]
+    bias: Tensor | None
+    visible: Tensor
+    dead: Tensor | None
+
+
+def look(pattern: Pattern, of: Tokens, batch: slice, rows: slice, device: torch.device) -> Sight:
+    """What the rows of one strip see."""
+    shift, count = of.shift, rows.stop - rows.start
+    start = reach(pattern, rows.start + shift, of.keys)[0]
+    stop = reach(pattern, rows.stop - 1 + shift, of.keys)[1]
+    at = torch.arange(rows.start + shift, rows.stop + shift, device=device)[:, None]
+    edges = _edges(pattern, at, (rows.start + shift, rows.stop + shift), (start, stop))
+    bias = None
+    if pattern.allowed is None:
+        visible = _counted(pattern, at, of.keys)[None, None]
+    else:
+        picked = slice(None) if pattern.allowed.shape[0] == 1 else batch
+        allowed = pattern.allowed[picked, :, rows, start:stop]
+        hidden = hides(allowed)
+        for column, patch in edges:
+            hidden[..., column : column + patch.shape[-1]] |= patch
+        edges = ((0, hidden),)
+        bias = None if allowed.dtype == torch.bool else allowed
+        visible = (stop - start) - hidden.sum(-1, keepdim=True)
+    dead = None
+    if of.rows is not None or pattern.allowed is not None or shift < 0:
+        dead = visible == 0
+        if of.rows is not None:
+            dead = dead | ~of.rows[batch, None, rows, None]
+        if device.type == "cpu" and not dead.any():  # asking a GPU would wait for it
+            dead = None
+    return Sight(rows.start, count, start, stop, edges, bias, visible, dead)
+
+
+def _counted(pattern: Pattern, at: Tensor, keys: int) -> Tensor:
+    """Keys seen by the row at position `at` when only `causal` and `window` say so."""
+    last = at if pattern.causal else torch.full_like(at, keys - 1)
+    first = torch.zeros_like(at)
+    if pattern.window is not None:
+        first = (at - pattern.window + 1).clamp_min(0)
+        last = last if pattern.causal else (at + pattern.window - 1).clamp_max(keys - 1)
+    return (last - first + 1).clamp_min(0)
+
+
+def _edges(
+    pattern: Pattern, at: Tensor, rows: tuple[int, int], keys: tuple[int, int]
+) -> tuple[tuple[int, Tensor], ...]:
+    """The patches of the diagonal and of the window's two edges: only columns that some row of the strip can't see."""
+    start, stop = keys
+    found: list[tuple[int, Tensor]] = []
+
+    def patch(low: int, high: int, lies_outside: str) -> None:
+        low, high = max(low, start), min(high, stop)
+        if low >= high:
+            return
+        column = torch.arange(low, high, device=at.device)[None]
+        distance = at - column
+        assert pattern.window is not None or lies_outside == "future"
+        if lies_outside == "future":
+            found.append((low - start, distance < 0))
+        elif lies_outside == "past":
+            found.append((low - start, distance >= pattern.window))
+        else:
+            found.append((low - start, -distance >= pattern.window))
+
+    if pattern.causal:
+        patch(rows[0] + 1, stop, "future")
+    if pattern.window is not None:
+        patch(start, rows[1] - pattern.window, "past")
+        if not pattern.causal:
+            patch(rows[0] + pattern.window, stop, "ahead")
+    return tuple(found)

@@ -1,0 +1,83 @@
+"""Which implementation of a reduction runs: the plain one or its Triton twin. Asked before anything is launched.
+
+`BNVIZ_KERNELS` decides: "auto" (unset): the twin for tensors on a GPU where Triton works, plain otherwise; "off": plain;
+"on": the twin wherever Triton can run it; "interpret": the twin on CPU tensors through Triton's interpreter, in a process
+that was started with TRITON_INTERPRET=1 (slow; for tests). One log line a reduction and device says which and why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from bnviz.errors import unknown
+
+MODES = ("auto", "off", "on", "interpret")
+_log = logging.getLogger("bnviz.kernels")
+_failed: dict[str, str] = {}
+
+
+def mode() -> str:
+    """The value of `BNVIZ_KERNELS`.
+
+    Raises
+    ------
+    UnknownName
+        It is none of `MODES`.
+    """
+    value = os.environ.get("BNVIZ_KERNELS", "auto").strip().lower() or "auto"
+    if value not in MODES:
+        raise unknown("value of BNVIZ_KERNELS", value, MODES)
+    return value
+
+
+def twin(name: str, device: str) -> Callable[..., Any] | None:
+    """The Triton twin of reduction `name` for tensors on `device` ("cuda", "cpu", ...); None: run the plain one."""
+    if name in _failed:
+        return None
+    return _chosen(name, device, mode())
+
+
+def fell(name: str, error: Exception) -> None:
+    """The twin of `name` failed: say so once and run the plain reduction from now on in this process."""
+    if name in _failed:
+        return
+    _failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    warnings.warn(
+        f"The Triton kernel of {name!r} failed ({_failed[name]}); the plain reduction runs instead, slower and with the "
+        "same numbers. BNVIZ_KERNELS=off silences this.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+@cache
+def _chosen(name: str, device: str, wanted: str) -> Callable[..., Any] | None:
+    reason = _obstacle(name, device, wanted)
+    if reason:
+        _log.info("%s on %s: plain (%s)", name, device, reason)
+        return None
+    _log.info("%s on %s: Triton (BNVIZ_KERNELS=%s)", name, device, wanted)
+    function: Callable[..., Any] = getattr(importlib.import_module(f"bnviz_kernels.{name}"), name)
+    return function
+
+
+def _obstacle(name: str, device: str, wanted: str) -> str:
+    """Why the twin can't run here; "" when it can."""
+    if wanted == "off":
+        return "BNVIZ_KERNELS=off"
+    if wanted != "interpret" and device != "cuda":
+        return f"tensors on {device}"
+    try:
+        kernels = importlib.import_module("bnviz_kernels")
+    except ImportError:
+        return "bnviz_kernels is not installed"
+    if name not in kernels.NAMES:
+        return "no kernel of that name"
+    obstacle: str = kernels.obstacle(interpret=wanted == "interpret")
+    return obstacle
