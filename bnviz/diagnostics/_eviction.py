@@ -1,0 +1,241 @@
+"""What a cache loses when keys are dropped in a given order; plain arrays, one sequence, all layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+from bnviz.catalog import load, names
+from bnviz.errors import NotCaptured, SchemaError
+from bnviz.scores._score import AGGREGATES, Floats, Statistics, keep_order
+
+from ._passage import phases, places, step_row
+
+Ints = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One sequence of one step: statistics by layer, and the attention its keys are judged by.
+
+    Parameters
+    ----------
+    row : int
+        Of the step axis.
+    where : array (key,)
+        Of the record's key axis.
+    layers : tuple of Statistics
+    mass : array (layer, head, key)
+        In queries: of later decode queries where the record has them, else of the passage's own.
+    mass_of : str
+        Which of the two.
+    bytes_per_token : float
+        Over all layers; NaN when keys and values were not captured.
+    """
+
+    row: int
+    where: Ints
+    layers: tuple[Statistics, ...]
+    mass: Floats
+    mass_of: str
+    bytes_per_token: float
+
+
+def passage(attention: xr.Dataset, keys_values: xr.Dataset | None, step: int | None, sequence: int) -> Passage:
+    """Cut one sequence out of the records."""
+    row = step_row(attention, step)
+    where = places(attention, row, sequence)
+    heads = attention.sizes["head"]
+    kv_heads, taken = heads, float("nan")
+    norms: Floats | None = None
+    if keys_values is not None:
+        kv_heads = int(keys_values.sizes["kv_head"])
+        norms, taken = _of_keys(attention, keys_values, row, sequence, len(where))
+    window = _window(attention)
+    arrays = {name: _cut(attention, name, row, where) for name in ("mass", "window_mass", "last_row")}
+    if arrays["mass"] is None:
+        raise NotCaptured('kv_importance needs attention.mass; add probes=["attention"] and run again.')
+    layers = tuple(
+        Statistics(
+            keys=len(where),
+            heads=heads,
+            kv_heads=kv_heads,
+            window=min(window, len(where)),
+            layer=layer,
+            key_norm=None if norms is None else norms[layer],
+            **{name: None if array is None else array[layer] for name, array in arrays.items()},
+        )
+        for layer in range(attention.sizes["layer"])
+    )
+    mass, mass_of = _judged_by(attention, row, sequence, arrays["mass"])
+    return Passage(row, where, layers, mass, mass_of, taken)
+
+
+def _window(attention: xr.Dataset) -> int:
+    """The observation window the probe was told; its default where the record does not say."""
+    told: Any = attention.attrs.get("window", 64)
+    return int(told)
+
+
+def _cut(record: xr.Dataset, name: str, row: int, where: Ints) -> Floats | None:
+    """(layer, head, key) of one sequence, float64; None where the variable is absent."""
+    if name not in record:
+        return None
+    return np.asarray(record[name].values[row][..., where], dtype=np.float64)
+
+
+def _of_keys(
+    attention: xr.Dataset, keys_values: xr.Dataset, row: int, sequence: int, keys: int
+) -> tuple[Floats | None, float]:
+    """Key norms (layer, kv_head, key) and the bytes of a token, for the same step and layers as `attention`."""
+    step = int(attention["step"].values[row]) if "step" in attention.coords else None
+    row = step_row(keys_values, step, name="keys_values") if "step" in keys_values.coords else row
+    if "layer" in attention.coords and "layer" in keys_values.coords:
+        absent = np.setdiff1d(attention["layer"].values, keys_values["layer"].values)
+        if len(absent):
+            raise NotCaptured(
+                f"Layers {', '.join(map(str, absent))} are in the record attention and not in keys_values; "
+                f"capture both with the same sites."
+            )
+        keys_values = keys_values.sel(layer=attention["layer"].values)
+    where = places(keys_values, row, sequence)
+    if len(where) != keys:
+        raise SchemaError(
+            f"Sequence {sequence} has {keys} keys in attention and {len(where)} in keys_values; expected the same step."
+        )
+    taken = float("nan")
+    if "bytes_per_token" in keys_values:
+        taken = float(keys_values["bytes_per_token"].values[row].sum())
+    return _cut(keys_values, "key_norm", row, where), taken
+
+
+def _judged_by(attention: xr.Dataset, row: int, sequence: int, own: Floats) -> tuple[Floats, str]:
+    """Mass of the decode queries that follow, over the passage's keys; without decoding, of its own queries."""
+    later, keys = phases(attention), own.shape[-1]
+    if row + 1 < len(later) and later[row + 1] == "decode" and later[row] != "decode":
+        where = places(attention, row + 1, sequence)
+        mass = _cut(attention, "mass", row + 1, where[:keys])
+        if mass is not None and mass.shape == own.shape and np.isfinite(mass).all():
+            return mass, "decode queries"
+    return own, "queries of the passage itself"
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """Scores and orders of several methods, and why others are missing."""
+
+    names: tuple[str, ...]
+    scores: Floats  # (method, layer, kv_head, key)
+    ranks: npt.NDArray[np.int32]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def ranked(of: Passage, methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | None, aggregate: str) -> Ranked:
+    """Score and rank every key by every method; with None, by all methods that these records allow.
+
+    Raises
+    ------
+    UnknownName, NotCaptured, SchemaError
+        Only for a method that was asked for by name.
+    """
+    asked = names("scores") if methods is None else methods
+    options = {name: dict(asked[name]) if isinstance(asked, Mapping) else {} for name in asked}
+    found: dict[str, Floats] = {}
+    skipped: dict[str, str] = {}
+    for name, given in options.items():
+        score = load("scores", name)
+        if "aggregate" in inspect.signature(score).parameters:
+            given.setdefault("aggregate", aggregate)
+        try:
+            found[name] = np.stack([np.asarray(score(layer, **given), dtype=np.float64) for layer in of.layers])
+        except (NotCaptured, SchemaError) as error:
+            if methods is not None:
+                raise
+            skipped[name] = str(error)
+    if not found:
+        raise SchemaError(f"kv_importance: no method to rank by. Valid: {', '.join(names('scores'))}.")
+    scores = np.stack(list(found.values()))
+    return Ranked(tuple(found), scores, keep_order(scores), skipped)
+
+
+def check_budgets(budgets: Sequence[float], aggregate: str) -> npt.NDArray[np.float64]:
+    """Budgets in ascending order, once each."""
+    from bnviz.errors import unknown
+
+    if aggregate not in AGGREGATES:
+        raise unknown("aggregate", aggregate, AGGREGATES)
+    shares = np.unique(np.asarray(budgets, dtype=np.float64))
+    if not len(shares) or not (shares > 0).all() or not (shares <= 1).all():
+        raise SchemaError(
+            f"kv_importance: budgets are {list(budgets)}, expected shares of the cache above 0 and up to 1."
+        )
+    return shares
+
+
+def tokens_kept(budgets: Floats, keys: int) -> Ints:
+    """Whole tokens a share of the cache holds, at least one.
+
+    Examples
+    --------
+    >>> tokens_kept(np.array([0.1, 0.3, 1.0]), 10).tolist(), tokens_kept(np.array([0.1]), 3).tolist()
+    ([1, 3, 10], [1])
+    """
+    return np.asarray(np.maximum(1, np.floor(budgets * keys + 1e-9).astype(np.int64)))
+
+
+def mass_kept(mass: Floats, ranks: Ints, kept: Ints, kv_heads: int) -> Floats:
+    """(method, budget, layer, kv_head): share of the mass of a group's query heads that lies on the kept keys.
+
+    NaN for a head whose queries put nothing on these keys.
+    """
+    layers, _, keys = mass.shape
+    grouped = mass.reshape(layers, kv_heads, -1, keys).sum(axis=2)
+    total = grouped.sum(axis=-1)
+    held = np.empty((len(ranks), len(kept), layers, kv_heads))
+    for method, rank in enumerate(ranks):
+        ordered = np.zeros(grouped.shape)
+        np.put_along_axis(ordered, rank.astype(np.intp), grouped, axis=-1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shares = ordered.cumsum(axis=-1)[..., kept - 1] / total[..., None]
+        held[method] = np.moveaxis(shares, -1, 0)
+    return np.clip(held, 0.0, 1.0)
+
+
+def agreement(ranks: Ints) -> Floats:
+    """(method, method, layer): Spearman's correlation of two orders of eviction, mean over key-value heads; NaN for one key."""
+    methods, layers, _, keys = ranks.shape
+    if keys < 2:
+        return np.full((methods, methods, layers), np.nan)
+    centred = ranks - (keys - 1) / 2
+    products = np.einsum("algn,blgn->ablg", centred, centred, optimize=True)
+    return np.asarray(products.mean(axis=-1) * 12 / (keys * (keys**2 - 1)))
+
+
+def overlap(ranks: Ints, kept: Ints) -> Floats:
+    """(method, method, budget, layer): Jaccard index of two kept sets, mean over key-value heads."""
+    methods, layers = ranks.shape[:2]
+    found = np.empty((methods, methods, len(kept), layers))
+    for i, count in enumerate(kept):
+        inside = (ranks < count).astype(np.float32)
+        shared = np.einsum("algn,blgn->ablg", inside, inside, optimize=True)
+        found[:, :, i] = (shared / (2 * count - shared)).mean(axis=-1)
+    return found
+
+
+def needed(ranks: Ints) -> npt.NDArray[np.int32]:
+    """(method, key): smallest number of kept tokens at which at least half of all layers' key-value heads keep the token.
+
+    Examples
+    --------
+    >>> needed(np.array([[[[0, 1, 2]], [[0, 2, 1]]]])).tolist()
+    [[1, 2, 2]]
+    """
+    flat = ranks.reshape(len(ranks), -1, ranks.shape[-1])
+    middle = (flat.shape[1] + 1) // 2 - 1
+    return (np.partition(flat, middle, axis=1)[:, middle] + 1).astype(np.int32)

@@ -1,0 +1,62 @@
+"""Norms of the keys and values that lie in the cache, and what a token costs there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bnviz.observation import AttentionSeen
+from bnviz.schema import Variable, probe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_KEY = ("step", "layer", "kv_head", "key")
+
+
+@probe(
+    sites=("attention",),
+    variables=(
+        Variable("key_norm", _KEY, "norm", "L2 norm of a key after rotation, as the kernel got it", "last"),
+        Variable("value_norm", _KEY, "norm", "L2 norm of a value", "last"),
+        Variable("value_norm_l1", _KEY, "norm", "L1 norm of a value", "last"),
+        Variable("bytes_per_token", ("step", "layer"), "B", "bytes of one token's keys and values in a layer", "last"),
+    ),
+    memory="3 x 4 B a key, key-value head and layer",
+)
+class KeysValues:
+    """Norms of keys and values per key-value head, and the bytes a token takes in the cache.
+
+    A key with a small norm tends to be one that gets attention (arXiv:2406.11430); a value with a small norm does little even
+    when it does (VATP, arXiv:2406.12335). Both need no attention weights.
+
+    Notes
+    -----
+    `key_norm` = ||k_j||_2, `value_norm` = ||v_j||_2, `value_norm_l1` = ||v_j||_1, in float32 or wider. `bytes_per_token` =
+    kv_heads x (key dim + value dim) x bytes of the dtype that the kernel was given: a model that repeats its heads before the
+    kernel, or caches something smaller (a latent, a quantised cache), is overstated. In decoding all keys are seen again at
+    each step; the last step stays. Cost: one pass over keys and values.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bnviz.observation import AttentionSeen, Context, Site
+    >>> k, v = torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[[1.0, -1.0]]]])
+    >>> seen = AttentionSeen(Site("attention", "attn", 0), Context(0, 0, "forward"), k, k, v, None, True, 1.0)
+    >>> kept = KeysValues().observe(seen)
+    >>> kept["key_norm"].item(), kept["value_norm_l1"].item(), kept["bytes_per_token"].item()
+    (5.0, 2.0, 16)
+    """
+
+    def observe(self, seen: AttentionSeen) -> dict[str, Tensor]:
+        """Norms (batch, kv_head, key) of one call."""
+        import torch
+
+        key, value = seen.key, seen.value
+        taken = key.shape[1] * (key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size())
+        exact = torch.promote_types(key.dtype, torch.float32)
+        return {
+            "key_norm": torch.linalg.vector_norm(key, dim=-1, dtype=exact),
+            "value_norm": torch.linalg.vector_norm(value, dim=-1, dtype=exact),
+            "value_norm_l1": torch.linalg.vector_norm(value, ord=1, dim=-1, dtype=exact),
+            "bytes_per_token": torch.tensor(taken, dtype=torch.int64),
+        }
