@@ -147,6 +147,10 @@ def assemble(rows: Iterable[Row], variables: tuple[Variable, ...], paths: Mappin
     return data.assign_coords(_layout_coords(layouts, steps))
 
 
+def _order(values: Iterable[Any]) -> dict[Any, int]:
+    return {value: i for i, value in enumerate(values)}
+
+
 def _stack(
     rows: list[Row], variable: Variable, index: Mapping[str, Mapping[Any, int]], layouts: dict[str, Any]
 ) -> np.ndarray:

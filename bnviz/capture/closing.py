@@ -58,7 +58,8 @@ class Closing:
         self._paths = {s.layer: s.path for s, _ in plan.blocks}
         self._attention_paths = {s.layer: s.path for s, _ in plan.attention.values()}
         self._router_paths = {s.layer: s.path for s, _ in plan.routers}
-        self._attrs = _attributes(model, plan, facts["model"])
+        told, known = facts["options"]["of_probes"], _attributes(model, plan, facts["model"])
+        self._attrs = {name: {**told.get(name, {}), **known.get(name, {})} for name in {**told, **known}}
         self._model = type(model).__name__
         self._folder: Path | None = None
         if options.path is not None:

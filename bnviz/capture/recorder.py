@@ -115,6 +115,14 @@ def _make_probes(names: Sequence[str] | None, options: Mapping[str, Any]) -> dic
     return {n: c(**{k: v for k, v in options.items() if k in takes[n]}) for n, c in classes.items()}
 
 
+def _told(probe: Any) -> dict[str, Any]:
+    """The options a probe works with, as far as it keeps them under their own names and JSON can hold them."""
+    import inspect
+
+    kept = {name: getattr(probe, name, None) for name in inspect.signature(type(probe)).parameters}
+    return {name: value for name, value in kept.items() if isinstance(value, bool | int | float | str)}
+
+
 class Recorder:
     """One capture of one model; made by `bnviz.capture`.
 
@@ -164,9 +172,9 @@ class Recorder:
         self._clock = Clock(self._model, self.options.step, self.options.when, self.options.every)
         declared = {n: p.spec.variables for n, p in self._probes.items()}
         self._shelf = Shelf(declared, budget_bytes(self.options.budget))
-        facts = provenance(
-            self._model, self.options.name, {"probes": list(self._probes), "budget": str(self.options.budget)}
-        )
+        options: dict[str, Any] = {"probes": list(self._probes), "budget": str(self.options.budget)}
+        options["of_probes"] = {name: _told(probe) for name, probe in self._probes.items()}
+        facts = provenance(self._model, self.options.name, options)
         self._closing = Closing(self._model, plan, facts, declared, self.options)
         labels_record(self.options.labels)  # refused before anything is attached
         self._started = time.perf_counter()
