@@ -103,7 +103,11 @@ def gram_reduce(
 
 
 class _Rows:
-    """Centred rows, scaled so that the wide kernel is exp(-distance)."""
+    """Centred rows, scaled so that the wide kernel is exp(exponent), where -exponent is the squared distance.
+
+    Each row r of squared norm n stands in two forms, [2r, -n, -1] and [r, 1, n], whose product is the exponent: one product
+    makes a tile and nothing is added afterwards.
+    """
 
     def __init__(self, x: Tensor, variance: float) -> None:
         import torch
@@ -113,51 +117,55 @@ class _Rows:
         self.mean = x.mean(0, dtype=torch.float64)
         if not bool(torch.isfinite(self.mean).all()):
             raise SchemaError("gram_reduce: x holds NaN or infinity; drop those rows first.")
-        self.narrow = self.features <= _NARROW or not _exact_products()
-        self.single = None if self.narrow else torch.cat([self.block(part).float() for part in _parts(self.rows, 4096)])
-        norms = [self.block(part).square().sum(1) for part in _parts(self.rows, 4096)]
-        self.norms = torch.cat(norms)
-        spread = float(self.norms.max())
-        self.slack = (4 + math.sqrt(self.features)) * 2.0**-24 * spread  # error model of a float32 distance
+        exact = self.features <= _NARROW or not _exact_products()
+        single = None if exact else [self.right(part).float() for part in _parts(self.rows, 4096)]
+        self.single = None if single is None else torch.cat(single)
+        spread = 0.0 if self.single is None else float(self.single[:, -1].max())
+        self.slack = (4 + math.sqrt(self.features)) * 2.0**-24 * spread  # error model of a float32 exponent
 
-    def block(self, part: slice) -> Tensor:
-        return (self.x[part].double() - self.mean) * self.scale
+    def right(self, part: slice) -> Tensor:
+        import torch
 
-    def distances(self, a: slice, b: slice, left: Tensor) -> Tensor | None:
-        """Scaled squared distances of a tile; None when no pair of it is near enough to count."""
+        rows = (self.x[part].double() - self.mean) * self.scale
+        return torch.cat([rows, torch.ones_like(rows[:, :1]), rows.square().sum(1, keepdim=True)], 1)
+
+    def exponents(self, a: slice, b: slice, left: Tensor) -> Tensor | None:
+        """float32 exponents of a tile; None when no pair of it is near enough to count."""
         if self.single is not None:
-            coarse = self._expand(self.single[a], self.single[b], a, b)
-            if self._negligible(float(coarse.min()) - self.slack):
+            coarse = self._finished(_left(self.single[a]) @ self.single[b].T, a == b)
+            if self._negligible(float(coarse.max()) + self.slack):
                 return None
             if 4 * self.slack <= _NEGLIGIBLE:
                 return coarse
-        exact = self._expand(left, self.block(b), a, b)
-        return None if self._negligible(float(exact.min())) else exact
+        made = self._finished(left @ self.right(b).T, a == b)
+        return None if self._negligible(float(made.max())) else made
 
-    def _negligible(self, nearest: float) -> bool:
-        return self.rows * math.exp(-max(nearest, 0.0)) < _NEGLIGIBLE
+    def _negligible(self, greatest: float) -> bool:
+        return self.rows * math.exp(min(greatest, 0.0)) < _NEGLIGIBLE
 
-    def _expand(self, left: Tensor, right: Tensor, a: slice, b: slice) -> Tensor:
-        import torch
+    @staticmethod
+    def _finished(exponents: Tensor, diagonal: bool) -> Tensor:
+        made = exponents.clamp_(-_FAR, 0.0).float()
+        return made.fill_diagonal_(-_FAR) if diagonal else made  # the self term was added before, exactly
 
-        made = torch.addmm(self.norms[b].to(left.dtype), left, right.T, alpha=-2)
-        made.add_(self.norms[a].to(left.dtype)[:, None]).clamp_(0, _FAR)
-        if a == b:
-            made.fill_diagonal_(_FAR)  # the self term was added before, exactly
-        return made
+
+def _left(right: Tensor) -> Tensor:
+    import torch
+
+    return torch.cat([2 * right[:, :-2], -right[:, -1:], -right[:, -2:-1]], 1)
 
 
 def _tiles(rows: _Rows, block: int) -> Iterator[Tile]:
     """Tiles (a, b) with b >= a and their wide kernel; far tiles are left out."""
-    from torch.nn.functional import threshold_
+    import torch
 
     parts = list(_parts(rows.rows, block))
     for i, a in enumerate(parts):
-        left = rows.block(a)
+        left = _left(rows.right(a))
         for b in parts[i:]:
-            distances = rows.distances(a, b, left)
-            if distances is not None:
-                yield a, b, threshold_(distances.float().neg_().exp_(), _TINY, 0.0)
+            exponents = rows.exponents(a, b, left)
+            if exponents is not None:
+                yield a, b, torch.threshold_(exponents.exp_(), _TINY, 0.0)
 
 
 def _add(sums: Tensor, columns: Tensor, kernel: Tensor, a: slice, b: slice) -> None:
