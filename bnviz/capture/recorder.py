@@ -4,54 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from bnviz import catalog
-from bnviz.errors import BnvizError, CaptureError, unknown
+from bnviz.errors import BnvizError, CaptureError
 from bnviz.observation import AttentionSeen, BlockSeen
 from bnviz.run import Run
 
 from .clock import Clock
 from .closing import Closing, labels_record
+from .instruments import Instruments
+from .options import Options, make_probes, told
 from .plan import Plan, sites
 from .provenance import provenance
 from .shelf import Shelf, budget_bytes
 from .taps import tap_attention, tap_blocks, tap_routers
-from .writers import fused_below
-
-PROFILED_FORWARDS = 8  # a profile holds every operator: a few forwards tell, thousands only cost memory
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to watch: see `capture`."""
-
-    step: str = "forward"
-    when: str | Callable[[nn.Module], bool] = "always"
-    every: int = 1
-    budget: str | int = "1 GiB"
-    path: Any = None
-    strict: bool = False
-    name: str | None = None
-    labels: Any = None
-    tokenizer: Any = None
-    attention: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.step not in ("forward", "manual"):
-            raise unknown("step policy", self.step, ("forward", "manual"))
-        if not callable(self.when) and self.when not in ("always", "eval", "train"):
-            raise unknown("value of when=", str(self.when), ("always", "eval", "train"))
-        if self.every < 1:
-            raise CaptureError(
-                f"every={self.every}: expected a whole number from 1; every=10 watches one forward in ten."
-            )
 
 
 def capture(model: nn.Module, *, probes: Sequence[str] | None = None, **options: Any) -> Recorder:
@@ -97,30 +67,7 @@ def capture(model: nn.Module, *, probes: Sequence[str] | None = None, **options:
             f"capture: found a {type(model).__name__}, expected a torch.nn.Module; give the model itself."
         )
     own = {k: options.pop(k) for k in list(options) if k in Options.__dataclass_fields__}
-    return Recorder(model, Options(**own), _make_probes(probes, options), named=probes is not None)
-
-
-def _make_probes(names: Sequence[str] | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Probes by name, each with the options it knows; an option no probe knows is refused."""
-    import inspect
-
-    if isinstance(names, str):
-        names = [names]
-    classes = {n: catalog.load("probes", n) for n in (catalog.names("probes") if names is None else names)}
-    classes = {n: c for n, c in classes.items() if names is not None or c.spec.default}
-    takes = {n: set(inspect.signature(c).parameters) for n, c in classes.items()}
-    for option in options:
-        if not any(option in some for some in takes.values()):
-            raise unknown("option of capture", option, set(Options.__dataclass_fields__).union(*takes.values()))
-    return {n: c(**{k: v for k, v in options.items() if k in takes[n]}) for n, c in classes.items()}
-
-
-def _told(probe: Any) -> dict[str, Any]:
-    """The options a probe works with, as far as it keeps them under their own names and JSON can hold them."""
-    import inspect
-
-    kept = {name: getattr(probe, name, None) for name in inspect.signature(type(probe)).parameters}
-    return {name: value for name, value in kept.items() if isinstance(value, bool | int | float | str)}
+    return Recorder(model, Options(**own), make_probes(probes, options), named=probes is not None)
 
 
 class Recorder:
@@ -139,8 +86,7 @@ class Recorder:
         self.notes: list[str] = []
         self._stack: contextlib.ExitStack | None = None
         self._run: Run | None = None
-        self._profiler: Any = None
-        self._profile: Any = None
+        self._instruments = Instruments(self._probes, self._failed, self.notes)
         self._inside = False
 
     # ------------------------------------------------------------------ life
@@ -173,7 +119,7 @@ class Recorder:
         declared = {n: p.spec.variables for n, p in self._probes.items()}
         self._shelf = Shelf(declared, budget_bytes(self.options.budget))
         options: dict[str, Any] = {"probes": list(self._probes), "budget": str(self.options.budget)}
-        options["of_probes"] = {name: _told(probe) for name, probe in self._probes.items()}
+        options["of_probes"] = {name: told(probe) for name, probe in self._probes.items()}
         facts = provenance(self._model, self.options.name, options)
         self._closing = Closing(self._model, plan, facts, declared, self.options)
         labels_record(self.options.labels)  # refused before anything is attached
@@ -210,7 +156,7 @@ class Recorder:
             self.notes.append(
                 "The model is compiled; while it was watched it ran eager, so times are those of eager code."
             )
-        self._start_instruments(stack)
+        self._instruments.start(self._model, stack)
         begin = self._model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
         stack.callback(begin.remove)
         if "block" in wanted or "sublayer" in wanted:
@@ -221,39 +167,6 @@ class Recorder:
             tap_routers(plan, self._clock, self._emit, stack)
         end = self._model.register_forward_hook(self._end, always_call=True)
         stack.callback(end.remove)
-
-    def _start_instruments(self, stack: contextlib.ExitStack) -> None:
-        for name, probe in list(self._probes.items()):
-            if "process" in probe.spec.uses:
-                try:
-                    probe.start()
-                except Exception as error:
-                    self._failed(name, error)
-        if any("profiler" in p.spec.uses for p in self._probes.values()):
-            from .profiler import Profiler
-
-            self._profiler = Profiler(self._model)
-            fused = fused_below(self._model)
-            for path, module in self._model.named_modules():
-                if not fused(path):
-                    enter = module.register_forward_pre_hook(_entering(weakref.ref(self), path))
-                    leave = module.register_forward_hook(_leaving(weakref.ref(self)), always_call=True)
-                    stack.callback(enter.remove)
-                    stack.callback(leave.remove)
-            self._profiler.start()
-            stack.callback(self._stop_profiler)
-
-    def _stop_profiler(self) -> None:
-        """End the profile, once; what it saw waits for the probes."""
-        profiler, self._profiler = self._profiler, None
-        if profiler is None:
-            return
-        try:
-            self._profile = profiler.stop()
-            if profiler.note:
-                self.notes.append(profiler.note)
-        except Exception as error:
-            self._failed(next(n for n, p in self._probes.items() if "profiler" in p.spec.uses), error)
 
     def detach(self, *, quiet: bool = False) -> Run | None:
         """Take everything off the model and close the run.
@@ -274,7 +187,7 @@ class Recorder:
         stack.close()
         self._shelf.drain()
         self._note_budget()
-        records = self._instrument_records()
+        records = self._instruments.records()
         elapsed = time.perf_counter() - self._started
         try:
             self._run = self._closing.close(self._shelf, records, self._clock, self.notes, elapsed)
@@ -296,8 +209,7 @@ class Recorder:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._shelf.waiting:
             self._drain()
-        if self._clock.calls >= PROFILED_FORWARDS:
-            self._stop_profiler()
+        self._instruments.forward_begins(self._clock.calls)
         self._clock.begin(module, args, kwargs)
 
     def _end(self, *_: Any) -> None:
@@ -314,7 +226,7 @@ class Recorder:
             return
         self._inside = True
         try:
-            with torch.no_grad(), _plain_arithmetic(seen):
+            with torch.no_grad(), _plain_arithmetic(seen), self._instruments.own():
                 for name, probe in list(self._probes.items()):
                     if seen.site.kind in probe.spec.sites:
                         self._ask(name, probe, seen)
@@ -361,19 +273,6 @@ class Recorder:
                 "Raise budget= or every=."
             )
 
-    def _instrument_records(self) -> dict[str, Mapping[str, Any]]:
-        """What whole-run probes hand over at the end."""
-        records: dict[str, Mapping[str, Any]] = {}
-        for name, probe in list(self._probes.items()):
-            try:
-                if "process" in probe.spec.uses:
-                    records[name] = probe.stop()
-                elif "profiler" in probe.spec.uses and self._profile is not None:
-                    records[name] = probe.profiled(self._profile)
-            except Exception as error:
-                self._failed(name, error)
-        return {name: values for name, values in records.items() if values}
-
     # ------------------------------------------------------------------ what a user may call meanwhile
 
     def step(self) -> None:
@@ -399,21 +298,3 @@ def _plain_arithmetic(seen: Any) -> Any:
     tensor = next(getattr(seen, name) for name in ("output", "query", "weights") if hasattr(seen, name))
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
-
-
-def _entering(recorder: weakref.ref[Recorder], path: str) -> Callable[..., None]:
-    def enter(*_: Any) -> None:
-        found = recorder()
-        if found is not None and found._profiler is not None:
-            found._profiler.enter(path)
-
-    return enter
-
-
-def _leaving(recorder: weakref.ref[Recorder]) -> Callable[..., None]:
-    def leave(*_: Any) -> None:
-        found = recorder()
-        if found is not None and found._profiler is not None:
-            found._profiler.leave()
-
-    return leave

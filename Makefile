@@ -1,0 +1,38 @@
+# Every target sets up what it needs, once, in its own virtual environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OPEN ?= 1
+
+.PHONY: help demo test lab bench lint clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'bnviz needs Python 3.11 or later, found ' + sys.version.split()[0] + '; run: make PYTHON=/path/to/python3.11 ...')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY) ## watch real models, diagnose them, write demo/report.html
+	$(BIN)/bnviz demo -o demo
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+lab: $(READY) ## open JupyterLab on the quickstart notebook
+	$(BIN)/jupyter lab notebooks/quickstart.ipynb
+
+bench: $(READY) ## print what a capture costs, and the kernels' rates
+	$(BIN)/python -m bench.capture
+	$(BIN)/python kernels/bench
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

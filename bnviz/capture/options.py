@@ -1,0 +1,58 @@
+"""How to watch: the options of a capture, and the probes made from what is left of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from bnviz import catalog
+from bnviz.errors import CaptureError, unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to watch: see `capture`."""
+
+    step: str = "forward"
+    when: str | Callable[[nn.Module], bool] = "always"
+    every: int = 1
+    budget: str | int = "1 GiB"
+    path: Any = None
+    strict: bool = False
+    name: str | None = None
+    labels: Any = None
+    tokenizer: Any = None
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.step not in ("forward", "manual"):
+            raise unknown("step policy", self.step, ("forward", "manual"))
+        if not callable(self.when) and self.when not in ("always", "eval", "train"):
+            raise unknown("value of when=", str(self.when), ("always", "eval", "train"))
+        if self.every < 1:
+            raise CaptureError(
+                f"every={self.every}: expected a whole number from 1; every=10 watches one forward in ten."
+            )
+
+
+def make_probes(names: Sequence[str] | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Probes by name, each with the options it knows; an option no probe knows is refused."""
+    if isinstance(names, str):
+        names = [names]
+    classes = {n: catalog.load("probes", n) for n in (catalog.names("probes") if names is None else names)}
+    classes = {n: c for n, c in classes.items() if names is not None or c.spec.default}
+    takes = {n: set(inspect.signature(c).parameters) for n, c in classes.items()}
+    for option in options:
+        if not any(option in some for some in takes.values()):
+            raise unknown("option of capture", option, set(Options.__dataclass_fields__).union(*takes.values()))
+    return {n: c(**{k: v for k, v in options.items() if k in takes[n]}) for n, c in classes.items()}
+
+
+def told(probe: Any) -> dict[str, Any]:
+    """The options a probe works with, as far as it keeps them under their own names and JSON can hold them."""
+    kept = {name: getattr(probe, name, None) for name in inspect.signature(type(probe)).parameters}
+    return {name: value for name, value in kept.items() if isinstance(value, bool | int | float | str)}

@@ -1,0 +1,33 @@
+"""Fixtures every test may use: the project's own small trained models."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+MODELS = Path(str(files("bnviz").joinpath("demo/models")))
+
+
+@pytest.fixture(scope="session")
+def load_model() -> Any:
+    """`load_model(name)`: a trained model of the project, in eval mode, float32; loaded once."""
+    pytest.importorskip("transformers")
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    held: dict[tuple[str, str], Any] = {}
+
+    def load(name: str, attention: str = "sdpa") -> Any:
+        if (name, attention) not in held:
+            folder = MODELS / name
+            held[name, attention] = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=attention
+            ).eval()
+        return held[name, attention]
+
+    return load
