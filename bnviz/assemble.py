@@ -36,6 +36,8 @@ class Row:
         With one leading batch axis where the variable has a token-like dim.
     valid : dict of str to array (batch, tokens) bool
         For each token-like dim: which tokens are not padding.
+    past : array (batch,) int, optional
+        Tokens of each sequence that came before the first of these (a decode step has a past); None: none.
     """
 
     step: int
@@ -44,6 +46,7 @@ class Row:
     phase: str
     values: dict[str, np.ndarray]
     valid: dict[str, np.ndarray] = field(default_factory=dict)
+    past: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
@@ -85,20 +88,18 @@ def inner_dims(variable: Variable) -> tuple[str, ...]:
     return tuple(d for d in variable.dims if d not in OWN_DIMS)
 
 
-def pack(values: np.ndarray, axis: int, valid: np.ndarray | None) -> np.ndarray:
+def pack(values: np.ndarray, axis: int, valid: np.ndarray) -> np.ndarray:
     """(batch, ...) with tokens on `axis` of what remains, to packed tokens: sequences one after the other, padding out."""
-    if valid is None or valid.shape != (values.shape[0], values.shape[axis + 1]):
-        return np.concatenate(list(values), axis)
     return np.concatenate([np.compress(keep, one, axis) for one, keep in zip(values, valid, strict=True)], axis)
 
 
-def layout(batch: int, length: int, valid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """`sequence` and `position` of the packed tokens; position counts from 0 in each sequence, padding left out."""
-    if valid is None or valid.shape != (batch, length):
-        valid = np.ones((batch, length), bool)
-    sequence = np.repeat(np.arange(batch), valid.sum(1)).astype(np.int32)
-    position = np.concatenate([np.arange(n) for n in valid.sum(1)]).astype(np.int32) if batch else np.empty(0, np.int32)
-    return sequence, position
+def layout(valid: np.ndarray, past: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """`sequence` and `position` of the packed tokens; position counts in each sequence, padding left out, after its past."""
+    counts = valid.sum(1)
+    start = np.zeros(len(counts), np.int64) if past is None else past
+    position = [np.arange(n) + s for n, s in zip(counts, start, strict=True)]
+    sequence = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+    return sequence, np.concatenate(position or [np.empty(0)]).astype(np.int32)
 
 
 def assemble(rows: Iterable[Row], variables: tuple[Variable, ...], paths: Mapping[int, str]) -> xr.Dataset:
@@ -163,8 +164,10 @@ def _stack(
         if values is None:
             continue
         if token is not None:
-            axis, valid = dims.index(token), row.valid.get(token)
-            found = layout(values.shape[0], values.shape[axis + 1], valid)
+            axis, shape = dims.index(token), (values.shape[0], values.shape[dims.index(token) + 1])
+            valid = row.valid.get(token)
+            valid = valid if valid is not None and valid.shape == shape else np.ones(shape, bool)
+            found = layout(valid, row.past if token in ("token", "query") else None)
             known = layouts.setdefault(token, {}).get(row.step)
             if known is None or len(known[0]) < len(found[0]):
                 layouts[token][row.step] = found

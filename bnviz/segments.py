@@ -45,6 +45,8 @@ def write_segment(folder: Path, name: str, rows: Mapping[str, Iterable[Row]]) ->
             entry |= {"values": list(row.values), "valid": list(row.valid)}
             arrays |= {f"{at}.v.{k}": v for k, v in row.values.items()}
             arrays |= {f"{at}.m.{k}": v for k, v in row.valid.items()}
+            if row.past is not None:
+                arrays[f"{at}.past"] = row.past
             index.append(entry)
     arrays["index"] = np.frombuffer(json.dumps(index).encode(), np.uint8)
     target = folder / f"{name}.npz"

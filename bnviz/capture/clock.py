@@ -55,12 +55,13 @@ class Clock:
         ids = given.get("input_ids")
         ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
         tokens = ids if ids is not None else given.get("inputs_embeds")
-        past = self._history(given.get("past_key_values"), ids, tokens)
+        cache = next((v for v in given.values() if hasattr(v, "get_seq_length")), None)  # its name changes with releases
+        past = self._history(cache, ids, tokens)
         decode = past > 0
         self.now = None
         if not self._watches(model, decode):
             return None
-        phase = "decode" if decode else "prefill" if given.get("past_key_values") is not None else "forward"
+        phase = "decode" if decode else "prefill" if cache is not None else "forward"
         mask = given.get("attention_mask")
         mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.valid_keys = mask
@@ -113,7 +114,7 @@ class Clock:
             return 0
         known, count, before = self._past
         if known is not cache:
-            held = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+            held = cache.get_seq_length()
             count, before = held if isinstance(held, int) else 0, None
         together = ids if count == 0 else None if before is None or ids is None else torch.cat([before, ids], 1)
         self._past, self.token_ids = (cache, count + length, together), together

@@ -242,10 +242,10 @@ class Recorder:
             self._failed(name, error)
 
     def _valid(self, seen: Any) -> dict[str, Any]:
-        valid = seen.context.valid
-        keys = valid
+        valid, held = seen.context.valid, self._clock.valid_keys
+        keys = held
         if isinstance(seen, AttentionSeen):
-            held, count = self._clock.valid_keys, seen.key.shape[-2]
+            count = seen.key.shape[-2]
             keys = (
                 held
                 if held is not None and held.shape[1] == count

@@ -95,7 +95,15 @@ class Shelf:
             values = {name: to_host(value) for name, value in one.values.items()}
             valid = {dim: mask.cpu().numpy() for dim, mask in one.valid.items() if mask is not None}
             self._fill_valid(one.record, values, valid)
-            row = Row(one.context.step, one.site.layer, one.site.part, one.context.phase, values, valid)
+            row = Row(
+                one.context.step,
+                one.site.layer,
+                one.site.part,
+                one.context.phase,
+                values,
+                valid,
+                _past(one.context, valid),
+            )
             at = (row.step, row.layer, row.kind)
             known = self.rows.setdefault(one.record, {})
             if at in known:
@@ -125,6 +133,17 @@ class Shelf:
     def waiting(self) -> bool:
         """Something has not been drained."""
         return bool(self._waiting)
+
+
+def _past(context: Context, valid: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Tokens each sequence had before this call, padding left out."""
+    if context.past == 0 or not valid:
+        return None
+    keys = valid.get("key")
+    if keys is not None and keys.shape[1] > context.past:
+        counted: np.ndarray = keys[:, : context.past].sum(1)
+        return counted
+    return np.full(len(next(iter(valid.values()))), context.past)
 
 
 def to_host(value: Tensor) -> np.ndarray:
