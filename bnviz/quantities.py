@@ -142,3 +142,26 @@ def factor(value: float) -> str:
     ('×8.21', '×0.530')
     """
     return f"×{significant(value)}" if math.isfinite(value) else significant(value)
+
+
+_RULES = {"B": size, "s": duration, "count": count, "query": count, "token": count}
+
+
+def written(value: float, unit: str, digits: int = 3) -> str:
+    """A value in one of `schema.UNITS`, by the rule of its unit; other units follow the number.
+
+    Examples
+    --------
+    >>> written(49152, "B"), written(0.034, "s"), written(2e9, "FLOP/s"), written(2.314, "bit"), written(0.5, "1")
+    ('48.0 KiB', '34.0 ms', '2.00 GFLOP/s', '2.31 bit', '0.500')
+    """
+    if unit in _RULES:
+        return _RULES[unit](value, digits)
+    if unit == "ns":
+        return duration(value * 1e-9, digits)
+    if unit in ("FLOP", "FLOP/s", "B/s"):
+        return rate(value, unit, digits)
+    if unit == "id":
+        return str(round(value)) if math.isfinite(value) else significant(value)
+    text = significant(value, digits)
+    return text if unit in ("1", "name", "norm") or not math.isfinite(value) else f"{text} {unit}"

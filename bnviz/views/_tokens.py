@@ -66,6 +66,7 @@ SERIES: tuple[str, ...] = tuple(pair[0] for pair in CATEGORY.values())
 SIZE: Mapping[str, str] = MappingProxyType({"title": "14px", "subtitle": "12px", "label": "12px", "tick": "11px"})
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 MONO = "ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace"
+UI_FONT = f"var(--jp-ui-font-family, {FONT})"
 MARK: Mapping[str, str] = MappingProxyType({"high": "■", "medium": "▲", "low": "●", "note": "○"})
 
 CLEAR = "rgba(0, 0, 0, 0)"
@@ -121,7 +122,7 @@ def css() -> str:
     def block(mode: int) -> str:
         return "".join(f"--bnv-{name}:{pair[mode]};" for name, pair in TOKENS.items())
 
-    fonts = f"--bnv-font:var(--jp-ui-font-family,{FONT});--bnv-mono:var(--jp-code-font-family,{MONO});"
+    fonts = f"--bnv-font:{UI_FONT};--bnv-mono:var(--jp-code-font-family,{MONO});"
     return (
         f":root{{color-scheme:light;{fonts}{block(0)}}}\n"
         f":root[data-bnviz-theme=dark]{{color-scheme:dark;{block(1)}}}\n"

@@ -32,6 +32,7 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure as bokeh_figure
 
+from ._settle import bundles_of, extent, settle
 from ._static import page_css, page_script
 from ._tokens import (
     CATEGORY,
@@ -46,6 +47,7 @@ from ._tokens import (
     SIZE,
     STOPS,
     TOKENS,
+    UI_FONT,
     categories,
     css,
     mapper,
@@ -66,12 +68,15 @@ __all__ = [
     "SIZE",
     "STOPS",
     "TOKENS",
+    "UI_FONT",
+    "bundles_of",
     "categories",
     "color_bar",
     "column",
     "css",
     "dress",
     "empty",
+    "extent",
     "figure",
     "hover",
     "label",
@@ -83,6 +88,7 @@ __all__ = [
     "palette",
     "place_ticks",
     "row",
+    "settle",
     "tap",
     "tap_cells",
     "themes",
@@ -92,18 +98,18 @@ _FIGURE_CSS = f"""
 .bk-Tooltip {{ --tooltip-color: var(--bnv-surface, #ffffff); --tooltip-text: var(--bnv-ink, #212121);
   --tooltip-border: var(--bnv-rule, #bdbdbd); --tooltip-arrow-color: var(--bnv-rule, #bdbdbd);
   --tooltip-arrow-inner-color: var(--bnv-surface, #ffffff); opacity: 1; border-radius: 2px;
-  --base-font: var(--jp-ui-font-family, {FONT}); --font-size: {SIZE["tick"]}; }}
+  --base-font: {UI_FONT}; --font-size: {SIZE["tick"]}; }}
 """
 _EMPTY_CSS = f"""
 :host {{ display: block; width: 100%; }}
 .bnviz-empty {{ box-sizing: border-box; display: flex; align-items: center; justify-content: center; padding: 8px 16px;
-  font: {SIZE["subtitle"]}/1.5 var(--jp-ui-font-family, {FONT}); color: var(--bnv-muted, #5f5f5f);
+  font: {SIZE["subtitle"]}/1.5 {UI_FONT}; color: var(--bnv-muted, #5f5f5f);
   background: repeating-linear-gradient(135deg, transparent 0 7px,
     color-mix(in srgb, var(--bnv-faint, #8a8a8a) 34%, transparent) 7px 8px); }}
 .bnviz-empty span {{ background: var(--bnv-surface, #ffffff); padding: 4px 8px; max-width: 72ch; text-align: center; }}
 """
 _NOTE_CSS = f"""
-:host {{ font: {SIZE["subtitle"]}/1.5 var(--jp-ui-font-family, {FONT}); color: var(--bnv-muted, #5f5f5f); }}
+:host {{ font: {SIZE["subtitle"]}/1.5 {UI_FONT}; color: var(--bnv-muted, #5f5f5f); }}
 """
 
 

@@ -24,7 +24,7 @@ async function draw(bus, holder) {
   try {
     await loadBokeh();
     const item = JSON.parse(await inflate(holder.dataset.doc));
-    const doc = Bokeh.Document.from_json(item.doc);
+    const doc = Bokeh.require('document').Document.from_json(item.doc);
     bus.adopt(doc, holder);
     await Bokeh.embed.add_document_standalone(doc, holder);
     holder.dataset.state = 'drawn';
@@ -66,19 +66,13 @@ function connectFindings(bus) {
     if (Object.keys(addresses[0]).length) bus.select(addresses, { toggle: true, add: event.shiftKey });
     if (bus.chosen.length) byId(row.dataset.section)?.scrollIntoView({ block: 'nearest' });
   };
-  for (const row of rows) {
-    row.addEventListener('click', event => act(row, event));
-    row.addEventListener('keydown', event => {
-      if (event.key !== 'Enter' && event.key !== ' ') return;
-      event.preventDefault();
-      act(row, event);
-    });
-  }
+  for (const row of rows) row.addEventListener('click', event => act(row, event));
   bus.addEventListener('select', ({ detail }) => {
     for (const row of rows) {
       const its = addressesOf(JSON.parse(row.dataset.where));
       const on = detail.chosen.length > 0 && its.every(one => detail.chosen.some(two => sameAddress(one, two)));
-      row.setAttribute('aria-pressed', String(on));
+      row.classList.toggle('on', on);
+      row.querySelector('.what').setAttribute('aria-pressed', String(on));
     }
   });
 }

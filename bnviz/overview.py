@@ -1,0 +1,96 @@
+"""The head of a report: six numbers about the run, and what is known of where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from . import quantities
+from .findings import share_of
+
+if TYPE_CHECKING:
+    from .report import Report
+
+_UNITS = {"B": ("bytes", "budget"), "s": ("duration", "seconds", "overhead"), "count": ("parameters",)}
+
+
+def six_numbers(report: Report) -> list[tuple[str, str]]:
+    """Label and value of the six numbers that say most about this run; what the run does not know is left out.
+
+    The first six of: parameters, layers by heads or experts, tokens a step, time, findings, largest saving, steps, size.
+    """
+    facts = report.run.provenance
+    sizes = _sizes(report)
+    found = report.findings
+    above = sum(f.severity != "note" for f in found)
+    largest = max(map(share_of, found), default=0.0)
+    candidates: list[tuple[str, str | None]] = [
+        ("findings above their limits", quantities.count(above)),
+        ("of the run the largest would save", quantities.share(largest) if largest else None),
+        ("parameters", _count(facts.get("parameters"))),
+        _shape(sizes),
+        ("tokens in a step", _count(max((sizes.get(d, 0) for d in ("token", "query", "key")), default=0) or None)),
+        ("observed", _time(facts.get("duration"))),
+        ("steps", _count(sizes.get("step"))),
+        ("records kept", quantities.size(sum(report.run[kind].nbytes for kind in report.run.kinds))),
+        ("diagnostics ran", quantities.count(len(report.outcomes))),
+        ("records", quantities.count(len(report.run.kinds))),
+    ]
+    return [(label, value) for label, value in candidates if value][:6]
+
+
+def facts(report: Report) -> list[tuple[str, str]]:
+    """Provenance as label and value, nested mappings flattened, in the order the run wrote it; notes are shown apart."""
+    return _flat({k: v for k, v in report.run.provenance.items() if k != "notes"})
+
+
+def _flat(mapping: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in mapping.items():
+        label = f"{before}{str(name).replace('_', ' ')}"
+        if value is None or (isinstance(value, (str, list, tuple, dict)) and not value):
+            continue
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{label}: ")
+        else:
+            rows.append((label, _fact(str(name), value)))
+    return rows
+
+
+def _fact(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    if not isinstance(value, (int, float)):
+        return str(value)
+    unit = next(
+        (unit for unit, endings in _UNITS.items() if name.endswith(endings)), "id" if isinstance(value, int) else "1"
+    )
+    return quantities.written(value, unit)
+
+
+def _sizes(report: Report) -> dict[str, int]:
+    """The largest size of each dimension over all records."""
+    sizes: dict[str, int] = {}
+    for kind in report.run.kinds:
+        for dim, size in report.run[kind].sizes.items():
+            sizes[str(dim)] = max(sizes.get(str(dim), 0), int(size))
+    return sizes
+
+
+def _shape(sizes: Mapping[str, int]) -> tuple[str, str | None]:
+    if not sizes.get("layer"):
+        return "layers", None
+    for dim, word in (("head", "heads"), ("expert", "experts")):
+        if sizes.get(dim):
+            return f"layers × {word}", f"{sizes['layer']} × {sizes[dim]}"
+    return "layers", str(sizes["layer"])
+
+
+def _count(value: Any) -> str | None:
+    return quantities.count(value) if isinstance(value, (int, float)) and value else None
+
+
+def _time(value: Any) -> str | None:
+    return quantities.duration(value) if isinstance(value, (int, float)) else None

@@ -1,0 +1,268 @@
+"""A report as one HTML file: findings and tables in plain HTML, figures drawn by a script that can reach no network."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import __version__, catalog
+from .drawing import Drawn, draw
+from .findings import NOT_ESTIMATED, place, saving_words, share_of
+from .overview import facts, six_numbers
+from .schema import Finding
+from .tables import Table, tables
+
+if TYPE_CHECKING:
+    from .report import Outcome, Report
+
+SHOWN = 7
+_NO_SCRIPT = "Figures need JavaScript. The findings and tables below do not"
+_MARK = {"high": "■", "medium": "▲", "low": "●", "note": "○"}
+_BUNDLES = ("bokeh", "bokeh-gl", "bokeh-widgets", "bokeh-tables")  # in the order they must load
+_HALF = 520  # a figure this narrow shares its row from 900 px on
+
+_Figures = Sequence[tuple[str, Drawn]]
+
+
+def page(report: Report) -> str:
+    """The whole file."""
+    from .views import style
+
+    figures = _figures(report)
+    drawn = [(at, each) for some in figures.values() for at, each in some if not each.error]
+    library = _library({bundle for _, each in drawn for bundle in each.bundles}) if drawn else ""
+    script = style.page_script(report=True)
+    policy = _policy(script, library, evaluates=any(each.evaluates for _, each in drawn))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="generator" content="bnviz {__version__}"><title>{escape(report.model)} · bnviz</title>
+<style>{style.page_css(report=True)}</style></head><body>
+<div class="bar"><div><div id="status" role="status" aria-live="polite">{_NO_SCRIPT}</div>
+<button id="theme" type="button" hidden>Dark theme</button></div></div>
+<main>{_overview(report)}{_findings(report)}{_sections(report, figures)}{_not_run(report)}{_provenance(report)}</main>
+{_stored("bokeh", library)}
+{"".join(_stored(f"doc-{at}", each.document) for at, each in drawn)}
+<script>{script}</script></body></html>
+"""
+
+
+def _figures(report: Report) -> dict[str, _Figures]:
+    found: dict[str, _Figures] = {}
+    for name, outcome in report.outcomes.items():
+        found[name] = [(f"{name}-{i}", each) for i, each in enumerate(draw(outcome))]
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- stored and allowed
+def _stored(at: str, text: str) -> str:
+    """Text as compressed data that is no script until it is inflated."""
+    if not text:
+        return ""
+    packed = base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+    return f'<script type="application/octet-stream" id="{escape(at)}">{packed}</script>'
+
+
+def _library(bundles: Iterable[str]) -> str:
+    """The BokehJS bundles that are needed, as one script."""
+    import bokeh
+
+    folder = Path(bokeh.__file__).parent / "server" / "static" / "js"
+    chosen = set(bundles)
+    return "\n;".join((folder / f"{name}.min.js").read_text(encoding="utf-8") for name in _BUNDLES if name in chosen)
+
+
+def _policy(script: str, library: str, *, evaluates: bool) -> str:
+    """A content policy under which the page runs these two scripts and reaches nothing.
+
+    `evaluates`: a figure carries JavaScript of its own, which BokehJS compiles.
+    """
+    allowed = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (script, library)
+    ]
+    if evaluates:
+        allowed.append("'unsafe-eval'")
+    return (
+        f"default-src 'none'; script-src {' '.join(allowed)}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "font-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------------- head
+def _overview(report: Report) -> str:
+    from .report import nothing_found
+
+    facts_of = report.run.provenance
+    about = [facts_of.get("class"), facts_of.get("dtype"), facts_of.get("accelerator") or facts_of.get("device")]
+    line = " · ".join(escape(str(each)) for each in [*about, facts_of.get("started")] if each)
+    found = report.findings
+    lead = f"{found[0].sentence}." if found else f"{nothing_found(report)}."
+    numbers = "".join(
+        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in six_numbers(report)
+    )
+    return f"""<header><h1>What holds {escape(report.model)} back</h1><p class="sub">{line}</p>
+<p class="lead">{escape(lead)}</p><dl class="six">{numbers}</dl>{_trust(report)}{_navigation(report)}</header>"""
+
+
+def _trust(report: Report) -> str:
+    """What to know before believing the numbers: the notes of the run and what failed."""
+    notes = [*report.run.notes, *(f"{name} did not finish: {why}" for name, why in report.failures.items())]
+    if not notes:
+        return ""
+    return f'<ul class="caveats" aria-label="Limits of this run">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>'
+
+
+def _navigation(report: Report) -> str:
+    items = "".join(f'<li><a href="#{escape(name)}">{escape(_title_of(name))}</a></li>' for name in report.outcomes)
+    return f'<nav aria-label="Diagnostics"><ol>{items}<li><a href="#run">The run</a></li></ol></nav>'
+
+
+def _title_of(name: str) -> str:
+    words = name.replace("_", " ").replace("kv ", "KV ")
+    return words[:1].upper() + words[1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------- findings
+def _findings(report: Report) -> str:
+    from .report import nothing_found
+
+    found = report.findings
+    if not found:
+        ran = "".join(f"<li>{escape(each.spec.question)}</li>" for each in report.outcomes.values())
+        body = f'<div class="nothing">{escape(nothing_found(report))}<ul>{ran}</ul></div>'
+    else:
+        body = f'<ul class="findings">{"".join(map(_finding, found[:SHOWN]))}</ul>'
+        if rest := found[SHOWN:]:
+            more = "".join(map(_finding, rest))
+            body += f'<details class="more"><summary>Show {len(rest)} more</summary><ul class="findings">{more}</ul></details>'
+    return f'<section class="block" aria-labelledby="findings"><h2 id="findings">Findings</h2>{body}</section>'
+
+
+def _finding(finding: Finding) -> str:
+    diagnostic = finding.code.partition("/")[0]
+    where = json.dumps(dict(finding.where), default=lambda value: value.item())
+    path = finding.where.get("path")
+    spot = escape(place({k: v for k, v in finding.where.items() if k != "path"}))
+    how = escape(finding.saving.how if finding.saving else "")
+    if isinstance(path, str) and path:
+        spot += f"<span>{escape(path)}</span>"
+    return f"""<li class="finding" data-where="{escape(where)}" data-section="{escape(diagnostic)}">
+<span class="sev {finding.severity}"><b aria-hidden="true">{_MARK[finding.severity]}</b>{finding.severity}</span>
+<button type="button" class="what" aria-pressed="false">{escape(finding.sentence)}</button>
+<span class="place">{spot}</span>{_saving(finding)}
+<a class="go" href="#{escape(diagnostic)}" aria-label="Show {escape(_title_of(diagnostic))}">›</a>
+<span class="advice">{escape(finding.advice)}</span><span class="how">{how}</span></li>"""
+
+
+def _saving(finding: Finding) -> str:
+    if finding.saving is None:
+        return f'<span class="save none">{NOT_ESTIMATED}</span>'
+    bar = f'<i style="width:{100 * share_of(finding):.0f}%"></i>'
+    return f'<span class="save">{escape(saving_words(finding))}{bar}</span>'
+
+
+# ---------------------------------------------------------------------------------------------------------------- sections
+def _sections(report: Report, figures: dict[str, _Figures]) -> str:
+    small = [name for name, some in figures.items() if some and max(each.width for _, each in some) <= _HALF]
+    halves, order, i = set(), list(report.outcomes), 0
+    while i < len(order) - 1:  # two small ones in a row share a row
+        pair = order[i : i + 2]
+        if all(name in small for name in pair):
+            halves |= set(pair)
+            i += 1
+        i += 1
+    inner = (_section(name, outcome, figures[name], name in halves) for name, outcome in report.outcomes.items())
+    return f'<div class="sections">{"".join(inner)}</div>'
+
+
+def _section(name: str, outcome: Outcome, figures: _Figures, half: bool) -> str:
+    judgement, spec = outcome.judgement, outcome.spec
+    record = spec.needs[0].partition(".")[0] if spec.needs else ""
+    drawn = "".join(_figure(name, at, each, several=len(figures) > 1) for at, each in figures)
+    caveats = "".join(f"<li>{escape(line)}</li>" for line in judgement.caveats)
+    summary = judgement.summary or judgement.title
+    kind = "half" if half else "full"
+    return f"""<section id="{name}" class="{kind}" data-record="{escape(record)}" aria-labelledby="q-{name}">
+<h2 id="q-{name}">{escape(spec.question)}</h2><h3 id="t-{name}">{escape(judgement.title)}</h3>
+<p class="sub">{escape(judgement.subtitle)}</p><p class="spoken" id="s-{name}">{escape(summary)}</p>
+<div class="figures">{drawn}</div>{f'<ul class="caveats">{caveats}</ul>' if caveats else ""}{_as_tables(outcome)}</section>"""
+
+
+def _figure(name: str, at: str, each: Drawn, *, several: bool) -> str:
+    caption = f'<p class="sub">{escape(each.caption)}</p>' if several else ""
+    labels = f'role="figure" aria-labelledby="t-{name}" aria-describedby="s-{name}"'
+    if each.error:
+        words = f"{each.name} could not be drawn: {each.error}. The numbers are in the table below"
+        return f'<figure {labels}>{caption}<div class="unseen"><span>{escape(words)}</span></div></figure>'
+    style = f"min-height:{each.height}px"
+    return f"""<figure {labels} style="flex-basis:{min(each.width, 1100)}px">{caption}<div class="holder noscript" tabindex="0"
+ data-doc="doc-{at}" style="{style}"><span>{_NO_SCRIPT}</span></div></figure>"""
+
+
+def _as_tables(outcome: Outcome) -> str:
+    made = "".join(map(_table, tables(outcome.result)))
+    return f"<details><summary>Show as table</summary>{made}</details>" if made else ""
+
+
+def _table(table: Table) -> str:
+    classes = [' class="n"' if numeric else "" for numeric in table.numeric]
+    heads = "".join(f'<th scope="col"{c}>{escape(h)}</th>' for h, c in zip(table.heads, classes, strict=True))
+    rows = "".join(
+        "<tr>" + "".join(f"<td{c}>{escape(v)}</td>" for v, c in zip(row, classes, strict=True)) + "</tr>"
+        for row in table.rows
+    )
+    note = f'<p class="sub">{escape(table.note)}</p>' if table.note else ""
+    return f'{note}<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+# --------------------------------------------------------------------------------------------------------------------- end
+def _not_run(report: Report) -> str:
+    """Diagnostics whose records are not there, with what to add; and those that failed."""
+    lines = [
+        ("hatched", catalog.load("diagnostics", name).spec.question, f"{why}") for name, why in report.absent.items()
+    ]
+    lines += [
+        ("failed", _title_of(name), f"○ {why}. The others were not affected") for name, why in report.failures.items()
+    ]
+    if not lines:
+        return ""
+    items = "".join(
+        f'<li class="{kind}"><span>{escape(what)}</span><span>{escape(why)}</span></li>' for kind, what, why in lines
+    )
+    return f'<section class="block"><h2>Not answered by this run</h2><ul class="states">{items}</ul></section>'
+
+
+def _provenance(report: Report) -> str:
+    rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(value)}</dd>" for label, value in facts(report))
+    kinds = "".join(_record(report, kind) for kind in report.run.kinds)
+    return f"""<section class="block" id="run"><h2>The run</h2><dl class="facts">{rows}{kinds}</dl></section>
+<footer>bnviz {__version__}. This file holds everything it shows and reaches no network.</footer>"""
+
+
+def _record(report: Report, kind: str) -> str:
+    record = report.run[kind]
+    sizes = " × ".join(f"{name} {size}" for name, size in record.sizes.items())
+    return f"<dt>record {escape(kind)}</dt><dd>{escape(sizes)}</dd>"
+
+
+def summary(report: Report) -> str:
+    """A short HTML table of the findings for a notebook: no script, no figures."""
+    from .report import nothing_found
+
+    cell = "padding:4px 12px 4px 0;text-align:left;vertical-align:top"
+    rows = "".join(
+        f"<tr><td style='{cell};white-space:nowrap'>{_MARK[f.severity]} {f.severity}</td><td style='{cell}'>{escape(f.sentence)}"
+        f"<br><span style='opacity:.75'>{escape(f.advice)}</span></td><td style='{cell}'>{escape(place(f.where))}</td>"
+        f"<td style='{cell}'>{escape(saving_words(f))}</td></tr>"
+        for f in report.findings[:SHOWN]
+    )
+    more = len(report.findings) - SHOWN
+    tail = f"<p>{more} more in <code>report.findings</code></p>" if more > 0 else ""
+    head = f"<p><b>What holds {escape(report.model)} back</b> · {len(report.outcomes)} diagnostics</p>"
+    return f"<div>{head}{f'<table>{rows}</table>' if rows else f'<p>{escape(nothing_found(report))}</p>'}{tail}</div>"

@@ -1,0 +1,369 @@
+"""From a run to a report: every diagnostic its records allow, judged, ranked on one list, and shown."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import catalog
+from .errors import BnvizError, NotCaptured, StoreError, unknown
+from .findings import place, rank, saving_words
+from .schema import DiagnosticSpec, Finding, Judgement
+
+if TYPE_CHECKING:
+    import os
+
+    import pandas as pd
+    import xarray as xr
+
+    from .run import Run
+
+Progress = Callable[[int, int, str], None]
+_MARK = {"high": "■", "medium": "▲", "low": "●", "note": "○"}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one diagnostic that ran: its Dataset and what its judge says of it."""
+
+    spec: DiagnosticSpec
+    result: xr.Dataset
+    judgement: Judgement
+
+
+def diagnose(
+    run: Run,
+    *names: str,
+    labels: Any = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: Progress | None = None,
+    strict: bool = False,
+) -> Report:
+    """Run every diagnostic this run's records allow, judge the results and rank the findings.
+
+    Parameters
+    ----------
+    run : Run
+        What was captured.
+    *names : str
+        Diagnostics to run; none named: all whose records are there, and the report says which are not.
+    labels : array (sample,), optional
+        The class of each captured sample, for what measures information about the label; whole numbers or names.
+    options : mapping of str to mapping, optional
+        Options of a diagnostic or limits of its judge, by the diagnostic's name: `{"expert_load": {"dead": 0.1}}`.
+    progress : callable, optional
+        Called as `progress(done, total, name)` before each diagnostic, and once at the end with an empty name.
+    strict : bool
+        Raise the first error instead of keeping it in `report.failures`.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    NotCaptured
+        The run is empty, or a diagnostic was named whose records the run does not hold.
+    UnknownName
+        No such diagnostic, or no such option of it.
+    BnvizError
+        The labels do not fit the samples.
+    """
+    if not run.kinds:
+        raise NotCaptured(
+            "This run is empty: no probe saw anything. Run the model inside bnviz.capture(model) and try again."
+        )
+    given = {name: dict(some) for name, some in (options or {}).items()}
+    for name in (*names, *given):
+        if name not in catalog.names("diagnostics"):
+            raise unknown("diagnostic", name, catalog.names("diagnostics"))
+    records = {kind: run[kind] for kind in run.kinds}
+    if labels is not None:
+        records["labels"] = _labels(labels, records)
+    chosen = {name: catalog.load("diagnostics", name) for name in dict.fromkeys(names or catalog.names("diagnostics"))}
+    ordered = sorted(chosen.values(), key=lambda d: (d.spec.order, d.spec.name))
+    absent = {d.spec.name: lack for d in ordered if (lack := _lack(d.spec, records))}
+    if names and absent:
+        raise NotCaptured(f"{next(iter(absent))}: {next(iter(absent.values()))}.")
+    for name, some in given.items():
+        _check_options(catalog.load("diagnostics", name), some)
+    ready = [d for d in ordered if d.spec.name not in absent]
+    outcomes: dict[str, Outcome] = {}
+    failures: dict[str, str] = {}
+    for done, each in enumerate(ready):
+        name = each.spec.name
+        if progress is not None:
+            progress(done, len(ready), name)
+        try:
+            outcomes[name] = _outcome(each, records, given.get(name, {}))
+        except Exception as error:  # one diagnostic's error is its own
+            if strict:
+                raise
+            failures[name] = f"{type(error).__name__}: {error}"
+    if progress is not None:
+        progress(len(ready), len(ready), "")
+    return Report(run, outcomes, failures=failures, absent=absent)
+
+
+class Report:
+    """What the diagnostics of one run say, ranked.
+
+    `report.findings` is the list to act on, `report["kv_importance"]` the numbers behind it, `report.view("kv_importance")`
+    the drawing, `report.save("report.html")` all of it in one file that needs no network.
+
+    Parameters
+    ----------
+    run : Run
+    outcomes : mapping of str to Outcome
+        In the order of the report.
+    failures : mapping of str to str
+        Diagnostics that raised: name and "ErrorName: message".
+    absent : mapping of str to str
+        Diagnostics whose records are not in the run: name and what to add.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        outcomes: Mapping[str, Outcome],
+        *,
+        failures: Mapping[str, str] | None = None,
+        absent: Mapping[str, str] | None = None,
+    ) -> None:
+        self.run = run
+        self.outcomes = dict(outcomes)
+        self.failures = dict(failures or {})
+        self.absent = dict(absent or {})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Diagnostics that ran, in the order of the report."""
+        return tuple(self.outcomes)
+
+    @property
+    def model(self) -> str:
+        """Name of the model that was watched."""
+        return str(self.run.provenance.get("model") or "the model")
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All findings, by estimated saving as a share of the run's whole, then by severity."""
+        return rank(finding for each in self.outcomes.values() for finding in each.judgement.findings)
+
+    def _outcome(self, name: str) -> Outcome:
+        if name in self.outcomes:
+            return self.outcomes[name]
+        if name in self.failures:
+            raise BnvizError(
+                f"{name} did not finish: {self.failures[name]}. diagnose(run, {name!r}, strict=True) raises it."
+            )
+        if name in self.absent:
+            raise NotCaptured(f"{name}: {self.absent[name]}.")
+        if name in catalog.names("diagnostics"):
+            raise NotCaptured(f"{name} is not in this report; run diagnose(run, {name!r}).")
+        raise unknown("diagnostic", name, self.names)
+
+    def __getitem__(self, name: str) -> xr.Dataset:
+        return self._outcome(name).result
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.outcomes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outcomes)
+
+    def judgement(self, name: str) -> Judgement:
+        """Title, caveats and findings of one diagnostic."""
+        return self._outcome(name).judgement
+
+    def view(self, name: str, *, compact: bool = False) -> Any:
+        """The drawing of one diagnostic with its title, subtitle and caveats, as a Bokeh model.
+
+        Parameters
+        ----------
+        name : str
+            A diagnostic, for all its views, or one view.
+        compact : bool
+            For a narrow place: the side panel.
+
+        Raises
+        ------
+        UnknownName, NotCaptured, BnvizError
+            There is no such drawing in this report, with the reason.
+        """
+        from .drawing import drawing
+
+        return drawing(self, name, compact=compact)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the report as one HTML file that opens anywhere, without network and without Python.
+
+        Raises
+        ------
+        StoreError
+            The file exists and `overwrite` is false, or it cannot be written.
+        """
+        from .page import page
+
+        target = Path(path)
+        if target.suffix.lower() not in (".html", ".htm"):
+            raise StoreError(f"{target} is not named as a web page; name it {target.with_suffix('.html').name!r}.")
+        if target.exists() and not overwrite:
+            raise StoreError(f"{target} exists; choose another path or pass overwrite=True.")
+        text = page(self)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise StoreError(f"{target} could not be written ({error}); save the report elsewhere.") from error
+        return target
+
+    def to_frame(self) -> pd.DataFrame:
+        """The findings as a pandas DataFrame, one row each, in their order.
+
+        Raises
+        ------
+        MissingDependency
+            pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            from .errors import MissingDependency
+
+            raise MissingDependency(
+                "A frame of findings needs 'pandas', which is not installed; run: pip install pandas"
+            ) from error
+        return pd.DataFrame([_row(f) for f in self.findings], columns=list(_row(Finding("", "", "note"))))
+
+    def __repr__(self) -> str:
+        found = self.findings
+        lines = [f"Report on {self.model} · {len(self.outcomes)} diagnostics · {len(found)} findings"]
+        for finding in found[:7]:
+            at = place(finding.where)
+            lines.append(
+                f"  {_MARK[finding.severity]} {finding.severity:<6} {finding.sentence}{' · ' + at if at else ''}"
+            )
+            lines.append(f"           {saving_words(finding)} · {finding.advice}".rstrip(" ·"))
+        if len(found) > 7:
+            lines.append(f"  {len(found) - 7} more in .findings")
+        if not found and self.outcomes:
+            lines.append(f"  {nothing_found(self)}")
+        lines += [f"  {name} did not finish: {why}" for name, why in self.failures.items()]
+        if self.absent:
+            lines.append(f"  not captured for: {', '.join(self.absent)} (see .absent)")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from .page import summary
+
+        return summary(self)
+
+
+def nothing_found(report: Report) -> str:
+    """The words of a report without findings."""
+    ran, records = len(report.outcomes), len(report.run.kinds)
+    return f"Nothing found above the limits. {ran} diagnostic{'s' * (ran != 1)} ran on {records} record{'s' * (records != 1)}"
+
+
+def _row(finding: Finding) -> dict[str, Any]:
+    saving = finding.saving
+    return {
+        "code": finding.code,
+        "severity": finding.severity,
+        "sentence": finding.sentence,
+        "place": place(finding.where),
+        "where": dict(finding.where),
+        "value": finding.value,
+        "limit": finding.limit,
+        "unit": finding.unit,
+        "advice": finding.advice,
+        "saving": saving.amount if saving else float("nan"),
+        "saving_unit": saving.unit if saving else "",
+        "saving_share": saving.share if saving else float("nan"),
+        "saving_how": saving.how if saving else "",
+    }
+
+
+def _outcome(diagnostic: Any, records: Mapping[str, xr.Dataset], options: Mapping[str, Any]) -> Outcome:
+    """Run one diagnostic and its judge, each with the options that are its own."""
+    spec: DiagnosticSpec = diagnostic.spec
+    judge = catalog.judge_of(diagnostic)
+    needed = {_split(need)[0] for need in spec.needs}
+    wanted = {_split(want)[0] for want in spec.wants if _holds(records, want)}
+    own, limits = _accepts(diagnostic), _accepts(judge)
+    arguments = {name: records[name] for name in sorted(needed | wanted)}
+    result = diagnostic(**arguments, **{k: v for k, v in options.items() if k in own})
+    judgement = judge(result, **{k: v for k, v in options.items() if k in limits})
+    return Outcome(spec, result, judgement)
+
+
+def _accepts(function: Any) -> tuple[str, ...]:
+    """Names of the keyword options of a diagnostic or a judge."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+def _check_options(diagnostic: Any, options: Mapping[str, Any]) -> None:
+    valid = dict.fromkeys((*_accepts(diagnostic), *_accepts(catalog.judge_of(diagnostic))))
+    for name in options:
+        if name not in valid:
+            raise unknown(f"option of diagnostic {diagnostic.spec.name!r}:", name, valid)
+
+
+def _split(need: str) -> tuple[str, str]:
+    record, _, variable = need.partition(".")
+    return record, variable
+
+
+def _holds(records: Mapping[str, xr.Dataset], need: str) -> bool:
+    record, variable = _split(need)
+    return record in records and (not variable or variable in records[record].data_vars)
+
+
+def _lack(spec: DiagnosticSpec, records: Mapping[str, xr.Dataset]) -> str:
+    """What a diagnostic lacks and how to get it; empty when nothing is missing."""
+    lacking = [need for need in spec.needs if not _holds(records, need)]
+    if not lacking:
+        return ""
+    if any(_split(need)[0] == "labels" for need in lacking):
+        return "Not captured: labels. Pass labels=[...] to diagnose, one for each captured sample"
+    probes = sorted({_split(need)[0] for need in lacking if _split(need)[0] not in records})
+    if probes:
+        named = ", ".join(f'"{probe}"' for probe in probes)
+        return f"Not captured: {', '.join(lacking)}. Add probes=[{named}] and run again"
+    probe = "".join(part.title() for part in _split(lacking[0])[0].split("_"))
+    return f"Not captured: {', '.join(lacking)}. Ask the probe for it, see help(bnviz.probes.{probe}), and run again"
+
+
+def _labels(labels: Any, records: Mapping[str, xr.Dataset]) -> xr.Dataset:
+    """The record `labels` from an array of whole numbers or names."""
+    import numpy as np
+    import xarray as xr
+
+    values = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
+    if values.ndim != 1:
+        raise BnvizError(
+            f"labels has shape {values.shape}, expected one label for each captured sample, shape (sample,)."
+        )
+    samples = {
+        kind: record.sizes["sample"]
+        for kind, record in records.items()
+        if "sample" in record.sizes and kind != "labels"
+    }
+    for kind, count in samples.items():
+        if count != len(values):
+            raise BnvizError(
+                f"labels has {len(values)} entries, expected {count}: one for each sample of the record {kind!r}."
+            )
+    attrs: dict[str, Any] = {}
+    if not np.issubdtype(values.dtype, np.integer):
+        table, values = np.unique(values, return_inverse=True)
+        attrs["table"] = [str(entry) for entry in table]
+    return xr.Dataset({"label": ("sample", values.astype(np.int64))}, attrs=attrs)
+
+
+__all__: Sequence[str] = ("Outcome", "Report", "diagnose", "nothing_found")

@@ -1,0 +1,101 @@
+"""The last hand on a drawing, whoever made it: it fits a narrow page, and its marks can be selected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from bokeh.models import (
+    Column,
+    GlyphRenderer,
+    GridBox,
+    GridPlot,
+    InlineStyleSheet,
+    LayoutDOM,
+    Model,
+    Plot,
+    Row,
+    SelectTool,
+    TapTool,
+)
+
+PLACES = frozenset({"layer", "head", "kv_head", "expert", "token", "path"})
+_WRAP = ":host { flex-wrap: wrap; }"
+
+
+def settle(root: LayoutDOM) -> LayoutDOM:
+    """Finish a drawing for a page: `root` itself, changed in place.
+
+    Layouts and figures without a sizing mode take the width they are given, up to their own; rows wrap; a click on a mark
+    whose data has an address selects it, and what is not selected stays as it is.
+    """
+    from .style import tap
+
+    for model in root.references():
+        if isinstance(model, (Row, Column, GridBox, GridPlot)) and model.sizing_mode is None:
+            model.sizing_mode = "stretch_width"
+        if isinstance(model, Row) and not _wraps(model):
+            model.stylesheets = [*model.stylesheets, InlineStyleSheet(css=_WRAP)]
+        if isinstance(model, Plot):
+            if model.sizing_mode is None:
+                model.update(sizing_mode="stretch_width", max_width=model.max_width or model.width)
+            _selectable(model, tap)
+    return root
+
+
+def _wraps(row: Row) -> bool:
+    return any("flex-wrap" in getattr(sheet, "css", str(sheet)) for sheet in row.stylesheets)
+
+
+def _selectable(plot: Plot, tap: Any) -> None:
+    tapped = {id(r) for tool in plot.select(TapTool) if isinstance(tool.renderers, list) for r in tool.renderers}
+    everything = any(tool.renderers == "auto" for tool in plot.select(SelectTool) if isinstance(tool, TapTool))
+    for renderer in list(plot.select(GlyphRenderer)):
+        if renderer.nonselection_glyph == "auto" and id(renderer) not in tapped:
+            addressed = PLACES & set(renderer.data_source.column_names)
+            fresh = renderer.selection_glyph == "auto" and not everything
+            if addressed and fresh and "fill_color" in renderer.glyph.properties():
+                tap(renderer, plot)
+            else:
+                renderer.nonselection_glyph = None
+
+
+def extent(root: LayoutDOM) -> tuple[int, int]:
+    """Width and height a drawing wants, in pixels: what the page keeps free for it."""
+    if isinstance(root, (Row, Column)):
+        inner = [extent(child) for child in root.children if isinstance(child, LayoutDOM)]
+        gaps = int(root.spacing or 0) * max(0, len(inner) - 1)
+        if isinstance(root, Row):
+            return sum(w for w, _ in inner) + gaps, max((h for _, h in inner), default=0)
+        return max((w for w, _ in inner), default=0), sum(h for _, h in inner) + gaps
+    if isinstance(root, (GridPlot, GridBox)):
+        return _grid(root.children)
+    return root.width or root.max_width or 0, root.height or _words(root)
+
+
+def _grid(children: Iterable[Any]) -> tuple[int, int]:
+    widths: dict[int, int] = {}
+    heights: dict[int, int] = {}
+    for child, r, c, *_ in children:
+        width, height = extent(child)
+        widths[c], heights[r] = max(widths.get(c, 0), width), max(heights.get(r, 0), height)
+    return sum(widths.values()), sum(heights.values())
+
+
+def _words(root: LayoutDOM) -> int:
+    """A height for what has none of its own: a line of text."""
+    return 24 if "text" in root.properties() else 32
+
+
+def bundles_of(models: Iterable[Model]) -> frozenset[str]:
+    """The BokehJS bundles that these models need."""
+    needed = {"bokeh"}
+    for model in models:
+        home = type(model).__module__
+        if home.startswith("bokeh.models.widgets.tables"):
+            needed |= {"bokeh-widgets", "bokeh-tables"}
+        elif home.startswith("bokeh.models.widgets"):
+            needed.add("bokeh-widgets")
+        if isinstance(model, Plot) and model.output_backend == "webgl":
+            needed.add("bokeh-gl")
+    return frozenset(needed)
