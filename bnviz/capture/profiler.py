@@ -26,6 +26,7 @@ from .kineto import MODULE_MARK, OWN_MARK, Session, read_profile
 
 EVENTS_A_CALL = 12  # a module call of a transformer in training leaves about this many events, backward included
 _SILENT = "6"  # above every level kineto prints at: it writes "profiler_start" to the user's stderr otherwise
+_OURS = "_made_by_bnviz"
 
 _Mark = torch._C._profiler._RecordFunctionFast
 
@@ -89,7 +90,7 @@ class Profiler:
         """Begin to record; returns `note` when it could not, and raises nothing."""
         if self._session is not None or self._raw is not None or self._profile is not None:
             return self.note
-        if _foreign(None):
+        if torch._C._autograd._profiler_enabled() or torch.autograd.profiler._is_profiler_enabled or _foreign():
             self.note = (
                 "Operators were not recorded: another torch profiler was running or warming up. "
                 "Capture outside of it, or without the probes ops and memory."
@@ -113,6 +114,7 @@ class Profiler:
         self._delay, self._wall = run_delay(), time.perf_counter_ns()
         with _quiet():
             session = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
+            setattr(session, _OURS, True)
             session.start()
         self._session = session
 
@@ -130,7 +132,7 @@ class Profiler:
         wall, delay = time.perf_counter_ns() - self._wall, run_delay() - self._delay
         self._close_marks()
         try:
-            if not torch.autograd._profiler_enabled() or _foreign(session):
+            if not torch._C._autograd._profiler_enabled() or _foreign():
                 self.note = "Operators were not recorded: another torch profiler was started meanwhile and took over."
                 return
             session.stop()
@@ -180,9 +182,12 @@ class Profiler:
             )
             self.halt()
             return
+        marks = self._open.setdefault(threading.get_ident(), [])
+        while marks and not path:  # an interrupt ended the last forward: torch runs no hooks after one
+            marks.pop().__exit__(None, None, None)
         mark = _Mark(MODULE_MARK + path)
         mark.__enter__()
-        self._open.setdefault(threading.get_ident(), []).append(mark)
+        marks.append(mark)
 
     def leave(self) -> None:
         """The module that entered last in this thread is done, or has failed."""
@@ -262,16 +267,12 @@ def _distinct(found: list[Holding | None]) -> tuple[Holding, ...]:
     return tuple(by_place.values())
 
 
-def _foreign(ours: Any) -> bool:
-    """Whether a profiler other than `ours` runs or warms up, in this thread or another."""
-    if ours is None and (torch.autograd._profiler_enabled() or torch.autograd.profiler._is_profiler_enabled):
-        return True
-    kind = torch.profiler._KinetoProfile
-    for found in gc.get_objects():
-        if (
-            isinstance(found, kind) and found is not ours
-        ):  # 45 ms for 300,000 objects; there is no register of profilers
-            inner = found.profiler
+def _foreign() -> bool:
+    """Whether a profiler that bnviz did not make runs or warms up, in this thread or another."""
+    kind = torch.profiler.profiler._KinetoProfile
+    for found in gc.get_objects():  # 45 ms for 300,000 objects; there is no register of profilers
+        if issubclass(type(found), kind):  # isinstance would ask foreign objects for __class__
+            inner = None if hasattr(found, _OURS) else found.profiler
             if inner is not None and inner.kineto_results is None:
                 return True
     return False
