@@ -15,7 +15,6 @@ from bokeh.models import (
     Model,
     Plot,
     Row,
-    SelectTool,
     TapTool,
 )
 
@@ -49,7 +48,7 @@ def _wraps(row: Row) -> bool:
 
 def _selectable(plot: Plot, tap: Any) -> None:
     tapped = {id(r) for tool in plot.select(TapTool) if isinstance(tool.renderers, list) for r in tool.renderers}
-    everything = any(tool.renderers == "auto" for tool in plot.select(SelectTool) if isinstance(tool, TapTool))
+    everything = any(tool.renderers == "auto" for tool in plot.select(TapTool))
     for renderer in list(plot.select(GlyphRenderer)):
         if renderer.nonselection_glyph == "auto" and id(renderer) not in tapped:
             addressed = PLACES & set(renderer.data_source.column_names)
