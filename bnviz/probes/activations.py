@@ -1,0 +1,103 @@
+"""What each block, attention and MLP does to the residual stream: per token and per channel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bnviz.observation import BlockSeen
+from bnviz.reduce import block_stats
+from bnviz.schema import Variable, probe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TOKEN = ("step", "kind", "layer", "token")
+_CHANNEL = ("step", "kind", "layer", "feature")
+_PAIR = ("norm_in", "cosine", "relative_change")
+_CHANNELS = ("mean", "variance", "max_abs", "kurtosis", "zero_fraction", "outlier_fraction")
+
+
+@probe(
+    sites=("block", "sublayer"),
+    variables=(
+        Variable("norm_in", _TOKEN, "norm", "L2 norm of the residual stream before", "append", True),
+        Variable("norm_out", _TOKEN, "norm", "L2 norm of the residual stream after", "append"),
+        Variable("cosine", _TOKEN, "1", "cosine of before and after; 1 leaves the direction as it was", "append", True),
+        Variable("relative_change", _TOKEN, "1", "norm of what was added over the norm before", "append", True),
+        Variable("mean", _CHANNEL, "1", "mean of a channel after, over tokens", optional=True),
+        Variable("variance", _CHANNEL, "1", "variance of a channel after, over tokens", optional=True),
+        Variable("max_abs", _CHANNEL, "1", "largest magnitude of a channel after", optional=True),
+        Variable("kurtosis", _CHANNEL, "1", "fourth moment over variance squared; 3 for a Gaussian", optional=True),
+        Variable("zero_fraction", _CHANNEL, "1", "share of a channel's values that are exactly zero", optional=True),
+        Variable("outlier_fraction", _CHANNEL, "1", "share of a channel's values that are outliers", optional=True),
+        Variable(
+            "sample", ("step", "layer", "sample", "feature"), "1", "block outputs of the first rows", optional=True
+        ),
+    ),
+    memory="16 B a token and 24 B a channel, for each block and sub-layer",
+)
+class Activations:
+    """How far every block, attention and MLP turns and stretches the residual stream.
+
+    For a sub-layer, before is x and after x + f(x). A cosine near 1 with a small relative change says that the part
+    writes little; it does not say that the model can do without it.
+
+    Parameters
+    ----------
+    sample : int
+        Rows of block outputs to keep as they are, for information measures: the first ones of (batch x tokens) that are
+        not padding. For a network without tokens a row is an example. 0: none.
+
+    Notes
+    -----
+    * NaN: the token's vector is zero before (`relative_change`), or before or after (`cosine`).
+    * `norm_in`, `cosine` and `relative_change` are absent where before and after differ in shape (a layer that changes
+      the width, a strided convolution).
+    * Channel statistics and `sample` describe whole forwards and prompts; a decode step shows one token a sequence, so
+      it adds none.
+    * Cost: one read of input and output. `sample` grows by 4 B x rows x width a layer and step.
+
+    Source: ShortGPT (arXiv 2403.03853) for the cosine of blocks, LLM-Drop (arXiv 2406.15786) for sub-layers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bnviz.observation import BlockSeen, Context, Site
+    >>> x = torch.tensor([[[3.0, 4.0]]])
+    >>> seen = BlockSeen(Site("block", "layers.0", 0), Context(0, 0, "forward"), x, 2 * x)
+    >>> kept = Activations().observe(seen)
+    >>> float(kept["norm_in"]), float(kept["cosine"]), float(kept["relative_change"])
+    (5.0, 1.0, 1.0)
+    """
+
+    def __init__(self, *, sample: int = 0) -> None:
+        if sample < 0:
+            raise ValueError(f"Activations(sample={sample}): expected a number of rows, 0 or more.")
+        self.sample = sample
+
+    def observe(self, seen: BlockSeen) -> dict[str, Tensor]:
+        """Statistics of one block or sub-layer in one call."""
+        paired = seen.input.shape == seen.output.shape
+        before = seen.input if paired else seen.output
+        stats: Any = block_stats(before, seen.output, valid=seen.context.valid)
+        kept = {"norm_out": stats.norm_out}
+        if paired:
+            kept |= {name: getattr(stats, name) for name in _PAIR}
+        if seen.context.phase != "decode":
+            kept |= {name: getattr(stats, name) for name in _CHANNELS}
+            if self.sample and seen.site.part == "block":
+                kept["sample"] = _first_rows(seen.output, self.sample, seen.context.valid)
+        return kept
+
+
+def _first_rows(output: Tensor, count: int, valid: Tensor | None) -> Tensor:
+    """(1, rows, features): the first `count` rows that are not padding, without asking the device how many there are."""
+    rows = output.detach().reshape(-1, output.shape[-1]).float()
+    count = min(count, len(rows))
+    if valid is None or valid.shape != output.shape[:2]:
+        return rows[None, :count]
+    kept = valid.reshape(-1)
+    if count < len(rows):  # sorting asks the device for no number, as selecting by the mask would
+        first = (~kept).byte().argsort(stable=True)[:count]
+        rows, kept = rows[first], kept[first]
+    return rows.masked_fill(~kept[:, None], float("nan"))[None]
