@@ -243,15 +243,15 @@ def judge(result: xr.Dataset, *, lost: float = 0.05, uneven: float = 0.3) -> Jud
 def _smallest(result: xr.Dataset, method: str, lost: float, layer: int | None = None) -> float:
     """Smallest budget that loses less than `lost`; NaN when none does."""
     if layer is None:
-        mass = result["mass_kept_mean"].sel(method=method).values
+        mass = result["mass_kept_mean"].sel({"method": method}).values
     else:
-        mass = result["mass_kept"].sel(method=method).isel(layer=layer).mean("kv_head").values
+        mass = result["mass_kept"].sel({"method": method}).isel(layer=layer).mean("kv_head").values
     enough = np.flatnonzero(mass > 1 - lost)
     return float(result["budget"].values[enough[0]]) if len(enough) else float("nan")
 
 
 def _mass_at(result: xr.Dataset, method: str, budget: float) -> float:
-    return float(result["mass_kept_mean"].sel(method=method, budget=budget))
+    return float(result["mass_kept_mean"].sel({"method": method, "budget": budget}))
 
 
 def _shrink(result: xr.Dataset, best: str, budget: float, null: float, lost: float) -> Finding:

@@ -1,0 +1,89 @@
+"""The slider over the budgets of a `kv_importance` result, and the words that go with each."""
+
+from __future__ import annotations
+
+import html
+
+import numpy as np
+import xarray as xr
+from bokeh.models import CustomJS, Div, InlineStyleSheet, Slider
+
+from bnviz import quantities as q
+
+from . import style
+
+NULL = "random"
+_CSS = f"""
+:host {{ font: {style.SIZE["subtitle"]}/1.5 var(--jp-ui-font-family, {style.FONT}); color: var(--bnv-ink, #212121);
+  font-variant-numeric: tabular-nums; }}
+"""
+_READ = "div.text = words[cb_obj.value];"
+
+
+def start(result: xr.Dataset) -> int:
+    """Index of the budget a drawing opens with: the one nearest to 30 %.
+
+    Examples
+    --------
+    >>> start(xr.Dataset(coords={"budget": [0.1, 0.25, 0.5]}))
+    1
+    """
+    return int(np.abs(result["budget"].values - 0.3).argmin())
+
+
+def methods(result: xr.Dataset) -> list[str]:
+    """Methods by the attention they keep at the opening budget, most first; the null last."""
+    kept = result["mass_kept_mean"].isel(budget=start(result)).values
+    named = sorted(zip(-np.nan_to_num(kept), (str(m) for m in result["method"].values), strict=True))
+    return [m for _, m in named if m != NULL] + [m for _, m in named if m == NULL]
+
+
+def colour(result: xr.Dataset, method: str) -> str:
+    """The same for a method in every drawing of one result; grey for the null."""
+    if method == NULL:
+        return style.LIGHT["faint"]
+    others = sorted(str(m) for m in result["method"].values if m != NULL)
+    return style.SERIES[others.index(method) % len(style.SERIES)]
+
+
+def words(result: xr.Dataset) -> list[str]:
+    """What each budget keeps, in tokens and bytes."""
+    whole = result.attrs["tokens"]
+    full = float(result["bytes_kept"].values[-1] / result["tokens_kept"].values[-1] * whole)
+    told = []
+    for budget, tokens, taken in zip(
+        result["budget"].values, result["tokens_kept"].values, result["bytes_kept"].values, strict=True
+    ):
+        line = f"Keep {q.share(budget)}: {q.count(tokens)} of {q.count(whole)} tokens in each kv head"
+        told.append(line + (f", {q.size(taken)} of {q.size(full)}" if np.isfinite(taken) else ""))
+    return told
+
+
+def slider(result: xr.Dataset) -> tuple[Slider, Div]:
+    """A slider over the indices of the budgets, and a line that says what the chosen one keeps; both work without a kernel."""
+    told = [html.escape(line) for line in words(result)]
+    at = start(result)
+    made = Slider(
+        start=0,
+        end=max(1, len(told) - 1),
+        value=at,
+        step=1,
+        title=None,
+        show_value=False,
+        width=240,
+        bar_color=style.LIGHT["accent"],
+        disabled=len(told) < 2,
+        name="bnviz-budget",
+    )
+    line = Div(text=told[at], stylesheets=[InlineStyleSheet(css=_CSS)], width=420)
+    made.js_on_change("value", CustomJS(args={"div": line, "words": told}, code=_READ))
+    return made, line
+
+
+def nothing_to_draw(result: xr.Dataset) -> str | None:
+    """Why there is no curve, in words; None when there is one."""
+    if not all(result.sizes.get(dim) for dim in ("method", "budget", "key")):
+        return "No keys were ranked. Capture a prefill with probes=['attention', 'keys_values'] and run again"
+    if result.sizes["key"] < 2:
+        return "One token: there is nothing to rank"
+    return None
