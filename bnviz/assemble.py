@@ -164,9 +164,9 @@ def _stack(
         if values is None:
             continue
         if token is not None:
-            axis, shape = dims.index(token), (values.shape[0], values.shape[dims.index(token) + 1])
+            axis, batch = dims.index(token), (values.shape[0], values.shape[dims.index(token) + 1])
             valid = row.valid.get(token)
-            valid = valid if valid is not None and valid.shape == shape else np.ones(shape, bool)
+            valid = valid if valid is not None and valid.shape == batch else np.ones(batch, bool)
             found = layout(valid, row.past if token in ("token", "query") else None)
             known = layouts.setdefault(token, {}).get(row.step)
             if known is None or len(known[0]) < len(found[0]):

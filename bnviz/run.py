@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from html import escape
@@ -242,13 +243,15 @@ def _extent(record: xr.Dataset) -> str:
 
 
 def _write(tree: xr.DataTree, target: Path) -> None:
-    from zarr.storage import ZipStore
-
-    if target.name.removesuffix(".tmp").endswith(".zip"):
-        with ZipStore(target, mode="w") as store:
-            tree.to_zarr(store, consolidated=False)
-    else:
+    if not target.name.removesuffix(".tmp").endswith(".zip"):
         tree.to_zarr(target, consolidated=False)
+        return
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        store = Path(folder) / "store"
+        tree.to_zarr(store, consolidated=False)
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # chunks are compressed already
+            for file in sorted(store.rglob("*")):
+                archive.write(file, file.relative_to(store))
 
 
 def _read(target: Path) -> Run:

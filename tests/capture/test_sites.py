@@ -1,0 +1,174 @@
+"""Blocks, residual writers, attention and routers are found by structure and arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bnviz
+from bnviz.capture.blocks import find_blocks
+from bnviz.capture.routers import find_routers, scores_are
+from bnviz.capture.writers import Search
+
+
+class PlainAttention(nn.Module):
+    def __init__(self, width: int = 16, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class PreNorm(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.n1, self.n2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = PlainAttention(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.n1(x))
+        return x + self.mlp(self.n2(x))
+
+
+class Parallel(PreNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(self.n1(x)) + self.mlp(self.n1(x))
+
+
+class PostNorm(PreNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.n1(x + self.attn(x))
+        return self.n2(x + self.mlp(x))
+
+
+class Body(nn.Module):
+    def __init__(self, block: type[nn.Module], depth: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(8, 16)
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_blocks_of_a_list_in_order() -> None:
+    assert [b.path for b in find_blocks(Body(PreNorm))] == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_a_flat_sequential_joins_activations_to_the_layer_before() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Dropout(), nn.Linear(3, 2))
+    blocks = find_blocks(net)
+    assert [b.path for b in blocks] == ["1", "4"]
+    assert blocks[0].last is net[3]
+
+
+def test_experts_are_no_blocks() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+
+    net = nn.ModuleDict({"layers": nn.ModuleList([Experts(), Experts()])})
+    assert [b.path for b in find_blocks(net)] == ["layers.0", "layers.1"]
+
+
+def test_a_model_without_a_list_has_its_children_as_blocks() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
+
+    assert [b.path for b in find_blocks(Net())] == ["fc1", "fc2"]
+
+
+def test_a_model_without_parameters_has_no_blocks() -> None:
+    assert find_blocks(nn.Sequential(nn.ReLU(), nn.Flatten())) == []
+
+
+@pytest.mark.parametrize(("block", "parallel"), [(PreNorm, False), (Parallel, True)])
+def test_residual_writers_are_verified(block: type[nn.Module], parallel: bool) -> None:
+    torch.manual_seed(0)
+    module, x = block(), torch.randn(2, 7, 16)
+    search = Search(module)
+    y = module(x)
+    found, outputs = search.found(x, y)
+    search.close()
+    assert found is not None
+    assert found.paths == ("attn", "mlp")
+    assert found.parts == ("attention", "mlp")
+    assert found.parallel is parallel
+    assert torch.allclose(x + outputs[0] + outputs[1], y, atol=1e-5)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_a_post_norm_block_has_no_verified_writers() -> None:
+    torch.manual_seed(0)
+    module, x = PostNorm(), torch.randn(2, 7, 16)
+    search = Search(module)
+    found, _ = search.found(x, module(x))
+    search.close()
+    assert found is None
+
+
+def test_sublayers_are_seen_with_the_stream_they_read() -> None:
+    model, x = Body(PreNorm), torch.randn(2, 7, 8)
+    with torch.no_grad(), bnviz.capture(model, probes=["activations"], strict=True) as recorder:
+        model(x)
+        hidden = model.stem(x)
+        block = model.blocks[0]
+        middle = hidden + block.attn(block.n1(hidden))
+        after = block(hidden)
+    record = recorder.run["activations"].sel(layer=0).isel(step=0)
+    assert list(record.kind.values) == ["block", "attention", "mlp"]
+    for kind, before, later in (("block", hidden, after), ("attention", hidden, middle), ("mlp", middle, after)):
+        expected = F.cosine_similarity(before.double(), later.double(), dim=-1).flatten()
+        found = torch.from_numpy(record["cosine"].sel(kind=kind).values).double()
+        assert torch.allclose(found, expected, atol=1e-6), kind
+
+
+def test_attention_is_found_by_what_its_code_calls(load_model: Any) -> None:
+    assert [s.path for s, _ in bnviz.sites(Body(PreNorm)).attention.values()] == [f"blocks.{i}.attn" for i in range(3)]
+    plan = bnviz.sites(load_model("llama-induction-byte"))
+    assert [(s.path, how) for s, how in plan.attention.values()] == [
+        (f"model.layers.{i}.self_attn", "interface") for i in range(2)
+    ]
+    assert plan.unknown == []
+
+
+def test_what_is_not_understood_is_listed() -> None:
+    plan = bnviz.sites(
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2, enable_nested_tensor=False)
+    )
+    assert any("MultiheadAttention" in line for line in plan.unknown)
+    assert "not understood" in repr(plan)
+
+
+def test_routers_state_their_contract(load_model: Any) -> None:
+    found = list(find_routers(load_model("mixtral-bard")))
+    assert [r.path for r in found] == [f"model.layers.{i}.mlp.experts" for i in range(4)]
+    assert {r.count for r in found} == {8}
+    assert all(r.router is not None for r in found)
+
+
+def test_how_scores_become_weights_is_told_apart() -> None:
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    for name, shown in (("logits", logits.softmax(-1)), ("sigmoid", logits.sigmoid())):
+        weights, ids = shown.topk(2, -1)
+        assert scores_are(logits, ids, weights / weights.sum(-1, keepdim=True)) == name
+        assert scores_are(logits, ids, 2.5 * weights) == name
+    weights, ids = logits.softmax(-1).topk(2, -1)
+    assert scores_are(logits.softmax(-1), ids, weights) == "probabilities"
+    assert scores_are(logits, ids, weights.flip(-1)) is None

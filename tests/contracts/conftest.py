@@ -1,0 +1,79 @@
+"""Real runs of real models, made once; the contracts look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bnviz
+from bnviz import catalog
+from bnviz.run import Run
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2))
+
+
+@pytest.fixture(scope="session")
+def experts_run(load_model: Any) -> Run:
+    """Every default probe on the trained mixture-of-experts model."""
+    model = load_model("mixtral-bard")
+    ids = torch.arange(5, 101).reshape(2, 48)
+    with torch.no_grad(), bnviz.capture(model, strict=True) as recorder:
+        model(ids)
+    return recorder.run
+
+
+@pytest.fixture(scope="session")
+def net_run() -> Run:
+    """Activations with samples and labels, at three moments of a small network's training."""
+    model = net()
+    x = torch.randn(256, 6, generator=torch.Generator().manual_seed(1))
+    y = (x.sum(1) > 0).long()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    with bnviz.capture(model, probes=["activations"], sample=256, when="eval", labels=y, strict=True) as recorder:
+        for step in range(30):
+            model.train()
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if step % 10 == 9:
+                model.eval()
+                with torch.no_grad():
+                    model(x)
+    return recorder.run
+
+
+@pytest.fixture(scope="session")
+def runs(experts_run: Run, net_run: Run) -> tuple[Run, Run]:
+    return experts_run, net_run
+
+
+def record_for(need: str, runs: tuple[Run, ...]) -> Any:
+    """The record that holds "record.variable" in one of the runs."""
+    record, _, variable = need.partition(".")
+    return next((run[record] for run in runs if record in run and variable in run[record]), None)
+
+
+@pytest.fixture(scope="session")
+def results(runs: tuple[Run, Run]) -> dict[str, Any]:
+    """Every diagnostic of the catalogue, on real records."""
+    found = {}
+    for name, diagnostic in catalog.every("diagnostics"):
+        needed = {
+            need.partition(".")[0]: record_for(need, runs) for need in (*diagnostic.spec.needs, *diagnostic.spec.wants)
+        }
+        found[name] = diagnostic(**{record: data for record, data in needed.items() if data is not None})
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None] | None:
+    for room in ("probes", "diagnostics", "views"):
+        if f"{room[:-1]}_name" in metafunc.fixturenames:
+            metafunc.parametrize(f"{room[:-1]}_name", catalog.names(room))
+    return None

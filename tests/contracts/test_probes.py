@@ -1,0 +1,189 @@
+"""What every probe keeps, whatever it watches: the model does not notice, and what was declared is there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bnviz
+from bnviz import catalog
+from bnviz.errors import CaptureError, UnknownName
+from bnviz.schema import DIMENSIONS, UNITS
+
+from .conftest import net
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
+         "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks")  # fmt: skip
+
+
+def traces_on(model: nn.Module) -> dict[str, Any]:
+    """Everything a capture could leave behind, on the model and around it."""
+    from transformers.modeling_utils import AttentionInterface
+
+    left: dict[str, Any] = {
+        "rng": torch.get_rng_state().tolist(),
+        "grad": torch.is_grad_enabled(),
+        "modes": torch.overrides._get_current_function_mode_stack(),
+        "interface": vars(AttentionInterface).get("get_interface"),
+        "profiler": torch.autograd._profiler_enabled(),
+        "threads": torch.get_num_threads(),
+    }
+    for path, module in model.named_modules():
+        left[f"{path}.attributes"] = {k: id(v) for k, v in vars(module).items() if k not in HOOKS}
+        left[f"{path}.hooks"] = {k: list(getattr(module, k)) for k in HOOKS}
+        left[f"{path}.class"] = type(module)
+        left[f"{path}.training"] = module.training
+    return left
+
+
+def model_for(probe: Any, load_model: Any) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
+    """A model that has what the probe looks at, and a way to call it."""
+    if {"attention", "router"} & set(probe.spec.sites):
+        ids = torch.arange(5, 53).reshape(2, 24)
+        return load_model("mixtral-bard"), lambda m: m(ids).logits
+    x = torch.linspace(-1, 1, 24).reshape(4, 6)
+    return net(), lambda m: m(x)
+
+
+@pytest.fixture
+def case(probe_name: str, load_model: Any) -> tuple[str, nn.Module, Callable[[nn.Module], Any]]:
+    return (probe_name, *model_for(catalog.load("probes", probe_name), load_model))
+
+
+def test_the_declaration_is_whole(probe_name: str) -> None:
+    spec = catalog.load("probes", probe_name).spec
+    assert spec.name == probe_name
+    assert spec.memory
+    assert spec.variables
+    for variable in spec.variables:
+        assert set(variable.dims) <= set(DIMENSIONS)
+        assert variable.unit in UNITS
+        assert variable.doc
+
+
+def test_outputs_gradients_and_state_are_bit_identical(case: Any) -> None:
+    name, model, call = case
+    alone = copy.deepcopy(model)
+    expected = call(alone)
+    expected.square().sum().backward()
+    before = traces_on(model)
+    with bnviz.capture(model, probes=[name], strict=True):
+        found = call(model)
+        found.square().sum().backward()
+    assert torch.equal(found, expected)
+    gradients = {n: p.grad for n, p in alone.named_parameters()}
+    for path, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (gradients[path] is None), path
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, gradients[path]), path
+        parameter.grad = None
+    for (path, buffer), (_, twin) in zip(model.named_buffers(), alone.named_buffers(), strict=True):
+        assert torch.equal(buffer, twin), path
+    assert traces_on(model) == before
+
+
+def test_a_model_that_raises_is_left_as_it_was(case: Any) -> None:
+    name, model, call = case
+    before = traces_on(model)
+    last = [m for m in model.modules() if not list(m.children())][-1]
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("the model's own error")
+
+    with pytest.raises(ZeroDivisionError, match="own error"), bnviz.capture(model, probes=[name]) as recorder:
+        handle = last.register_forward_pre_hook(fail)
+        try:
+            call(model)
+        finally:
+            handle.remove()
+    assert traces_on(model) == before
+    assert any("ZeroDivisionError" in note for note in recorder.notes)
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(case: Any) -> None:
+    name, model, call = case
+    before = traces_on(model)
+    last = [m for m in model.modules() if not list(m.children())][-1]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), bnviz.capture(model, probes=[name]):
+        handle = last.register_forward_hook(interrupt)
+        try:
+            call(model)
+        finally:
+            handle.remove()
+    assert traces_on(model) == before
+
+
+def test_a_probe_that_raises_costs_only_itself(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, model, call = case
+    probe = catalog.load("probes", name)
+    expected, before = call(model), traces_on(model)
+
+    def fail(*_: Any) -> None:
+        raise ValueError("the probe's own error")
+
+    for method in ("observe", "profiled", "stop"):
+        if hasattr(probe, method):
+            if method == "stop":
+                monkeypatch.setattr(probe, "start", lambda self: None)
+            monkeypatch.setattr(probe, method, fail)
+    other = "keys_values" if name == "activations" and "attention" in probe.spec.sites else "activations"
+    both = [name] if name == other else [name, other]
+    recorder = bnviz.capture(model, probes=both)
+    recorder.attach()
+    assert torch.equal(call(model), expected)
+    run = recorder.detach(quiet=True)
+    assert traces_on(model) == before
+    assert any("own error" in note and note.startswith(name) for note in recorder.notes)
+    assert run is None or name not in run
+    if name != other:
+        assert run is not None
+        assert other in run
+
+
+def test_strict_raises_what_goes_wrong(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, model, call = case
+    probe = catalog.load("probes", name)
+    if not hasattr(probe, "observe"):
+        pytest.skip("has no observe")
+    before = traces_on(model)
+
+    def fail(*_: Any) -> None:
+        raise ValueError("the probe's own error")
+
+    monkeypatch.setattr(probe, "observe", fail)
+    with pytest.raises(CaptureError, match="own error"), bnviz.capture(model, probes=[name], strict=True):
+        call(model)
+    assert traces_on(model) == before
+
+
+def test_a_wrong_argument_is_refused_before_anything_is_touched(case: Any) -> None:
+    name, model, _ = case
+    before = traces_on(model)
+    with pytest.raises(UnknownName, match="Valid: .*budget"):
+        bnviz.capture(model, probes=[name], bugdet="1 GiB")
+    assert traces_on(model) == before
+
+
+def test_what_is_declared_is_there(probe_name: str, runs: Any) -> None:
+    spec = catalog.load("probes", probe_name).spec
+    run = next((r for r in runs if probe_name in r), None)
+    if run is None:
+        pytest.skip(f"{probe_name} is not on by default, or not permitted here: {runs[0].notes}")
+    record = run[probe_name]
+    for variable in spec.variables:
+        if variable.name not in record:
+            assert variable.optional, f"{variable.name} is declared and absent"
+            continue
+        assert tuple(record[variable.name].dims) == variable.dims
+        assert record[variable.name].attrs["units"] == variable.unit
+        assert record[variable.name].attrs["long_name"]
+    assert record.attrs["model"]
