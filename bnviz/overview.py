@@ -26,12 +26,12 @@ def six_numbers(report: Report) -> list[tuple[str, str]]:
     largest = max(map(share_of, found), default=0.0)
     candidates: list[tuple[str, str | None]] = [
         ("findings above their limits", quantities.count(above)),
-        ("of the run the largest would save", quantities.share(largest) if largest else None),
+        ("saved by the largest finding", quantities.share(largest) if largest else None),
         ("parameters", _count(facts.get("parameters"))),
         _shape(sizes),
         ("tokens in a step", _count(max((sizes.get(d, 0) for d in ("token", "query", "key")), default=0) or None)),
-        ("observed", _time(facts.get("duration"))),
-        ("steps", _count(sizes.get("step"))),
+        ("of the model watched", _time(facts.get("seconds"))),
+        ("steps", _count(sizes.get("step") if sizes.get("step", 0) > 1 else None)),
         ("records kept", quantities.size(sum(report.run[kind].nbytes for kind in report.run.kinds))),
         ("diagnostics ran", quantities.count(len(report.outcomes))),
         ("records", quantities.count(len(report.run.kinds))),

@@ -149,22 +149,21 @@ def _finding(finding: Finding) -> str:
     where = json.dumps(dict(finding.where), default=lambda value: value.item())
     path = finding.where.get("path")
     spot = escape(place({k: v for k, v in finding.where.items() if k != "path"}))
-    how = escape(finding.saving.how if finding.saving else "")
     if isinstance(path, str) and path:
         spot += f"<span>{escape(path)}</span>"
     return f"""<li class="finding" data-where="{escape(where)}" data-section="{escape(diagnostic)}">
 <span class="sev {finding.severity}"><b aria-hidden="true">{_MARK[finding.severity]}</b>{finding.severity}</span>
-<button type="button" class="what" aria-pressed="false">{escape(finding.sentence)}</button>
-<span class="place">{spot}</span>{_saving(finding)}
-<a class="go" href="#{escape(diagnostic)}" aria-label="Show {escape(_title_of(diagnostic))}">›</a>
-<span class="advice">{escape(finding.advice)}</span><span class="how">{how}</span></li>"""
+<div class="claim"><button type="button" class="what" aria-pressed="false">{escape(finding.sentence)}</button>
+<p class="advice">{escape(finding.advice)}</p></div>
+<div class="place">{spot}</div>{_saving(finding)}
+<a class="go" href="#{escape(diagnostic)}" aria-label="Show {escape(_title_of(diagnostic))}">›</a></li>"""
 
 
 def _saving(finding: Finding) -> str:
     if finding.saving is None:
-        return f'<span class="save none">{NOT_ESTIMATED}</span>'
+        return f'<div class="save none">{NOT_ESTIMATED}</div>'
     bar = f'<i style="width:{100 * share_of(finding):.0f}%"></i>'
-    return f'<span class="save">{escape(saving_words(finding))}{bar}</span>'
+    return f'<div class="save">{escape(saving_words(finding))}{bar}<small>{escape(finding.saving.how)}</small></div>'
 
 
 # ---------------------------------------------------------------------------------------------------------------- sections
@@ -185,20 +184,21 @@ def _section(name: str, outcome: Outcome, figures: _Figures, half: bool) -> str:
     judgement, spec = outcome.judgement, outcome.spec
     record = spec.needs[0].partition(".")[0] if spec.needs else ""
     drawn = "".join(_figure(name, at, each, several=len(figures) > 1) for at, each in figures)
+    shown = f'<div class="figures">{drawn}</div>' if drawn else ""
     caveats = "".join(f"<li>{escape(line)}</li>" for line in judgement.caveats)
     summary = judgement.summary or judgement.title
     kind = "half" if half else "full"
     return f"""<section id="{name}" class="{kind}" data-record="{escape(record)}" aria-labelledby="q-{name}">
 <h2 id="q-{name}">{escape(spec.question)}</h2><h3 id="t-{name}">{escape(judgement.title)}</h3>
 <p class="sub">{escape(judgement.subtitle)}</p><p class="spoken" id="s-{name}">{escape(summary)}</p>
-<div class="figures">{drawn}</div>{f'<ul class="caveats">{caveats}</ul>' if caveats else ""}{_as_tables(outcome)}</section>"""
+{shown}{f'<ul class="caveats">{caveats}</ul>' if caveats else ""}{_as_tables(outcome)}</section>"""
 
 
 def _figure(name: str, at: str, each: Drawn, *, several: bool) -> str:
     caption = f'<p class="sub">{escape(each.caption)}</p>' if several else ""
     labels = f'role="figure" aria-labelledby="t-{name}" aria-describedby="s-{name}"'
     if each.error:
-        words = f"{each.name} could not be drawn: {each.error}. The numbers are in the table below"
+        words = f"{each.name or name} could not be drawn: {each.error}. The numbers are in the table below"
         return f'<figure {labels}>{caption}<div class="unseen"><span>{escape(words)}</span></div></figure>'
     style = f"min-height:{each.height}px"
     return f"""<figure {labels} style="flex-basis:{min(each.width, 1100)}px">{caption}<div class="holder noscript" tabindex="0"

@@ -21,7 +21,6 @@ ROWS = (  # from the top; a file imports from rows below it, and from its own ro
     ("__main__",),
     ("cli", "demo"),
     ("jupyter",),
-    ("page",),
     ("report",),
     ("capture", "probes", "diagnostics", "views"),
     ("run", "estimators", "scores"),
@@ -30,7 +29,9 @@ ROWS = (  # from the top; a file imports from rows below it, and from its own ro
     ("errors",),
 )
 RANK = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
-PART_OF = {"assemble": "run", "segments": "run", "trace": "run"}
+PART_OF = {"assemble": "run", "segments": "run", "trace": "run"} | dict.fromkeys(
+    ("page", "drawing", "overview", "tables", "findings"), "report"
+)
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 LIGHT = {"diagnostics": {"torch", "bokeh", "zarr"}, "views": {"torch", "zarr"}, "schema": {"torch", "bokeh", "zarr"}}
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from bokeh.core.properties import value
 from bokeh.models import (
     Column,
+    Glyph,
     GlyphRenderer,
     GridBox,
     GridPlot,
@@ -16,10 +18,24 @@ from bokeh.models import (
     Plot,
     Row,
     TapTool,
+    Widget,
 )
+
+from ._tokens import FONT, MONO, UI_FONT
 
 PLACES = frozenset({"layer", "head", "kv_head", "expert", "token", "path"})
 _WRAP = ":host { flex-wrap: wrap; }"
+_WIDGET = f"""
+:host {{ --base-font: {UI_FONT}; --color: var(--bnv-ink, #212121); --background-color: var(--bnv-surface, #ffffff);
+  --border-color: var(--bnv-rule, #bdbdbd); --divider-color: var(--bnv-grid, #e6e6e6); --hover-color: var(--bnv-raised, #f5f5f5);
+  --surface-background-color: var(--bnv-raised, #f5f5f5); --disabled-background-color: var(--bnv-raised, #f5f5f5);
+  --inactive-bg: var(--bnv-raised, #f5f5f5); --placeholder-color: var(--bnv-muted, #5f5f5f);
+  --icon-color: var(--bnv-muted, #5f5f5f); --highlight-color: var(--bnv-accent, #0b57d0);
+  --input-focus-border-color: var(--bnv-accent, #0b57d0); color: var(--bnv-ink, #212121); }}
+.noUi-target {{ background: var(--bnv-grid, #e6e6e6); border-color: var(--bnv-grid, #e6e6e6); box-shadow: none; }}
+.noUi-handle {{ background: var(--bnv-surface, #ffffff); border-color: var(--bnv-accent, #0b57d0); box-shadow: none; }}
+.noUi-handle:focus-visible {{ outline: 2px solid var(--bnv-accent, #0b57d0); outline-offset: 2px; }}
+"""  # Bokeh's widgets take these from their own host and not from the page
 
 
 def settle(root: LayoutDOM) -> LayoutDOM:
@@ -31,6 +47,10 @@ def settle(root: LayoutDOM) -> LayoutDOM:
     from .style import tap
 
     for model in root.references():
+        if isinstance(model, Widget):
+            model.stylesheets = [InlineStyleSheet(css=_WIDGET), *model.stylesheets]
+        if isinstance(model, Glyph) and getattr(model, "text_font", None) in (FONT, MONO):
+            model.text_font = value(model.text_font)  # a bare text is taken for a column when it is no single word
         if isinstance(model, (Row, Column, GridBox, GridPlot)) and model.sizing_mode is None:
             model.sizing_mode = "stretch_width"
         if isinstance(model, Row) and not _wraps(model):
