@@ -133,6 +133,17 @@ def ratio(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
+def setting(value: float) -> str:
+    """A number that was chosen, not measured: no zeros to fill up.
+
+    Examples
+    --------
+    >>> setting(0.001), setting(12.0), setting(-1), setting(9.9658)
+    ('0.001', '12', '−1', '9.97')
+    """
+    return f"{value:.3g}".replace("-", "−") if math.isfinite(value) else significant(value)
+
+
 def factor(value: float) -> str:
     """A factor.
 

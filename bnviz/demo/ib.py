@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class _Net(nn.Module):
 
     def __init__(self, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
-        pairs = zip(WIDTHS[:-1], WIDTHS[1:], strict=True)
+        pairs = itertools.pairwise(WIDTHS)
         self.hidden = nn.Sequential(*(part for a, b in pairs for part in (nn.Linear(a, b), activation())))
         self.readout = nn.Linear(WIDTHS[-1], 2)
 
@@ -143,7 +144,7 @@ def train_and_capture(*, epochs: int = 600, watched: int = 20, activation: str =
     source = torch.Generator().manual_seed(seed + 1)
     order = torch.randperm(len(inputs), generator=source)
     train, held = order[: int(TRAINED * len(order))], order[int(TRAINED * len(order)) :]
-    optimizer = torch.optim.Adam(net.parameters(), lr=RATE)
+    optimizer = torch.optim.Adam(net.parameters(), lr=RATE, fused=True)
     marks = _marks(epochs, watched)
     with capture(
         net,
@@ -163,8 +164,8 @@ def train_and_capture(*, epochs: int = 600, watched: int = 20, activation: str =
 
 
 def _marks(epochs: int, watched: int) -> tuple[int, ...]:
-    later = np.unique(np.geomspace(1, epochs, max(1, watched - 1)).round().astype(int)) if epochs else []
-    return (0, *(int(epoch) for epoch in later))
+    later = np.geomspace(1, epochs, max(1, watched - 1)).round().astype(int) if epochs else np.array([], int)
+    return (0, *(int(epoch) for epoch in np.unique(later)))
 
 
 def _look(net: nn.Module, inputs: Tensor) -> Tensor:
@@ -175,10 +176,10 @@ def _look(net: nn.Module, inputs: Tensor) -> Tensor:
 
 def _train(net: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, wanted: Tensor, order: Tensor) -> None:
     net.train()
-    for rows in order.split(BATCH):
+    for rows in torch.split(order, BATCH):
         loss = nn.functional.cross_entropy(net(inputs[rows]), wanted[rows])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
 

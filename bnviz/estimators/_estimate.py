@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from bnviz.quantities import significant
+from bnviz.quantities import setting, significant
 
 __all__ = ["SATURATION", "Estimate", "Information", "confidence", "judged_input", "judged_label", "plug_in_entropy"]
 
@@ -113,7 +113,7 @@ def judged_input(estimate: Estimate, row_bits: float, rows: int) -> Estimate:
     """`estimate` of I(X;T), doubted when nearly every row is told from every other: then it is log2 N whatever was learnt."""
     most = math.log2(rows) if rows > 1 else 0.0
     if row_bits >= SATURATION * most:
-        return estimate.doubted(f"at the ceiling log2 {rows} = {significant(most)} bit")
+        return estimate.doubted(f"at the ceiling log2 {rows} = {setting(most)} bit")
     return estimate
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnviz.errors import SchemaError
-from bnviz.quantities import share, significant
+from bnviz.quantities import setting, share
 from bnviz.reduce.binned_codes import binned_codes, count_codes, joined_codes
 
 from ._estimate import NAN, Estimate, Information, confidence, judged_input, judged_label, plug_in_entropy
@@ -87,7 +87,7 @@ def binned(
     i_ty = None if given.label is None else _label(given, codes.code, permutations, seed)
     beyond = codes.outside / given.values.size
     if beyond > OUTSIDE:
-        reason = f"{share(beyond)} of the values lie outside the bins, {significant(low)} to {significant(high)}"
+        reason = f"{share(beyond)} of the values lie outside the bins, {setting(low)} to {setting(high)}"
         i_xt = i_xt.doubted(reason)
         i_ty = None if i_ty is None else i_ty.doubted(reason)
     return Information(i_xt, i_ty, f"{bins} bins")

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnviz.errors import SchemaError
-from bnviz.quantities import significant
+from bnviz.quantities import setting
 from bnviz.reduce.gram_reduce import gram_reduce
 
 from ._estimate import Estimate, Information, confidence, judged_input, judged_label
@@ -81,7 +81,7 @@ def kde(
     i_xt, i_ty = _input(given, sums, noise), None
     if given.label is not None and sums.label is not None:
         i_ty = _label(given, sums, sums.label)
-    return Information(i_xt, i_ty, f"noise variance {significant(noise)}")
+    return Information(i_xt, i_ty, f"noise variance {setting(noise)}")
 
 
 class _Pair(NamedTuple):
