@@ -265,6 +265,14 @@ def _claim(of: Any) -> str:
     return doc.splitlines()[0]
 
 
+def _check_names(variables: tuple[Variable, ...]) -> None:
+    """A variable called like a dimension of its own dataset would silently become a coordinate."""
+    dims = {dim for v in variables for dim in v.dims}
+    for variable in variables:
+        if variable.name in dims and variable.dims != (variable.name,):
+            raise SchemaError(f"Variable {variable.name!r} has the name of a dimension beside it; rename it.")
+
+
 def probe(
     *,
     sites: tuple[str, ...] = (),
@@ -291,6 +299,8 @@ def probe(
     for kind in sites:
         if kind not in SITE_KINDS:
             raise SchemaError(f"Probe looks at site kind {kind!r}; valid: {', '.join(SITE_KINDS)}.")
+
+    _check_names(variables)
 
     def declare(cls: _T) -> _T:
         cls.spec = ProbeSpec(_snake(cls.__name__), _claim(cls), sites, variables, uses, memory, default)  # type: ignore[attr-defined]
@@ -323,6 +333,8 @@ def diagnostic(
     order : int
         Place in reports, low first.
     """
+
+    _check_names(gives)
 
     def declare(function: _F) -> _F:
         function.spec = DiagnosticSpec(function.__name__, _claim(function), question, needs, wants, gives, order)  # type: ignore[attr-defined]

@@ -137,7 +137,7 @@ def train_and_capture(*, epochs: int = 600, watched: int = 20, activation: str =
     Examples
     --------
     >>> seen = train_and_capture(epochs=2, watched=3)
-    >>> seen.epochs, dict(seen.run["activations"]["sample"].sizes)
+    >>> seen.epochs, dict(seen.run["activations"]["activation"].sizes)
     ((0, 1, 2), {'step': 3, 'layer': 5, 'sample': 4096, 'feature': 10})
     """
     net, inputs, wanted = network(activation=activation, seed=seed), words(), labels()

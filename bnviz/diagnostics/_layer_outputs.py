@@ -58,14 +58,14 @@ def layer_outputs(activations: xr.Dataset, labels: xr.Dataset | None) -> LayerOu
     SchemaError
         Other dimensions, or labels of another number than the samples.
     """
-    if "sample" not in activations.variables or not activations.variables["sample"].size:
+    if "activation" not in activations or not activations["activation"].size:
         raise NotCaptured(
             "information_plane: the record 'activations' holds no outputs; capture with "
             'probes=["activations"], sample=4096 (rows to keep) and run again.'
         )
-    variable = activations.variables["sample"]
+    variable = activations.variables["activation"]
     if set(variable.dims) != set(_DIMS):
-        raise SchemaError(f"information_plane: 'sample' has dims {tuple(variable.dims)}, expected {_DIMS}.")
+        raise SchemaError(f"information_plane: 'activation' has dims {tuple(variable.dims)}, expected {_DIMS}.")
     values = variable.transpose(*_DIMS).values
     return LayerOutputs(values, None if labels is None else _labels(labels, values.shape[2]))
 

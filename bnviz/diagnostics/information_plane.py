@@ -40,7 +40,7 @@ def _variables(name: str, what: str, optional: bool) -> tuple[Variable, ...]:
 
 @diagnostic(
     question="What does each layer keep of the input and of the label, over training?",
-    needs=("activations.sample",),
+    needs=("activations.activation",),
     wants=("labels.label",),
     gives=(
         *_variables("i_xt", "I(X;T)", False),
@@ -68,7 +68,7 @@ def information_plane(
     Parameters
     ----------
     activations : Dataset
-        Record `activations` with `sample` (step, layer, sample, feature): the same samples at every step, in one order.
+        Record `activations` with `activation` (step, layer, sample, feature): the same samples at every step, in one order.
     labels : Dataset, optional
         Record `labels` with `label` (sample). Without it there is no I(T;Y).
     estimators : sequence of str
@@ -107,7 +107,7 @@ def information_plane(
     Examples
     --------
     >>> rows = np.repeat([[0.0, 1.0]], 50, 0).reshape(1, 1, 100, 1)
-    >>> record = xr.Dataset({"sample": (("step", "layer", "sample", "feature"), rows)})
+    >>> record = xr.Dataset({"activation": (("step", "layer", "sample", "feature"), rows)})
     >>> found = information_plane(record, xr.Dataset({"label": ("sample", [0, 1] * 50)}), estimators=["binned"])
     >>> float(found["i_xt"].item()), float(found["i_ty"].item())
     (1.0, 1.0)

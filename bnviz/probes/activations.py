@@ -31,7 +31,7 @@ _CHANNELS = ("mean", "variance", "max_abs", "kurtosis", "zero_fraction", "outlie
         Variable("zero_fraction", _CHANNEL, "1", "share of a channel's values that are exactly zero", optional=True),
         Variable("outlier_fraction", _CHANNEL, "1", "share of a channel's values that are outliers", optional=True),
         Variable(
-            "sample", ("step", "layer", "sample", "feature"), "1", "block outputs of the first rows", optional=True
+            "activation", ("step", "layer", "sample", "feature"), "1", "block outputs of the first rows", optional=True
         ),
     ),
     memory="16 B a token and 24 B a channel, for each block and sub-layer",
@@ -53,9 +53,9 @@ class Activations:
     * NaN: the token's vector is zero before (`relative_change`), or before or after (`cosine`).
     * `norm_in`, `cosine` and `relative_change` are absent where before and after differ in shape (a layer that changes
       the width, a strided convolution).
-    * Channel statistics and `sample` describe whole forwards and prompts; a decode step shows one token a sequence, so
+    * Channel statistics and `activation` describe whole forwards and prompts; a decode step shows one token a sequence, so
       it adds none.
-    * Cost: one read of input and output. `sample` grows by 4 B x rows x width a layer and step.
+    * Cost: one read of input and output. `activation` grows by 4 B x rows x width a layer and step.
 
     Source: ShortGPT (arXiv 2403.03853) for the cosine of blocks, LLM-Drop (arXiv 2406.15786) for sub-layers.
 
@@ -86,7 +86,7 @@ class Activations:
         if seen.context.phase != "decode":
             kept |= {name: getattr(stats, name) for name in _CHANNELS}
             if self.sample and seen.site.part == "block":
-                kept["sample"] = _first_rows(seen.output, self.sample, seen.context.valid)
+                kept["activation"] = _first_rows(seen.output, self.sample, seen.context.valid)
         return kept
 
 
