@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -194,7 +195,7 @@ class Report:
         UnknownName, NotCaptured, BnvizError
             There is no such drawing in this report, with the reason.
         """
-        from .drawing import drawing
+        from .figures import drawing
 
         return drawing(self, name, compact=compact)
 
@@ -258,9 +259,8 @@ class Report:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from .page import summary
-
-        return summary(self)
+        display = importlib.import_module("bnviz.jupyter.display")  # above this room: only a notebook asks for it
+        return str(display.report_html(self))
 
 
 def nothing_found(report: Report) -> str:

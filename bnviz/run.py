@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,17 +164,8 @@ class Run:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td><code>{escape(kind)}</code></td><td>{escape(_extent(record))}</td>"
-            f"<td style='text-align:right'>{quantities.size(record.nbytes)}</td></tr>"
-            for kind, record in sorted(self._records.items())
-        )
-        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
-        return (
-            f"<div><b>Run of {escape(self.model)}</b> · {quantities.size(self.nbytes)}"
-            f"<table><tr><th>record</th><th>extent</th><th>size</th></tr>{rows}</table>"
-            f"{f'<ul>{notes}</ul>' if notes else ''}<code>bnviz.diagnose(run)</code> says what it means.</div>"
-        )
+        display = importlib.import_module("bnviz.jupyter.display")  # above this room: only a notebook asks for it
+        return str(display.run_html(self))
 
 
 def open(path: str | os.PathLike[str]) -> Run:

@@ -7,6 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 
+def check(shell: Any, cell: str) -> None:
+    """Refuse a cell that is not Python before anything is attached.
+
+    Raises
+    ------
+    SyntaxError
+        IPython shows it as that of any cell.
+    """
+    shell.compile.ast_parse(shell.transform_cell(cell))
+
+
 def run(shell: Any, cell: str, header: str) -> BaseException | None:
     """Run `cell` in the user's namespace, with its magics, its last value displayed, its output as usual.
 
@@ -23,13 +34,7 @@ def run(shell: Any, cell: str, header: str) -> BaseException | None:
     BaseException or None
         What the cell raised, not shown yet. Raised again by the magic it is shown once, with the frames of the cell only, and
         the cell counts as failed: `Run All` stops there.
-
-    Raises
-    ------
-    SyntaxError
-        The cell is not Python; nothing was run.
     """
-    shell.compile.ast_parse(shell.transform_cell(cell))
     source = cell if cell.lstrip().startswith("%%") else f"# {header.strip()}\n{cell}"
     with _unshown(shell):
         outcome = shell.run_cell(source, store_history=False)

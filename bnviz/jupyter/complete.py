@@ -52,7 +52,7 @@ def register(shell: Any) -> None:
 def withdraw(shell: Any) -> None:
     """Complete them no longer."""
     for magic in _MAGICS:
-        shell.strdispatchers["complete_command"].s.pop(magic, None)
+        shell.strdispatchers["complete_command"].strs.pop(magic, None)
 
 
 def _complete(shell: Any, event: Any) -> list[str]:

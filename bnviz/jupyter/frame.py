@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
+import re
 from functools import cache
 from pathlib import Path
 
 _SCRIPT = Path(__file__).parent / "static" / "frame.js"
+_BODY = re.compile(r"<body\b[^>]*>")
+_POLICY = re.compile(r"(Content-Security-Policy[^>]*?script-src )")
+_FRAME = "width:100%;height:480px;border:0;display:block;resize:vertical"
+_INSIDE = "<style>#theme{display:none}</style>"  # the notebook has the switch
 
 
 @cache
 def _script() -> str:
-    return f"<script>{_SCRIPT.read_text('utf-8')}</script>"
+    return _SCRIPT.read_text("utf-8")
+
+
+def _allowed(page: str) -> str:
+    """`page` with the script of this file among those its policy lets run."""
+    digest = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
+    return _POLICY.sub(rf"\1'sha256-{digest}' ", page, count=1)
 
 
 def framed(page: str, *, title: str, still: str) -> str:
@@ -23,23 +36,24 @@ def framed(page: str, *, title: str, still: str) -> str:
     Parameters
     ----------
     page : str
-        A complete HTML document without references to anything outside it.
+        A complete HTML document that asks for nothing outside it.
     title : str
         What a screen reader says the frame is.
     still : str
-        HTML without script or style.
+        HTML without script.
 
     Raises
     ------
     ValueError
-        `page` has no `<head>`.
+        `page` has no `<body>`.
     """
-    head, tag, rest = page.partition("<head>")
-    if not tag:
-        raise ValueError("The page has no <head>, so it cannot be told that it is in a notebook; give a complete document.")
-    document = html.escape(f"{head}{tag}{_script()}{rest}", quote=True)
-    style = "width:100%;height:480px;border:0;display:block;resize:vertical;color-scheme:normal"
+    page = _allowed(page)
+    body = _BODY.search(page)
+    if body is None:
+        raise ValueError("The page has no <body>, so it cannot be told about the notebook; give a complete document.")
+    start = f"{page[: body.end()]}{_INSIDE}<script>{_script()}</script>"
+    document = html.escape(start + page[body.end() :], quote=True)
     return (
-        f'<iframe class="bnviz-frame" title="{html.escape(title, quote=True)}" style="{style}" srcdoc="{document}"></iframe>'
+        f'<iframe class="bnviz-frame" title="{html.escape(title, quote=True)}" style="{_FRAME}" srcdoc="{document}"></iframe>'
         f'<div class="bnviz-still">{still}</div>'
     )

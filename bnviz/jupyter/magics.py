@@ -29,8 +29,8 @@ class BnvizMagics(Magics):  # type: ignore[misc]
         self.recorder: Any = None
         self._watched = ""
 
-    @no_var_expand
-    @line_cell_magic
+    @no_var_expand  # type: ignore[untyped-decorator]
+    @line_cell_magic  # type: ignore[untyped-decorator]
     def bnviz(self, line: str, cell: str | None = None) -> Any:
         """Watch a model: `%%bnviz [MODEL]` while this cell runs, `%bnviz attach MODEL` from now on. `%bnviz help` lists all."""
         with _slips_in_one_line():
@@ -42,28 +42,29 @@ class BnvizMagics(Magics):  # type: ignore[misc]
     def _cell(self, line: str, body: str) -> None:
         asked = arguments.cell(line)
         model = models.named(self.shell, asked.model) if asked.model else models.only(self.shell)
+        cell.check(self.shell, body)
+        recorder = bnviz.capture(model, **_options(asked))
         error: BaseException | None = None
         try:
-            with bnviz.capture(model, **_options(asked)) as recorder:
+            with recorder:
                 error = cell.run(self.shell, body, f"%%bnviz {line}")
                 if error is not None:
                     raise error
         except BaseException as raised:
-            if error is None:  # not the cell's: the capture refused, or the cell is not Python
-                raise
-            self._keep_until_fault(recorder, asked.output)
-            raise error from raised.__cause__
+            if raised is error:
+                self._keep_until_fault(recorder, asked.output)
+            raise
         self.shell.push({asked.output: recorder.run})
         display(recorder.run if asked.quiet else bnviz.diagnose(recorder.run))
 
     def _keep_until_fault(self, recorder: Any, name: str) -> None:
-        try:
-            run = recorder.run
-        except BnvizError as error:  # the cell failed before the model ran
-            print(f"No run: {error}")
-            return
-        self.shell.push({name: run})
-        print(f"The cell failed; `{name}` holds what was seen until then.")
+        """The cell failed: hand over what was seen, if anything was."""
+        run = recorder.detach(quiet=True)
+        if run is None:
+            print(f"The cell failed before the model was called; there is no {name}.")
+        else:
+            self.shell.push({name: run})
+            print(f"The cell failed; {name} holds what was seen until then.")
 
     def _attach(self, asked: argparse.Namespace) -> None:
         if self.recorder is not None:
@@ -80,12 +81,17 @@ class BnvizMagics(Magics):  # type: ignore[misc]
         self.shell.push({asked.output: recorder.run})
         return recorder.run
 
-    def _status(self, _: argparse.Namespace) -> Any:
+    def _status(self, _: argparse.Namespace) -> None:
         if self.recorder is None:
             print("Nothing is watched. Attach a model: %bnviz attach MODEL")
-            return None
-        print(f"Watching {self._watched}.")
-        return self.recorder.snapshot()
+            return
+        seen = self.recorder.snapshot()
+        calls, held, time = seen["calls"], quantities.size(seen["held_bytes"]), quantities.duration(seen["elapsed"])
+        print(f"Watching {self._watched} for {time}: {quantities.count(calls)} calls, {held} kept.")
+        for record, rows in seen["rows"].items():
+            print(f"  {record:<12} {quantities.count(rows)} observations")
+        for note in seen["notes"]:
+            print(f"  note: {note}")
 
     def _report(self, asked: argparse.Namespace) -> Any:
         report = bnviz.diagnose(self._run(asked.run))
@@ -107,13 +113,12 @@ class BnvizMagics(Magics):  # type: ignore[misc]
         return self.recorder
 
     def _run(self, name: str) -> Any:
-        """The run called `name`; while a model is watched and none was asked for by name, what was seen so far."""
-        if self.recorder is not None and name == "run":
-            return self.recorder.snapshot()
         run = self.shell.user_ns.get(name)
-        if not isinstance(run, bnviz.Run):
-            raise UsageError(f"No run is called {name}. Make one with %%bnviz MODEL, or name yours: %bnviz report -r NAME")
-        return run
+        if isinstance(run, bnviz.Run):
+            return run
+        if self.recorder is not None:
+            raise UsageError(f"{self._watched} is still watched; %bnviz detach first: it makes the run.")
+        raise UsageError(f"No run is called {name}. Make one with %%bnviz MODEL, or name yours: %bnviz report -r NAME")
 
 
 @contextmanager
@@ -151,4 +156,4 @@ def withdraw(shell: Any) -> None:
         shell.magics_manager.magics[kind].pop("bnviz", None)
     if magics.recorder is not None:
         recorder, magics.recorder = magics.recorder, None
-        recorder.detach()
+        recorder.detach(quiet=True)

@@ -121,5 +121,7 @@ class View(anywidget.AnyWidget):  # type: ignore[misc]
         elif content["kind"] == "patch":
             patch = Serialized(content=json.loads(content["json"]), buffers=[])
             self._mirrored.apply_json_patch(patch, setter=content["from"])
-        elif content["kind"] == "snapshot":  # a page has gathered many patches: start them over from the document as it is
+        elif (
+            content["kind"] == "snapshot"
+        ):  # a page has gathered many patches: start them over from the document as it is
             self.send_state("_document")

@@ -1,0 +1,198 @@
+"""One real Jupyter server with its own folders, and one real browser, for the tests of this folder that ask for them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+import bnviz
+
+CHROMIUM = os.environ.get("BNVIZ_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--force-color-profile=srgb",
+]
+MISSING = [
+    name for name in ("jupyterlab", "notebook", "ipykernel", "playwright") if importlib.util.find_spec(name) is None
+]
+if not CHROMIUM:
+    MISSING.append("chromium")
+
+
+class Server:
+    """A running Jupyter server with JupyterLab and Notebook 7 on it."""
+
+    def __init__(self, base: Path) -> None:
+        self.root = base / "work"
+        self.root.mkdir()
+        settings = base / "settings" / "@jupyterlab" / "apputils-extension"
+        settings.mkdir(parents=True)
+        quiet = '{"fetchNews": "false", "checkForUpdates": false}'
+        (settings / "notification.jupyterlab-settings").write_text(quiet)
+        self.token = secrets.token_hex(16)
+        self.log = (base / "server.log").open("w")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.process = subprocess.Popen(
+            self._command(), env=self._environment(base), stdout=self.log, stderr=subprocess.STDOUT
+        )
+        self._wait()
+
+    def _command(self) -> list[str]:
+        return [
+            *(sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1"),
+            f"--port={self.url.rpartition(':')[2]}",
+            "--ServerApp.port_retries=0",
+            f"--IdentityProvider.token={self.token}",
+            f"--ServerApp.root_dir={self.root}",
+            "--LabApp.news_url=None",
+            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+            "--LabApp.extension_manager=readonly",
+            "--LabApp.expose_app_in_browser=True",
+            "--JupyterNotebookApp.expose_app_in_browser=True",
+        ]
+
+    def _environment(self, base: Path) -> dict[str, str]:
+        own = {
+            "JUPYTER_CONFIG_DIR": "config",
+            "JUPYTER_RUNTIME_DIR": "runtime",
+            "JUPYTER_DATA_DIR": "data",
+            "IPYTHONDIR": "ipython",
+            "JUPYTERLAB_SETTINGS_DIR": "settings",
+            "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        }
+        same = {"PYTHONPATH": str(Path(bnviz.__file__).parents[1])}  # kernels see the bnviz under test
+        quiet = {"OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+        return {**os.environ, **same, **quiet, **{name: str(base / folder) for name, folder in own.items()}}
+
+    def _wait(self) -> None:
+        end = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.url}/api/status?token={self.token}", timeout=2).read()
+            except (urllib.error.URLError, OSError):
+                if self.process.poll() is not None or time.monotonic() > end:
+                    self.stop()
+                    raise RuntimeError(
+                        f"JupyterLab did not start:\n{Path(self.log.name).read_text()[-2000:]}"
+                    ) from None
+                time.sleep(0.1)  # between polls of a port: nothing to wait on yet
+            else:
+                return
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+    def write(self, name: str, *cells: str) -> Path:
+        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(book, self.root / name)
+        return self.root / name
+
+
+class Tab:
+    """A browser tab with a notebook, and the few verbs the tests need."""
+
+    NOISE = re.compile(r"favicon|ResizeObserver|\[JupyterFrontEnd\]|preload|debugger state|reading 'schema'")
+
+    def __init__(self, page: Any, server: Server) -> None:
+        self.page, self.server = page, server
+        self.errors: list[str] = []
+        self.outside: list[str] = []
+        page.on("console", lambda m: m.type == "error" and self._error(m.text))
+        page.on("pageerror", lambda e: self._error(str(e)))
+        page.on("request", lambda r: self._request(r.url))
+
+    def _error(self, text: str) -> None:
+        if not self.NOISE.search(text):
+            self.errors.append(text)
+
+    def _request(self, url: str) -> None:
+        if not url.startswith((self.server.url, self.server.url.replace("http", "ws"), "data:", "blob:", "about:")):
+            self.outside.append(url)
+
+    def open(self, name: str, *, app: str = "lab/tree", kernel: bool = True) -> None:
+        reset = "&reset" if app.startswith("lab") else ""
+        self.page.goto(f"{self.server.url}/{app}/{name}?token={self.server.token}{reset}")
+        self.page.wait_for_function("window.jupyterapp && document.querySelector('.jp-Notebook')")
+        self.page.evaluate(
+            """() => { window.book = () => [...jupyterapp.shell.widgets('main')].find(w => w.content?.widgets); }"""
+        )
+        if kernel:
+            self.page.wait_for_function("book()?.sessionContext?.session?.kernel?.status === 'idle'", timeout=60_000)
+
+    def command(self, name: str, **arguments: Any) -> None:
+        self.page.evaluate("([n, a]) => jupyterapp.commands.execute(n, a).then(() => null)", [name, arguments])
+
+    def run(self, cell: int) -> list[dict[str, Any]]:
+        """Run a cell and wait for its end; its outputs."""
+        self.page.evaluate(
+            """i => {
+                book().content.activeCellIndex = i;
+                return jupyterapp.commands.execute('notebook:run-cell').then(() => null);
+            }""",
+            cell,
+        )
+        return self.outputs(cell)
+
+    def outputs(self, cell: int) -> list[dict[str, Any]]:
+        return self.page.evaluate("i => book().content.widgets[i].model.outputs.toJSON()", cell)
+
+    def shut_down_kernel(self) -> None:
+        self.page.evaluate("() => book().sessionContext.shutdown()")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    if MISSING:
+        pytest.skip(f"needs {', '.join(MISSING)}")
+    running = Server(tmp_path_factory.mktemp("server"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def browser(server: Server) -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def tab(browser: Any, server: Server) -> Iterator[Tab]:
+    context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
+    context.set_default_timeout(30_000)
+    yield Tab(context.new_page(), server)
+    context.close()
