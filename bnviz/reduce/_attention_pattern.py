@@ -22,7 +22,8 @@ class Pattern:
     causal : bool
         Query i sees keys up to i + keys - queries (bottom-right aligned, as with a cache). False: all keys.
     window : int, optional
-        Query i sees only the last `window` of those keys, itself included. Without `causal`: keys nearer than `window` on both sides.
+        Query i sees only the last `window` of those keys, itself included. Without `causal`: keys nearer than `window` on
+        both sides.
     allowed : Tensor (batch or 1, heads or 1, queries, keys), optional
         Boolean (True: seen) or additive float mask on top of `causal` and `window`. An additive entry at or below half the
         most negative number of its type (or -inf) hides the key; any other is added to the logit.

@@ -69,6 +69,11 @@ def hides(allowed: Tensor) -> Tensor:
     return allowed <= torch.finfo(allowed.dtype).min / 2
 
 
+def of_heads(mask: Tensor, heads: slice) -> Tensor:
+    """The part of a (batch | 1, heads | 1, ..) mask that belongs to some heads."""
+    return mask if mask.shape[1] == 1 else mask[:, heads]
+
+
 def reach(pattern: Pattern, position: int, keys: int) -> tuple[int, int]:
     """First and one past the last key that the row at key position `position` may see, before `allowed`."""
     stop = keys
@@ -108,14 +113,13 @@ class Sight:
 
 def look(pattern: Pattern, of: Tokens, batch: slice, rows: slice, device: torch.device) -> Sight:
     """What the rows of one strip see."""
-    shift, count = of.shift, rows.stop - rows.start
-    start = reach(pattern, rows.start + shift, of.keys)[0]
-    stop = reach(pattern, rows.stop - 1 + shift, of.keys)[1]
-    at = torch.arange(rows.start + shift, rows.stop + shift, device=device)[:, None]
-    edges = _edges(pattern, at, (rows.start + shift, rows.stop + shift), (start, stop))
+    count, at = rows.stop - rows.start, rows.start + of.shift
+    start = reach(pattern, at, of.keys)[0]
+    stop = reach(pattern, at + count - 1, of.keys)[1]
+    edges = _edges(pattern, (at, count), (start, stop), device)
     bias = None
     if pattern.allowed is None:
-        visible = _counted(pattern, at, of.keys)[None, None]
+        visible = _counted(pattern, torch.arange(at, at + count, device=device), of.keys)[None, None, :, None]
     else:
         picked = slice(None) if pattern.allowed.shape[0] == 1 else batch
         allowed = pattern.allowed[picked, :, rows, start:stop]
@@ -126,7 +130,7 @@ def look(pattern: Pattern, of: Tokens, batch: slice, rows: slice, device: torch.
         bias = None if allowed.dtype == torch.bool else allowed
         visible = (stop - start) - hidden.sum(-1, keepdim=True)
     dead = None
-    if of.rows is not None or pattern.allowed is not None or shift < 0:
+    if of.rows is not None or pattern.allowed is not None or of.shift < 0:
         dead = visible == 0
         if of.rows is not None:
             dead = dead | ~of.rows[batch, None, rows, None]
@@ -138,38 +142,33 @@ def look(pattern: Pattern, of: Tokens, batch: slice, rows: slice, device: torch.
 def _counted(pattern: Pattern, at: Tensor, keys: int) -> Tensor:
     """Keys seen by the row at position `at` when only `causal` and `window` say so."""
     last = at if pattern.causal else torch.full_like(at, keys - 1)
-    first = torch.zeros_like(at)
-    if pattern.window is not None:
-        first = (at - pattern.window + 1).clamp_min(0)
-        last = last if pattern.causal else (at + pattern.window - 1).clamp_max(keys - 1)
+    if pattern.window is None:
+        return (last + 1).clamp_min(0)
+    first = (at - pattern.window + 1).clamp_min(0)
+    last = last if pattern.causal else (at + pattern.window - 1).clamp_max(keys - 1)
     return (last - first + 1).clamp_min(0)
 
 
 def _edges(
-    pattern: Pattern, at: Tensor, rows: tuple[int, int], keys: tuple[int, int]
+    pattern: Pattern, rows: tuple[int, int], keys: tuple[int, int], device: torch.device
 ) -> tuple[tuple[int, Tensor], ...]:
-    """The patches of the diagonal and of the window's two edges: only columns that some row of the strip can't see."""
-    start, stop = keys
+    """The patches of the diagonal and of the window's edges: only columns that some row of the strip can't see.
+
+    `rows` is the position of the first row and how many there are.
+    """
+    (at, count), (start, stop) = rows, keys
     found: list[tuple[int, Tensor]] = []
 
-    def patch(low: int, high: int, lies_outside: str) -> None:
-        low, high = max(low, start), min(high, stop)
-        if low >= high:
-            return
-        column = torch.arange(low, high, device=at.device)[None]
-        distance = at - column
-        assert pattern.window is not None or lies_outside == "future"
-        if lies_outside == "future":
-            found.append((low - start, distance < 0))
-        elif lies_outside == "past":
-            found.append((low - start, distance >= pattern.window))
-        else:
-            found.append((low - start, -distance >= pattern.window))
+    def block(low: int, high: int) -> Tensor:
+        return torch.ones(1, 1, count, high - low, dtype=torch.bool, device=device)
 
-    if pattern.causal:
-        patch(rows[0] + 1, stop, "future")
+    if pattern.causal and (low := max(at + 1, start)) < stop:
+        found.append((low - start, block(low, stop).triu_(at - low + 1)))
     if pattern.window is not None:
-        patch(start, rows[1] - pattern.window, "past")
-        if not pattern.causal:
-            patch(rows[0] + pattern.window, stop, "ahead")
+        high = min(stop, at + count - pattern.window)
+        if start < high:
+            found.append((0, block(start, high).tril_(at - start - pattern.window)))
+        low = max(at + pattern.window, start)
+        if not pattern.causal and low < stop:
+            found.append((low - start, block(low, stop).triu_(at - low + pattern.window)))
     return tuple(found)

@@ -15,7 +15,8 @@ from ._attention_gather import gather
 from ._attention_pairs import PAIRS
 from ._attention_pattern import BY_KEY, BY_QUERY, STATISTICS, Pattern, Statistics
 from ._attention_sight import Tokens, tokens
-from ._attention_strips import bin_size, dtype_of, strips
+from ._attention_strips import strips
+from ._attention_sums import bin_size
 
 __all__ = ["BY_KEY", "BY_QUERY", "STATISTICS", "Pattern", "Statistics", "attention_stats", "bin_size"]
 
@@ -202,9 +203,8 @@ def _of_tokens(
     valid: Tensor | None, token_ids: Tensor | None, batch: int, queries: int, keys: int
 ) -> tuple[Tensor | None, Tensor | None]:
     if valid is not None and tuple(valid.shape) not in ((batch, queries), (batch, keys)):
-        raise SchemaError(
-            f"valid must be (batch, queries) = ({batch}, {queries}) or (batch, keys) = ({batch}, {keys}); found {tuple(valid.shape)}."
-        )
+        choices = f"(batch, queries) = ({batch}, {queries}) or (batch, keys) = ({batch}, {keys})"
+        raise SchemaError(f"valid must be {choices}; found {tuple(valid.shape)}.")
     if token_ids is not None and tuple(token_ids.shape) != (batch, keys):
         raise SchemaError(f"token_ids must be (batch, keys) = ({batch}, {keys}); found {tuple(token_ids.shape)}.")
     return None if valid is None else valid.bool(), None if token_ids is None else token_ids.long()
