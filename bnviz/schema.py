@@ -41,7 +41,9 @@ DIMENSIONS: Mapping[str, str] = MappingProxyType(
         "method_to": "the score a score is compared with",
         "pattern": "name of an attention pattern",
         "budget": "share of the KV cache that is kept",
-        "op": "operator or module of a roofline",
+        "op": "operator of a roofline at one set of shapes",
+        "module": "module of the model, by its path",
+        "bound": "what limits an operator: compute, memory, ...",
         "ceiling": "a measured limit of the machine",
         "category": "what memory or time is spent on",
         "time": "moment of a timeline",
@@ -375,4 +377,5 @@ def stamp(dataset: xr.Dataset, variables: tuple[Variable, ...]) -> xr.Dataset:
             raise SchemaError(f"Variable {variable.name!r} has dims {tuple(array.dims)}, expected {variable.dims}.")
         array.attrs["units"] = variable.unit
         array.attrs["long_name"] = variable.doc
-    return dataset
+    # fixed-width strings have no stable form in Zarr; objects are stored as text of any length
+    return dataset.assign_coords({n: c.astype(object) for n, c in dataset.coords.items() if c.dtype.kind == "U"})
