@@ -186,7 +186,7 @@ class _Points:
             )
         steps, layers = self._shape[1:]
         coords: dict[str, Any] = {
-            "estimator": self._estimators,
+            "estimator": np.array(self._estimators, dtype=object),
             "step": np.asarray(record["step"].values if "step" in record.coords else np.arange(steps)),
             "layer": np.asarray(record["layer"].values if "layer" in record.coords else np.arange(layers)),
         }
