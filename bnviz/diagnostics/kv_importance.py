@@ -39,7 +39,10 @@ _KEY = ("method", "layer", "kv_head", "key")
             "score", _KEY, "1", "importance of a key in the method's own unit, larger stays longer; inf: always kept"
         ),
         Variable(
-            "rank", _KEY, "count", "place in the order of keeping, 0 is dropped last; a budget of n keeps rank < n"
+            "keep_rank",
+            _KEY,
+            "count",
+            "place in the order of keeping, 0 is dropped last; a budget of n keeps those below n",
         ),
         Variable(
             "needed", ("method", "key"), "token", "smallest budget at which half of all layers and kv heads keep a key"
@@ -83,7 +86,7 @@ def kv_importance(
 ) -> xr.Dataset:
     """Rank the keys of one passage by published scores and measure the attention that a smaller cache keeps.
 
-    Read `mass_kept_mean` against its `random` row: a method earns its place by the distance to it. `rank` and `needed` say
+    Read `mass_kept_mean` against its `random` row: a method earns its place by the distance to it. `keep_rank` and `needed` say
     which tokens go. Where decoding was captured after the passage, the mass is that of the decode queries, which no score
     has seen; otherwise it is that of the passage's own queries, by which h2o ranks.
 
@@ -134,7 +137,7 @@ def kv_importance(
     --------
     >>> mass = xr.DataArray(np.array([[[[4.0, 1.0, 3.0, 2.0]]]]), dims=("step", "layer", "head", "key"))
     >>> result = kv_importance(xr.Dataset({"mass": mass}), methods={"h2o": {"recent": 0.0}}, budgets=(0.5, 1.0))
-    >>> result["mass_kept_mean"].values.tolist(), result["rank"].values.ravel().tolist()
+    >>> result["mass_kept_mean"].values.tolist(), result["keep_rank"].values.ravel().tolist()
     ([[0.7, 1.0]], [0, 3, 1, 2])
     """
     shares = check_budgets(budgets, aggregate)
@@ -173,7 +176,7 @@ def _measured(of: Passage, by: Ranked, shares: np.ndarray) -> xr.Dataset:
     return xr.Dataset(
         {
             "score": (_KEY, by.scores),
-            "rank": (_KEY, by.ranks),
+            "keep_rank": (_KEY, by.ranks),
             "needed": (("method", "key"), needed(by.ranks)),
             "mass_kept": (("method", "budget", "layer", "kv_head"), mass),
             "mass_kept_mean": (("method", "budget"), mean),

@@ -12,7 +12,7 @@ from . import style
 CSS = f"""
 :host {{ width: 100%; }}
 .bnviz-tokens {{ font: 13px/1.9 var(--jp-code-font-family, {style.MONO}); color: var(--bnv-ink, #212121); max-width: 90ch;
-  overflow-wrap: anywhere; white-space: pre-wrap; max-height: 420px; overflow-y: auto; }}
+  overflow-wrap: anywhere; white-space: pre-wrap; }}
 .bnviz-tokens span {{ border-radius: 2px; padding: 2px 0;
   background: color-mix(in srgb, var(--bnv-low, #1d5fa8) calc(var(--s) * 50%), transparent); }}
 .bnviz-tokens span.out {{ background: none; color: var(--bnv-muted, #5f5f5f); text-decoration: line-through;

@@ -107,18 +107,17 @@ def _atlas(result: xr.Dataset, patterns: tuple[str, ...]) -> _Atlas:
 
 def _panel(atlas: _Atlas, pattern: str, wide: bool, *, first: bool) -> Any:
     named = atlas.role_of(pattern)
-    words = pattern.replace("_", " ")
-    title = words if not len(named) else f"{words}: {q.count(len(named))} head{'s' if len(named) > 1 else ''}"
-    height = int(np.clip(atlas.heads * (18 if wide else 26), 80, 300)) + 56
-    width = 760 if wide else int(np.clip(atlas.layers * 26, 84, 260)) + (40 if first else 12)
+    height = int(np.clip(atlas.heads * (18 if wide else 24), 80, 260)) + 56
     last = pattern == atlas.patterns[-1]
+    frame = int(np.clip(atlas.layers * 22, 92, 260))
+    axis = 53 if atlas.heads > 10 else 47
     plot = style.figure(
-        width=width + (58 if last and not wide else 0),
+        width=760 if wide else frame + 8 + (axis if first else 0) + (46 if last else 0),
         height=height,
         x="layer",
         y="head" if first else None,
         grid="",
-        title=title,
+        title=pattern.replace("_", " "),
         x_range=(-0.5, atlas.layers - 0.5),
         y_range=(atlas.heads - 0.5, -0.5),
         **({} if wide else {"sizing_mode": "fixed"}),
@@ -179,7 +178,7 @@ def _hover(plot: Any, atlas: _Atlas, pattern: str, cells: Any, place: tuple[str,
         rows.append(("evenly spread attention gives", q.share(float(np.nanmean(even)))))
     others = [p for p in atlas.patterns if p != pattern]
     rows.append(("others", ", ".join(f"{p.replace('_', ' ')} @{p}{{custom}}" for p in others)))
-    rows.append(("entropy of its most", "@ratio{custom}"))
+    rows.append(("entropy", "@ratio{custom} of the largest possible"))
     if not atlas.image:
         rows.append(("role", "@role"))
     formats = {f"@{name}": percent for name in (*atlas.patterns, "ratio")} | more

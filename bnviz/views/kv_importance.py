@@ -18,10 +18,8 @@ _MOVE = """
 const at = cb_obj.value;
 mark.location = budgets[at];
 for (const [i, source] of sources.entries())
-  source.data = {x: [budgets[at]], y: [kept[i][at]], lx: [left], ly: [places[i][at]], lx0: [left - 0.045], lx1: [left - 0.012],
-                 text: [texts[i][at]]};
+  source.data = {x: [budgets[at]], y: [kept[i][at]], end: [1], place: [places[i][at]], text: [texts[i][at]], stroke: ['━']};
 """
-_LEFT = 1.075  # where the names stand, in shares of keys
 
 
 @view(of="kv_importance", order=10)
@@ -54,14 +52,14 @@ def kv_importance(result: xr.Dataset, *, compact: bool = False) -> UIElement:
         x="share of keys kept",
         y="share of attention mass kept",
         grid="xy",
-        x_range=(0, 1.5 if compact else 1.36),
+        x_range=(0, 1),
         y_range=(0, 1.04),
+        min_border_right=112 if compact else 150,
     )
     plot.xaxis.ticker = plot.yaxis.ticker = FixedTicker(ticks=[0, 0.25, 0.5, 0.75, 1])
     plot.xaxis.formatter = plot.yaxis.formatter = NumeralTickFormatter(format="0 %")
-    plot.xaxis.bounds = plot.xgrid.bounds = plot.ygrid.bounds = (0, 1)
     places = _places(kept)
-    texts = [[f"{name}  {q.share(share)}" for share in row] for name, row in zip(names, kept, strict=True)]
+    texts = [[name if compact else f"{name}  {q.share(v)}" for v in row] for name, row in zip(names, kept, strict=True)]
     sources = [_line(plot, result, name, kept[i], places[i][at], texts[i][at], at) for i, name in enumerate(names)]
     budgets = [float(b) for b in result["budget"].values]
     mark = Span(location=budgets[at], dimension="height", line_color=style.LIGHT["accent"], line_width=1.5)
@@ -74,7 +72,6 @@ def kv_importance(result: xr.Dataset, *, compact: bool = False) -> UIElement:
         "kept": _finite(kept),
         "places": _finite(places),
         "texts": texts,
-        "left": _LEFT,
     }
     control.js_on_change("value", CustomJS(args=moved, code=_MOVE))
     return style.column(style.row(control, line), plot)
@@ -87,7 +84,7 @@ def _finite(values: np.ndarray) -> list[list[float | None]]:
 def _places(kept: np.ndarray) -> np.ndarray:
     """(method, budget) heights of the names: in order of what they keep, evenly spaced from the top."""
     order = np.argsort(np.argsort(-np.nan_to_num(kept), axis=0, kind="stable"), axis=0)
-    return np.asarray(0.97 - order * min(0.09, 0.9 / max(1, len(kept))))
+    return np.asarray(1.0 - order * min(0.09, 0.9 / max(1, len(kept))))
 
 
 def _line(
@@ -129,24 +126,24 @@ def _line(
         {
             "x": [float(budgets[at])],
             "y": [float(kept[at])],
-            "lx": [_LEFT],
-            "ly": [float(place)],
-            "lx0": [_LEFT - 0.045],
-            "lx1": [_LEFT - 0.012],
+            "end": [1.0],
+            "place": [float(place)],
             "text": [text],
+            "stroke": ["━"],
         }
     )
     plot.scatter("x", "y", source=chosen, size=9, fill_color=hue, line_color=style.LIGHT["surface"], line_width=1.5)
-    dash = {"line_dash": [3, 2]} if null else {}
-    plot.segment("lx0", "ly", "lx1", "ly", source=chosen, line_color=hue, line_width=3, **dash)
-    plot.text(
-        "lx",
-        "ly",
-        "text",
-        source=chosen,
-        text_font=style.FONT,
-        text_font_size=style.SIZE["label"],
-        text_color=style.LIGHT["ink"],
-        text_baseline="middle",
-    )
+    for column, offset, ink in (("stroke", 8, hue), ("text", 26, style.LIGHT["ink"])):
+        plot.text(
+            "end",
+            "place",
+            column,
+            source=chosen,
+            x_offset=offset,
+            text_font={"value": style.FONT},
+            text_font_size=style.SIZE["label"],
+            text_color=ink,
+            text_baseline="middle",
+            level="overlay",  # not clipped to the frame: the names stand in the border
+        )
     return chosen

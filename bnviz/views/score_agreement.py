@@ -144,7 +144,7 @@ def _matrix(source: ColumnDataSource, names: list[str], compact: bool) -> Any:
             source=source,
             text_align="center",
             text_baseline="middle",
-            text_font=style.FONT,
+            text_font={"value": style.FONT},
             text_font_size=style.SIZE["tick"],
             text_color=style.LIGHT[ink],
         )

@@ -56,8 +56,9 @@ def token_strip(result: xr.Dataset, *, compact: bool = False) -> UIElement:
     args: dict[str, Any] = {"control": control, "picked": picked, "window": window, "source": source, "div": text.div}
     args |= {"levels": levels.ravel(), "n": levels.shape[1], "budgets": result.sizes["budget"], "limit": _TEXT}
     args |= {"width": bins.width, "bins": bins.kept.shape[1], "words": text.words, "size": text.size}
+    redraw = CustomJS(args=args, code=CODE)  # one for all widgets, so that the data travels once
     for widget in widgets:
-        widget.js_on_change("value", CustomJS(args=args, code=CODE))
+        widget.js_on_change("value", redraw)
     told = style.note_text(_note(levels.shape[1], bins.width))
     parts = [style.row(picked, control, line), strip, told, window, text.div]
     return style.column(*[part for part in parts if part is not None])

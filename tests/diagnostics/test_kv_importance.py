@@ -1,0 +1,294 @@
+"""KV importance: mass on paper, every score against full attention matrices, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+import bnviz
+from bnviz.catalog import names
+from bnviz.diagnostics.kv_importance import judge, kv_importance
+from bnviz.errors import NotCaptured, SchemaError, UnknownName
+
+MODELS = Path(bnviz.__file__).parent / "demo" / "models"
+KEY = ("step", "layer", "head", "key")
+
+
+def record(mass: np.ndarray, **attrs: Any) -> xr.Dataset:
+    """(layer, head, key) mass as a record in which the window and the last row look the same."""
+    data = xr.Dataset(dict.fromkeys(("mass", "window_mass", "last_row"), (KEY, mass[None])))
+    return data.assign_attrs(model="paper", **attrs)
+
+
+def keys_values(norms: np.ndarray, bytes_per_token: int = 16) -> xr.Dataset:
+    return xr.Dataset(
+        {
+            "key_norm": (("step", "layer", "kv_head", "key"), norms[None]),
+            "bytes_per_token": (("step", "layer"), np.full((1, len(norms)), bytes_per_token)),
+        }
+    )
+
+
+def draw(seed: int, layers: int = 2, heads: int = 4, keys: int = 20) -> np.ndarray:
+    return np.random.default_rng(seed).gamma(0.3, size=(layers, heads, keys))
+
+
+# ------------------------------------------------------------------------------------------------------------- on paper
+def test_mass_kept_needed_and_bytes_of_two_heads_that_share_a_cache() -> None:
+    mass = np.array([[[6.0, 0.0, 1.0, 1.0], [0.0, 2.0, 1.0, 1.0]]])  # together 6 2 2 2
+    result = kv_importance(
+        record(mass), keys_values(np.ones((1, 1, 4))), methods={"h2o": {"recent": 0.0}}, budgets=(0.25, 0.5, 1.0)
+    )
+    assert result["keep_rank"].values.ravel().tolist() == [0, 3, 2, 1]  # ties: the later stays
+    assert result["mass_kept"].values.ravel().tolist() == pytest.approx([0.5, 2 / 3, 1.0])
+    assert result["needed"].values.tolist() == [[1, 4, 3, 2]]
+    assert result["tokens_kept"].values.tolist() == [1, 2, 4]
+    assert result["bytes_kept"].values.tolist() == [16, 32, 64]
+
+
+def test_needed_is_the_budget_at_which_half_of_the_heads_keep_a_token() -> None:
+    mass = np.array([[[9.0, 1.0, 2.0]], [[1.0, 9.0, 2.0]], [[1.0, 2.0, 9.0]]])
+    result = kv_importance(record(mass), methods={"h2o": {"recent": 0.0}})
+    ranks = result["keep_rank"].values.reshape(3, 3)
+    for token in range(3):
+        keeping = [(ranks[:, token] < n).sum() >= 2 for n in (1, 2, 3)]
+        assert int(result["needed"][0, token]) == 1 + keeping.index(True)
+
+
+def test_agreement_is_spearmans_and_overlap_is_jaccards() -> None:
+    result = kv_importance(record(draw(0)), keys_values(draw(1, heads=2)), methods=["h2o", "key_norm", "tova"])
+    ranks = result["keep_rank"]
+    for a, b in (("h2o", "key_norm"), ("tova", "h2o")):
+        one, two = (ranks.sel({"method": m}).values for m in (a, b))
+        for layer in range(2):
+            expected = np.mean([spearmanr(one[layer, g], two[layer, g]).statistic for g in range(2)])
+            found = result["agreement"].sel({"method": a, "method_to": b}).values[layer]
+            assert found == pytest.approx(expected)
+        kept = int(result["tokens_kept"].sel(budget=0.3))
+        sets = [[set(np.flatnonzero(r[0, g] < kept)) for g in range(2)] for r in (one, two)]
+        expected = np.mean([len(x & y) / len(x | y) for x, y in zip(*sets, strict=True)])
+        assert float(result["overlap"].sel({"method": a, "method_to": b, "budget": 0.3})[0]) == pytest.approx(expected)
+    assert np.diag(result["agreement_mean"]) == pytest.approx(np.ones(3))
+
+
+def test_decode_queries_judge_the_prompt_when_they_were_captured() -> None:
+    prompt, later = np.array([[[5.0, 1.0, 1.0]]]), np.array([[[0.0, 0.0, 4.0, 6.0]]])
+    both = np.concatenate([np.pad(prompt, ((0, 0), (0, 0), (0, 1)), constant_values=np.nan), later])[:, None]
+    data = xr.Dataset(
+        {"mass": (KEY, both)},
+        coords={
+            "step": [0, 1],
+            "phase": ("step", ["prefill", "decode"]),
+            "key_sequence": (("step", "key"), [[0, 0, 0, -1], [0, 0, 0, 0]]),
+            "key_position": (("step", "key"), [[0, 1, 2, -1], [0, 1, 2, 3]]),
+        },
+    )
+    result = kv_importance(data, methods={"h2o": {"recent": 0.0}}, budgets=(0.34, 1.0))
+    assert result.attrs["mass_of"] == "decode queries" and result.attrs["tokens"] == 3
+    assert result["mass_kept_mean"].values.tolist() == [[0.0, 1.0]]  # it kept key 0, the answer looked at key 2
+    alone = kv_importance(data.isel(step=[0]), methods={"h2o": {"recent": 0.0}}, budgets=(0.34, 1.0))
+    assert alone["mass_kept_mean"].values.ravel().tolist() == pytest.approx([5 / 7, 1.0])
+    assert alone.attrs["mass_of"] == "queries of the passage itself"
+
+
+def test_a_sequence_of_a_packed_batch_is_the_sequence_alone() -> None:
+    one, two = draw(3, keys=6), draw(4, keys=9)
+    packed = record(np.concatenate([one, two], -1)).assign_coords(
+        key_sequence=(("step", "key"), [[0] * 6 + [1] * 9]),
+        key_position=(("step", "key"), [[*range(6), *range(9)]]),
+    )
+    for sequence, alone in ((0, one), (1, two)):
+        found = kv_importance(packed, sequence=sequence, methods=["h2o", "tova"])
+        expected = kv_importance(record(alone), methods=["h2o", "tova"])
+        np.testing.assert_allclose(found["score"], expected["score"])
+        np.testing.assert_allclose(found["mass_kept"], expected["mass_kept"])
+    with pytest.raises(UnknownName, match=r"Unknown sequence 2. Valid: 0, 1"):
+        kv_importance(packed, sequence=2)
+
+
+# ----------------------------------------------------------------------------------------------------------- properties
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6), st.integers(2, 30))
+def test_more_budget_never_keeps_less_and_all_of_it_keeps_all(seed: int, keys: int) -> None:
+    result = kv_importance(record(draw(seed, keys=keys)))
+    mass = result["mass_kept"].values
+    assert (mass >= 0).all() and (mass <= 1).all()
+    assert (np.diff(mass, axis=1) >= -1e-12).all()
+    assert mass[:, -1] == pytest.approx(np.ones_like(mass[:, -1]))
+    assert (np.sort(result["keep_rank"].values, -1) == np.arange(keys)).all()
+    assert (result["mass_kept_least"].values <= result["mass_kept_mean"].values + 1e-12).all()
+    best = kv_importance(record(draw(seed, keys=keys)), methods={"h2o": {"recent": 0.0}})["mass_kept"].values[0]
+    assert (best + 1e-9 >= mass).all()  # nothing keeps more mass than ranking by it
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.permutations(range(4)))
+def test_permuting_ungrouped_heads_permutes_the_ranks(order: list[int]) -> None:
+    mass = draw(7)
+    one, two = (kv_importance(record(m), methods=["h2o"])["keep_rank"].values for m in (mass, mass[:, order]))
+    np.testing.assert_array_equal(two, one[:, :, order])
+
+
+# ------------------------------------------------------------------------------------- against full attention matrices
+@pytest.fixture(scope="module")
+def watched() -> tuple[Any, torch.Tensor, np.ndarray, np.ndarray]:
+    """Run, ids, and what eager attention says: weights (layer, head, query, key), key norms (layer, kv_head, key)."""
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    text = (Path(bnviz.__file__).parent / "demo" / "data" / "tempest.txt").read_bytes()
+    ids = torch.tensor([list(text[5000:5060])])
+    folder = MODELS / "llama-induction-byte"
+    model = load(folder, dtype=torch.float32).eval()
+    with bnviz.capture(model, probes=["attention", "keys_values"], window=8, strict=True) as recorder, torch.no_grad():
+        model(ids)
+    eager = load(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        out = eager(ids, output_attentions=True, use_cache=True)
+    weights = torch.stack(out.attentions)[:, 0].double().numpy()
+    norms = np.stack([layer.keys[0].double().norm(dim=-1).numpy() for layer in out.past_key_values.layers])
+    return recorder.run, ids, weights, norms
+
+
+def grouped(values: np.ndarray) -> np.ndarray:
+    """(layer, 4 heads, key) to (layer, 2 kv heads, key): heads 0, 1 and heads 2, 3 share."""
+    return np.stack([(values[:, 0] + values[:, 1]) / 2, (values[:, 2] + values[:, 3]) / 2], axis=1)
+
+
+def expected_scores(weights: np.ndarray, norms: np.ndarray) -> dict[str, np.ndarray]:
+    """The five published scores written down a second time, from whole matrices."""
+    keys = weights.shape[-1]
+    h2o = grouped(weights.sum(2))
+    h2o[..., keys - int(0.1 * keys) :] = np.inf
+    window = torch.from_numpy(weights[:, :, -8:, :-8].mean(2))
+    pooled = torch.nn.functional.avg_pool1d(window, 5, stride=1, padding=2, count_include_pad=True).numpy()
+    snapkv = np.full((len(weights), 2, keys), np.inf)
+    snapkv[..., :-8] = grouped(pooled)
+    tova = np.repeat(weights[:, :, -1].mean(1)[:, None], 2, axis=1)
+    streaming = np.broadcast_to(np.where(np.arange(keys) < 4, np.inf, np.arange(keys)), h2o.shape)
+    return {"h2o": h2o, "snapkv": snapkv, "tova": tova, "key_norm": -norms, "streaming_llm": streaming}
+
+
+def test_every_score_is_the_one_of_full_matrices(watched: Any) -> None:
+    run, _, weights, norms = watched
+    result = kv_importance(run["attention"], run["keys_values"])
+    assert result.attrs["skipped"] == {} and result.attrs["window"] == 8
+    for name, expected in expected_scores(weights, norms).items():
+        found = result["score"].sel({"method": name}).values
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6, err_msg=name)
+        order = np.argsort(result["keep_rank"].sel({"method": name}).values, axis=-1)
+        kept_first = np.take_along_axis(np.minimum(expected, 1e3), order, axis=-1)
+        assert (np.diff(kept_first, axis=-1) <= 2e-5).all(), name  # equal bytes have equal norms, up to rounding
+    half = weights.sum(2).reshape(2, 2, 2, -1).sum(2)
+    kept = result["keep_rank"].sel({"method": "tova"}).values < int(result["tokens_kept"].sel(budget=0.5))
+    np.testing.assert_allclose(
+        result["mass_kept"].sel({"method": "tova", "budget": 0.5}), (half * kept).sum(-1) / half.sum(-1), rtol=1e-5
+    )
+
+
+def test_bytes_are_those_of_the_cache(watched: Any) -> None:
+    run, ids, *_ = watched
+    result = kv_importance(run["attention"], run["keys_values"])
+    cache = 2 * 2 * 2 * ids.shape[1] * 16 * 4  # layers, keys and values, kv heads, tokens, dim, float32
+    assert float(result["bytes_kept"].sel(budget=1.0)) == cache
+    finding = next(f for f in judge(result).findings if f.code == "kv_importance/budget")
+    assert finding.saving is not None
+    kept = int(result["tokens_kept"].sel(budget=finding.value))
+    assert finding.saving.amount == pytest.approx(cache * (1 - kept / ids.shape[1]))
+    assert finding.saving.share == pytest.approx(1 - kept / ids.shape[1])
+
+
+# --------------------------------------------------------------------------------------------------------- the judgement
+def peaked(layers: int = 2) -> np.ndarray:
+    mass = np.full((layers, 2, 100), 0.001)
+    mass[:, :, 40:50] = 1.0
+    return mass
+
+
+def test_the_smallest_budget_is_found_and_set_against_chance() -> None:
+    told = judge(kv_importance(record(peaked()), keys_values(np.ones((2, 1, 100))), methods=["tova", "random"]))
+    assert told.title == "10 % of the keys hold 95 % of the attention mass when ranked by tova"
+    finding = told.findings[0]
+    assert finding.value == 0.1 and finding.limit == 1.0 and finding.severity == "medium"
+    assert finding.saving is not None and finding.saving.amount == 2 * 16 * 90
+    assert "random needs 100 %" in finding.sentence
+    assert any("Mass is not output error" in line for line in told.caveats)
+    assert any("2 query heads share a kv head; their scores are put together by mean" in line for line in told.caveats)
+
+
+def test_layers_that_need_different_budgets_are_named() -> None:
+    mass = peaked()
+    mass[1] = 1.0
+    result = kv_importance(record(mass), methods=["tova", "random"])
+    finding = next(f for f in judge(result, lost=0.5).findings if f.code == "kv_importance/uneven")
+    assert finding.where["layer"] == [0, 1]
+    assert finding.value == pytest.approx(0.5)  # 0.1, and 0.6 of even mass is the first budget above one half
+
+
+def test_when_nothing_beats_chance_the_title_says_so() -> None:
+    told = judge(kv_importance(record(np.ones((1, 2, 50)))))
+    assert told.title == "No score holds 95 % of the attention mass with fewer keys than chance"
+    assert told.findings == ()
+
+
+# ------------------------------------------------------------------------------------------------------------- failures
+def test_a_prompt_shorter_than_the_window_is_left_out_with_its_reason_and_refused_by_name() -> None:
+    data = record(draw(0, keys=10), window=32)
+    result = kv_importance(data)
+    assert "snapkv" not in result["method"].values
+    assert "observation window 10 queries" in result.attrs["skipped"]["snapkv"]
+    assert any(line.startswith("Left out: snapkv") for line in judge(result).caveats)
+    with pytest.raises(SchemaError, match="nothing is left to rank"):
+        kv_importance(data, methods=["snapkv"])
+
+
+def test_without_keys_and_values_heads_stand_alone_and_bytes_are_unknown() -> None:
+    result = kv_importance(record(draw(0)))
+    assert result.sizes["kv_head"] == 4
+    assert np.isnan(result["bytes_kept"].values).all()
+    assert "keys_values" in result.attrs["skipped"]["key_norm"]
+    told = judge(result)
+    assert any("each query head is ranked alone" in line for line in told.caveats)
+    assert all(f.saving is None for f in told.findings)
+    with pytest.raises(NotCaptured, match=r'needs .key_norm.*add "keys_values" to probes='):
+        kv_importance(record(draw(0)), methods=["key_norm"])
+
+
+def test_one_token_is_kept_and_nothing_is_ranked() -> None:
+    result = kv_importance(record(np.ones((1, 2, 1))))
+    assert (result["tokens_kept"] == 1).all() and (result["mass_kept"] == 1).all()
+    assert np.isnan(result["agreement"].values).all()
+    assert judge(result).title == "One token: there is nothing to rank"
+
+
+def test_options_that_do_not_exist_are_refused_with_the_valid_ones() -> None:
+    data = record(draw(0))
+    with pytest.raises(
+        UnknownName, match="Unknown score 'h20'; did you mean 'h2o'.*Valid: " + ", ".join(names("scores"))
+    ):
+        kv_importance(data, methods=["h20"])
+    with pytest.raises(UnknownName, match="Unknown aggregate 'avg'"):
+        kv_importance(data, aggregate="avg")
+    for budgets in ((), (0.0, 0.5), (1.5,)):
+        with pytest.raises(SchemaError, match="expected shares of the cache above 0 and up to 1"):
+            kv_importance(data, budgets=budgets)
+    with pytest.raises(NotCaptured, match=r"needs attention.mass"):
+        kv_importance(data.drop_vars("mass"))
+    with pytest.raises(SchemaError, match="20 keys in attention and 12 in keys_values"):
+        kv_importance(data, keys_values(np.ones((2, 2, 12))))
+
+
+def test_random_is_the_same_every_time_and_attrs_survive_json() -> None:
+    one, two = (kv_importance(record(draw(0), tokens_text=[str(i) for i in range(20)])) for _ in range(2))
+    xr.testing.assert_identical(one, two)
+    assert one.attrs["tokens_text"][3] == "3"
+    assert json.loads(json.dumps(one.attrs)) == one.attrs
