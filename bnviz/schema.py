@@ -43,7 +43,6 @@ DIMENSIONS: Mapping[str, str] = MappingProxyType(
         "budget": "share of the KV cache that is kept",
         "op": "operator of a roofline at one set of shapes",
         "module": "module of the model, by its path",
-        "bound": "what limits an operator: compute, memory, ...",
         "ceiling": "a measured limit of the machine",
         "category": "what memory or time is spent on",
         "time": "moment of a timeline",

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 if TYPE_CHECKING:
     import torch
@@ -201,11 +198,11 @@ def _bandwidth(clock: Clock) -> tuple[tuple[tuple[int, float], ...], float]:
 
     largest = next(s for s in reversed(COPY_SIZES) if s <= max(COPY_SIZES[0], _free_memory() // 8))
     torch.zeros(8).add_(1.0).fill_(0.0)  # what torch does once must not count as first touch
-    faults, begin = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt, time.thread_time()
+    faults, begin = _faults(), time.thread_time()
     source = torch.zeros(largest // 8).add_(1.0)
     target = torch.empty_like(source).fill_(0.0)
     first = time.thread_time() - begin
-    faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - faults
+    faults = _faults() - faults
     found = []
     for size in (s for s in COPY_SIZES if s <= largest):
         a, b = source[: size // 8], target[: size // 8]
@@ -262,6 +259,16 @@ def _run_delay() -> float:
         return math.nan
 
 
+def _faults() -> int:
+    """Pages this thread has touched first; 0 where the system does not count by thread."""
+    try:
+        import resource
+
+        return int(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt)
+    except (ImportError, AttributeError):
+        return 0
+
+
 def _free_memory() -> int:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -294,17 +301,3 @@ def cache_levels() -> tuple[tuple[str, int], ...]:
         except (OSError, ValueError, KeyError):
             continue
     return tuple(sorted(found.items(), key=lambda pair: pair[1]))
-
-
-def bandwidth_at(nbytes: np.ndarray, bandwidth: Iterable[Iterable[float]]) -> np.ndarray:
-    """Copy bandwidth at working sets of `nbytes`, between the measured sizes on log-log axes, constant beyond them.
-
-    Examples
-    --------
-    >>> bandwidth_at(np.array([1.0, 1e6, 1e8, 1e9]), [(1e6, 1e11), (1e8, 1e10)])
-    array([1.e+11, 1.e+11, 1.e+10, 1.e+10])
-    """
-    sizes, rates = np.asarray(list(map(list, bandwidth)), float).T
-    logs = np.log(np.maximum(np.asarray(nbytes, float), 1.0))
-    shown: np.ndarray = np.exp(np.interp(logs, np.log(sizes), np.log(rates)))
-    return shown

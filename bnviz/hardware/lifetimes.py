@@ -86,8 +86,10 @@ def blocks(profile: Profile, device: int | None = None) -> Blocks:
         (static[3], module),
         (np.full(len(held), -1), event),
     )
-    columns = [np.concatenate([np.asarray(a, np.int64), np.asarray(b, np.int64)]) for a, b in parts]
-    return Blocks(*columns, tuple(paths), chosen)
+    born, died, nbytes, category, module, event = (
+        np.concatenate([np.asarray(a, np.int64), np.asarray(b, np.int64)]) for a, b in parts
+    )
+    return Blocks(born, died, nbytes, category, module, event, tuple(paths), chosen)
 
 
 def _busiest(profile: Profile) -> int:
@@ -134,8 +136,7 @@ def _pair(profile: Profile, device: int, held: list[Holding]) -> _Made:
             columns = (_ALWAYS, time, -size, -1, place)
         for into, value in zip((born, died, nbytes, event, address), columns, strict=True):
             into.append(value)
-    arrays = (np.array(a, np.int64) for a in (born, died, nbytes, event, address))
-    return _Made(*arrays, np.array(static_died, np.int64))
+    return _Made(*(np.array(a, np.int64) for a in (born, died, nbytes, event, address, static_died)))
 
 
 def _static(held: list[Holding], died: np.ndarray, paths: dict[str, int]) -> tuple[np.ndarray, ...]:
@@ -213,7 +214,7 @@ def _next(moment: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 def _root_end(profile: Profile) -> np.ndarray:
     """End of the outermost operator around each; parents stand before their children."""
-    end = profile.start + profile.duration
+    end: np.ndarray = profile.start + profile.duration
     for row in np.flatnonzero(profile.parent >= 0):
         end[row] = end[profile.parent[row]]
     return end

@@ -125,7 +125,7 @@ def thin(moments: np.ndarray, total: np.ndarray, points: int) -> np.ndarray:
 
 def _by_module(held: Blocks, moment: int) -> np.ndarray:
     """(module, category) bytes alive at a moment; the last row is outside every module."""
-    alive = held.alive(moment) | ((held.born < 0) & (held.died > moment))
+    alive = held.alive(moment)
     rows = len(held.paths) + 1
     module = np.where(held.module[alive] >= 0, held.module[alive], rows - 1)
     flat = module * len(CATEGORIES) + held.category[alive]
@@ -146,7 +146,7 @@ def _describe_peak(profile: Profile, held: Blocks, moment: int) -> dict[str, Any
     return {
         "time": moment / 1e9,
         "phase": PHASES[int(profile.phase[event])],
-        "op": profile.names[int(profile.name[outer])],
+        "op": profile.names[int(profile.name[outer])].removeprefix("autograd::engine::evaluate_function: "),
         "path": profile.paths[module] if module >= 0 else "outside",
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,8 @@ class Ops:
     * `flops`, `bytes`: lower bounds from shapes, see `bnviz.hardware.flops.work`. NaN: this operator has no rule.
     * Wrappers and autograd's engine have 0 of both: their `self_time` is overhead.
     * `attrs`: `ceilings` (a list: at the current number of threads, then at one), `coverage` (share of `self_time` with a
-      rule), `wall`, `overhead`, `contention`, `calls`, `threads`, `device`, `notes`.
+      rule), `recorded` (Unix time), `wall`, `overhead`, `call_time` (seconds of all forwards), `contention`, `calls`,
+      `threads`, `device`, `notes`.
     """
 
     def __init__(self, *, ceilings: bool = True) -> None:
@@ -78,15 +80,18 @@ class Ops:
     ) -> dict[str, Any]:
         whole = float(columns["self_time"].sum())
         known = float(columns["self_time"][~np.isnan(columns["flops"])].sum())
+        outer = (profile.call_depth == 0) & ~profile.call_backward
         device = "cuda:0" if "device_time" in columns else "cpu"
         found = list(_ceilings(device, worked, tables["dtype"])) if self._ceilings else []
         return {
             "ceilings": [c.to_dict() for c in found],
             "coverage": known / whole if whole else None,
+            "recorded": time.time(),
             "wall": profile.wall / 1e9,
             "overhead": profile.overhead / 1e9,
             "contention": None if np.isnan(profile.contention) else float(profile.contention),
-            "calls": int(((profile.call_depth == 0) & ~profile.call_backward).sum()),
+            "calls": int(outer.sum()),
+            "call_time": float(profile.call_duration[outer].sum() / 1e9),
             "threads": _threads(),
             "device": device,
             "notes": list(profile.notes),
@@ -103,7 +108,8 @@ def _ceilings(device: str, worked: _Worked, dtypes: list[str]) -> Iterator[Ceili
     from bnviz.hardware.ceilings import measure_ceilings
 
     used = {dtypes[i] for i in np.unique(worked.dtype[worked.kind == KINDS.index("matmul")]) if i >= 0}
-    wanted = {_DEFAULT_DTYPE, *(d for d in used if d.startswith(("float", "bfloat")) and "8" not in d)}
+    # bfloat16 too: whether it would be faster here is a finding
+    wanted = {_DEFAULT_DTYPE, "bfloat16", *(d for d in used if d.startswith(("float", "bfloat")) and "8" not in d)}
     yield measure_ceilings(device, wanted)
     if device == "cpu" and _threads() > 1:
         yield measure_ceilings(device, wanted, threads=1)
