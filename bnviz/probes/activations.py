@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bnviz.observation import BlockSeen
-from bnviz.reduce import block_stats
+from bnviz.reduce.block_stats import block_stats
 from bnviz.schema import Variable, probe
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _CHANNELS = ("mean", "variance", "max_abs", "kurtosis", "zero_fraction", "outlie
         Variable("kurtosis", _CHANNEL, "1", "fourth moment over variance squared; 3 for a Gaussian", optional=True),
         Variable("zero_fraction", _CHANNEL, "1", "share of a channel's values that are exactly zero", optional=True),
         Variable("outlier_fraction", _CHANNEL, "1", "share of a channel's values that are outliers", optional=True),
+        Variable("nonfinite", ("step", "kind", "layer"), "count", "values that are NaN or infinite", "add", True),
         Variable(
             "activation", ("step", "layer", "sample", "feature"), "1", "block outputs of the first rows", optional=True
         ),
@@ -50,7 +51,8 @@ class Activations:
 
     Notes
     -----
-    * NaN: the token's vector is zero before (`relative_change`), or before or after (`cosine`).
+    * NaN: the token's vector is zero before (`relative_change`), or before or after (`cosine`), or holds a value that is not
+      finite; such values are counted in `nonfinite` and left out of the channels.
     * `norm_in`, `cosine` and `relative_change` are absent where before and after differ in shape (a layer that changes
       the width, a strided convolution).
     * Channel statistics and `activation` describe whole forwards and prompts; a decode step shows one token a sequence, so
@@ -79,14 +81,17 @@ class Activations:
         """Statistics of one block or sub-layer in one call."""
         paired = seen.input.shape == seen.output.shape
         before = seen.input if paired else seen.output
-        stats: Any = block_stats(before, seen.output, valid=seen.context.valid)
-        kept = {"norm_out": stats.norm_out}
+        valid = seen.context.valid
+        if valid is not None and valid.shape != seen.output.shape[:2]:
+            valid = None  # the mask is of other rows than this block's
+        stats = block_stats(before, seen.output, valid=valid)
+        kept = {"norm_out": stats.norm_out, "nonfinite": stats.nonfinite}
         if paired:
             kept |= {name: getattr(stats, name) for name in _PAIR}
         if seen.context.phase != "decode":
             kept |= {name: getattr(stats, name) for name in _CHANNELS}
             if self.sample and seen.site.part == "block":
-                kept["activation"] = _first_rows(seen.output, self.sample, seen.context.valid)
+                kept["activation"] = _first_rows(seen.output, self.sample, valid)
         return kept
 
 
@@ -94,7 +99,7 @@ def _first_rows(output: Tensor, count: int, valid: Tensor | None) -> Tensor:
     """(1, rows, features): the first `count` rows that are not padding, without asking the device how many there are."""
     rows = output.detach().reshape(-1, output.shape[-1]).float()
     count = min(count, len(rows))
-    if valid is None or valid.shape != output.shape[:2]:
+    if valid is None:
         return rows[None, :count]
     kept = valid.reshape(-1)
     if count < len(rows):  # sorting asks the device for no number, as selecting by the mask would
