@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, catalog
-from .drawing import Drawn, draw
+from .figures import Drawn, draw
 from .findings import NOT_ESTIMATED, place, saving_words, share_of
 from .overview import facts, six_numbers
 from .schema import Finding

@@ -321,7 +321,9 @@ def _split(need: str) -> tuple[str, str]:
 
 def _holds(records: Mapping[str, xr.Dataset], need: str) -> bool:
     record, variable = _split(need)
-    return record in records and (not variable or variable in records[record].data_vars)
+    return record in records and (
+        not variable or variable in records[record].variables
+    )  # one named as its dim is a coordinate
 
 
 def _lack(spec: DiagnosticSpec, records: Mapping[str, xr.Dataset]) -> str:

@@ -88,7 +88,7 @@ def _written(array: xr.DataArray, chosen: np.ndarray) -> list[str]:
     table = array.attrs.get("table")
     values = array.values.ravel()[chosen].tolist()
     if table is not None:
-        values = [table[int(v)] if isinstance(v, (int, float)) and 0 <= v < len(table) else v for v in values]
+        values = [table[int(v)] if isinstance(v, (int, float)) and 0 <= v < len(table) else "–" for v in values]
     return [_text(value, unit) for value in values]
 
 

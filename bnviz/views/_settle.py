@@ -67,16 +67,25 @@ def _wraps(row: Row) -> bool:
 
 
 def _selectable(plot: Plot, tap: Any) -> None:
-    tapped = {id(r) for tool in plot.select(TapTool) if isinstance(tool.renderers, list) for r in tool.renderers}
-    everything = any(tool.renderers == "auto" for tool in plot.select(TapTool))
-    for renderer in list(plot.select(GlyphRenderer)):
-        if renderer.nonselection_glyph == "auto" and id(renderer) not in tapped:
-            addressed = PLACES & set(renderer.data_source.column_names)
-            fresh = renderer.selection_glyph == "auto" and not everything
-            if addressed and fresh and "fill_color" in renderer.glyph.properties():
-                tap(renderer, plot)
-            else:
-                renderer.nonselection_glyph = None
+    tools = [tool for tool in plot.tools if isinstance(tool, TapTool)]
+    tapped = {id(r) for tool in tools if isinstance(tool.renderers, list) for r in tool.renderers}
+    for renderer in [r for r in plot.renderers if isinstance(r, GlyphRenderer)]:
+        if not _untouched(renderer):
+            continue
+        addressed = PLACES & set(renderer.data_source.column_names)
+        if addressed and id(renderer) not in tapped and "fill_color" in renderer.glyph.properties():
+            tap(renderer, plot)
+        else:
+            renderer.nonselection_glyph = None
+
+
+def _untouched(renderer: GlyphRenderer) -> bool:
+    """Whether nobody said how a mark looks that is not selected: Bokeh then fades it to a tenth."""
+    faded = renderer.nonselection_glyph
+    if faded is None or faded == "auto":
+        return bool(faded == "auto")
+    alphas = [getattr(faded, name) for name in faded.properties() if name.endswith("_alpha")]
+    return bool(alphas) and all(alpha == 0.1 for alpha in alphas)
 
 
 def extent(root: LayoutDOM) -> tuple[int, int]:

@@ -92,6 +92,7 @@ function outline({ cursor, cells, counts, paths }, chosen) {
 function adopt(bus, doc, element) {
   const undo = [];
   let busy = false;
+  let heard = 0;
   const changed = new Map();
   const models = modelsOf(doc);
   const sources = models.filter(m => m.type === 'ColumnDataSource' && m.name !== 'bnviz-cursor');
@@ -99,6 +100,7 @@ function adopt(bus, doc, element) {
   const images = models.filter(m => m.tags?.some?.(tag => String(tag).startsWith('bnviz-cells:')));
 
   const settle = () => { // a click changes several sources, one after the other: read them together
+    heard += 1;
     const picked = [...changed].filter(([, rows]) => rows.length);
     changed.clear();
     bus.select(picked.flatMap(([source, rows]) => rows.map(i => addressOf(columnsOf(source), i))), { from: doc });
@@ -115,6 +117,13 @@ function adopt(bus, doc, element) {
       signal?.connect(note);
       undo.push(() => signal?.disconnect(note));
     }
+  }
+  // A click on what is selected already changes nothing in Bokeh: that is the second click, and it clears.
+  for (const plot of models.filter(m => m.renderers?.some?.(r => places.includes(r.data_source)))) {
+    plot.on_event('tap', event => {
+      const before = heard;
+      if (!event.modifiers?.shift) setTimeout(() => heard === before && bus.chosen.length && bus.clear());
+    });
   }
   for (const plot of images) {
     const at = cellsOf(plot);
