@@ -2,5 +2,6 @@
 
 from .models import MODELS, load
 from .texts import text
+from .tour import main
 
-__all__ = ["MODELS", "load", "text"]
+__all__ = ["MODELS", "load", "main", "text"]
