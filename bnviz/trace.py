@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 _PROCESS = 1
 _STEPS = 0  # the thread steps stand on: annotations of the user may straddle them
-_OPERATOR = re.compile(r"::|Backward\d*$|AccumulateGrad$")  # anything else is a name a user gave to a stretch of code
+_OPERATOR = re.compile(
+    r"::|Backward\d*$|AccumulateGrad$|^detach_?$"
+)  # anything else is a name a user gave to a stretch of code
 _NEEDED = ("op", "start", "duration")
 _MODULE = "nn.Module: "
 
@@ -90,7 +92,7 @@ def export_tensorboard(ops: xr.Dataset, directory: Path, *, worker: str = "bnviz
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with fresh.open("w", encoding="utf-8") as file:
-            _write(file, events(table), str(ops.attrs.get("model", "")))
+            _write(file, events(table), ops.attrs)
         fresh.replace(path)
     except OSError as error:
         fresh.unlink(missing_ok=True)
@@ -98,13 +100,13 @@ def export_tensorboard(ops: xr.Dataset, directory: Path, *, worker: str = "bnviz
     return path
 
 
-def _write(file: Any, made: Iterator[dict[str, Any]], model: str) -> None:
+def _write(file: Any, made: Iterator[dict[str, Any]], attrs: Mapping[Any, Any]) -> None:
     head = {
         "schemaVersion": 1,
         "deviceProperties": [],
         "displayTimeUnit": "ms",
-        "baseTimeNanoseconds": 0,
-        "model": model,
+        "baseTimeNanoseconds": int(float(attrs.get("recorded") or 0) * 1e9),
+        "model": str(attrs.get("model", "")),
     }
     file.write(json.dumps(head)[:-1] + ', "traceEvents": [')
     for at, event in enumerate(made):
@@ -138,8 +140,12 @@ def _named(what: str, name: str, thread: int) -> dict[str, Any]:
 
 
 def _span(category: str, name: str, thread: int, start: int, end: int, **args: Any) -> dict[str, Any]:
-    """A complete event; times from nanoseconds to the format's microseconds."""
-    times = {"ts": start / 1000, "dur": (end - start) / 1000}
+    """A complete event; times from nanoseconds to the format's microseconds.
+
+    The length is the difference of the rounded ends: a reader that adds it to the start gets the same number for all events
+    that end together, and does not find a child longer than its parent.
+    """
+    times = {"ts": start / 1000, "dur": end / 1000 - start / 1000}
     return {"ph": "X", "cat": category, "name": name, "pid": _PROCESS, "tid": thread, **times, "args": args}
 
 
@@ -233,7 +239,8 @@ class _Open:
 class _Modules:
     """Calls of modules, put together from the paths of the operators they ran; never inside an operator.
 
-    A call ends where an operator of another module, forward, phase or thread begins.
+    A call ends where an operator of another module, forward, phase or thread begins. Where there is room between operators an
+    outer call begins and ends a nanosecond outside of the inner one, as readers cut times to whole nanoseconds.
     """
 
     rows: _Rows
@@ -241,6 +248,7 @@ class _Modules:
     _open: list[_Open] = field(default_factory=list)
     _ids: dict[str, int] = field(default_factory=dict)
     _last: tuple[int, int, bool] = (0, 0, False)
+    _end: int = 0
 
     def see(self, at: int) -> None:
         """Take the next operator into account."""
@@ -256,16 +264,25 @@ class _Modules:
         if here == self._last:
             while same < min(len(chain), len(self._open)) and self._open[same].key == chain[same]:
                 same += 1
-        self.made.extend(self._open[same:])
-        del self._open[same:]
-        for key in chain[same:]:
+        room = (int(rows.start[at]) - self._end) // 2 if here[0] == self._last[0] else len(chain)
+        self._finish(same, room)
+        for depth, key in enumerate(chain[same:]):
+            early = min(len(chain) - same - depth, room)
             name = f"{_MODULE}{key or 'the model'}{' (backward)' if backward else ''}"
             over = self._open[-1].id if self._open else None
             number = len(self.made) + len(self._open) + 1
-            self._open.append(_Open(name, key, here[0], int(rows.start[at]), 0, number, over))
+            self._open.append(_Open(name, key, here[0], int(rows.start[at]) - early, 0, number, over))
         for module in self._open:
-            module.end = max(module.end, int(rows.end[at]))
-        self._last = here
+            module.end = int(rows.end[at])
+        self._last, self._end = here, int(rows.end[at])
+
+    def _finish(self, kept: int, room: int) -> None:
+        """End all calls but the outermost `kept`, in `room` nanoseconds."""
+        ending = self._open[kept:]
+        for inside, module in enumerate(reversed(ending)):
+            module.end += min(inside + 1, room)
+        self.made.extend(ending)
+        del self._open[kept:]
 
     def _chain(self, path: str) -> list[str]:
         """Modules from the outermost known one to `path`; containers that never ran an operator are left out."""
@@ -276,8 +293,7 @@ class _Modules:
 
     def close(self) -> Iterator[dict[str, Any]]:
         """The calls as events."""
-        self.made.extend(self._open)
-        self._open.clear()
+        self._finish(0, len(self._open))
         for module in self.made:
             number = self._ids.setdefault(module.name, len(self._ids))
             args = {"Python id": module.id, "Python module id": number}

@@ -49,19 +49,32 @@ def inclusive(parent: np.ndarray, group: np.ndarray, own: np.ndarray, groups: in
     return np.bincount(group[first], subtree(parent, own)[first], minlength=groups)
 
 
-def merged(parent: np.ndarray, group: np.ndarray, root: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The tree with siblings of one group made one row.
+def merged(
+    parent: np.ndarray, group: np.ndarray, root: np.ndarray, own: np.ndarray, fold: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """The tree with siblings of one group made one row, and rows of `fold (event,)` taken into their caller.
 
     Returns
     -------
     parent, group, root, own : arrays
         Of the merged rows, callers before callees.
+
+    Examples
+    --------
+    >>> tree = merged(np.array([-1, 0, 1, 0]), np.array([0, 9, 2, 2]), np.zeros(4, int), np.array([1, 2, 4, 8]),
+    ...               np.array([False, True, False, False]))
+    >>> [column.tolist() for column in tree]
+    [[-1, 0], [0, 2], [0, 0], [3, 12]]
     """
     rows: dict[tuple[int, int, int], int] = {}
     place: list[int] = []
     sums: list[int] = []
     for at in range(len(parent)):
         above = place[parent[at]] if parent[at] >= 0 else -1
+        if fold[at] and above >= 0:
+            sums[above] += int(own[at])
+            place.append(above)
+            continue
         row = rows.setdefault((above, int(group[at]), int(root[at])), len(rows))
         if row == len(sums):
             sums.append(0)

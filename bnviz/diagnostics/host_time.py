@@ -11,6 +11,10 @@ from bnviz.schema import Finding, Judgement, Saving, Variable, diagnostic, stamp
 from ._call_tree import inclusive, merged, subtree
 from ._host_reading import OWN, Reading
 
+PLUMBING = frozenset(
+    {"_wrapped_call_impl", "_call_impl", "__call__", "inner", "wrapper", "wrapped", "wrapped_func", "wrapped_fn", "_fn"}
+    | {"decorate_context"}
+)
 _FUNCTION = ("function",)
 _THREAD = ("thread",)
 _LINE = ("frame",)
@@ -61,8 +65,9 @@ def host_time(host: xr.Dataset) -> xr.Dataset:
     -------
     Dataset
         Dims function, frame (a line), thread and event (a chain of calls, siblings of one function merged). Seconds are
-        samples times the sampling interval. `attrs`: `model`, `wall` [s], `interval` [s], `samples`, `failed_share` of the
-        samples that could not be read (NaN without time), `idle` whether sleeping threads were sampled.
+        samples times the sampling interval. In the chains of calls, functions that only hand a call on (`Module._call_impl`,
+        decorators of packages) are folded into their caller. `attrs`: `model`, `wall` [s], `interval` [s], `samples`,
+        `failed_share` of the samples that could not be read (NaN without time), `idle` whether sleeping threads were sampled.
 
     Notes
     -----
@@ -95,7 +100,7 @@ def host_time(host: xr.Dataset) -> xr.Dataset:
         table = np.zeros((len(function_order), len(thread_order)))
         np.add.at(table, cell, counts * interval)
         result[name] = (("function", "thread"), table)
-    parent, group, thread, own = merged(tree.parent, tree.function, tree.thread, tree.samples)
+    parent, group, thread, own = merged(tree.parent, tree.function, tree.thread, tree.samples, tree.plumbing)
     result["call_function"] = ("event", _positions(function_order)[group].astype(np.int32))
     result["call_parent"] = ("event", parent.astype(np.int32))
     result["call_thread"] = ("event", _positions(thread_order)[thread].astype(np.int32))
@@ -128,6 +133,12 @@ class _Tree:
         self.functions = list(index)
         self.function_of_frame = np.array([index[key] for key in keys], np.int64)
         self.function = self.function_of_frame[self.frame]
+        self.plumbing = np.array([_is_plumbing(*key) for key in self.functions], bool)[self.function]
+
+
+def _is_plumbing(name: str, file: str) -> bool:
+    """Whether a function only hands a call on: `Module.__call__` and decorators of packages."""
+    return "/" in file and not file.startswith("/") and name.rpartition(".")[2] in PLUMBING
 
 
 def _order(time: np.ndarray, more: np.ndarray) -> np.ndarray:
