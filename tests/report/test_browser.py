@@ -128,13 +128,16 @@ def test_a_click_on_what_is_selected_clears(open_page: Callable[..., Any]) -> No
     assert page.evaluate(CHOSEN, "atlas") == []
 
 
-def test_shift_adds_and_a_plain_click_replaces(open_page: Callable[..., Any]) -> None:
-    page = open_page()
-    click(page, ATLAS, 1, 3)
+def test_shift_adds_to_what_is_selected(open_page: Callable[..., Any]) -> None:
+    page = open_page("#layer=1&head=3")
     click(page, ATLAS, 2, 0, shift=True)
     assert page.evaluate(CHOSEN, "atlas") == [9, 12]
     assert page.evaluate(CHOSEN, "strip") == [1, 2]
     assert "and 1 more" in status(page)
+
+
+def test_a_plain_click_replaces_what_is_selected(open_page: Callable[..., Any]) -> None:
+    page = open_page("#layer=1&head=3")
     click(page, ATLAS, 0, 0)
     assert page.evaluate(CHOSEN, "atlas") == [0]
 
