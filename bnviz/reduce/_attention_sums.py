@@ -176,7 +176,8 @@ def _sink(sink: int, first_key: Tensor | None, sight: Sight, batch: slice, some:
 def _single(partner: dict[str, Tensor], sight: Sight, batch: slice) -> tuple[Tensor, Tensor, Tensor]:
     rows = slice(sight.first, sight.first + sight.count)
     chosen = [which[batch if which.shape[0] > 1 else slice(None), rows] for which in partner.values()]
-    index = torch.stack(torch.broadcast_tensors(*chosen), -1)
+    widest = max(which.shape[0] for which in chosen)
+    index = torch.stack([which.expand(widest, -1) for which in chosen], -1)
     column, wide = index - sight.start, sight.stop - sight.start
     hidden = (column < 0) | (column >= wide)
     return column.clamp(0, wide - 1)[:, None], hidden[:, None], (index < 0)[:, None]
@@ -236,4 +237,4 @@ def _add_weighted(plan: Plan, out: dict[str, Tensor], sums: Tensor) -> None:
         after = -sight.stop % wide
         if before or after:
             bins = torch.nn.functional.pad(bins, (before, after))
-        out["pooled"].add_(bins.unflatten(-1, (-1, wide)).sum(-1))
+        out["pooled"].add_(bins.reshape(*bins.shape[:-1], -1, wide).sum(-1))

@@ -109,7 +109,7 @@ def attention_stats(
     True
     """
     given = (query, key, valid, token_ids, lse)
-    query, key, valid, token_ids, lse = (torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in given)
+    query, key, valid, token_ids, lse = (_tensor(values) for values in given)
     names = _names(statistics, token_ids)
     _check(query, key, lse)
     pattern = _checked(pattern, query, key)
@@ -208,3 +208,9 @@ def _of_tokens(
     if token_ids is not None and tuple(token_ids.shape) != (batch, keys):
         raise SchemaError(f"token_ids must be (batch, keys) = ({batch}, {keys}); found {tuple(token_ids.shape)}.")
     return None if valid is None else valid.bool(), None if token_ids is None else token_ids.long()
+
+
+def _tensor(values: Any) -> Any:
+    if not isinstance(values, np.ndarray):
+        return values
+    return torch.from_numpy(np.require(values, requirements=["C", "W"]))  # torch warns of arrays it could not write to

@@ -12,7 +12,9 @@ from bnviz.errors import SchemaError
 
 from ._alone import alone
 
-TOKENS = 2048  # a block of marks (tokens x experts, float32) of 64 experts then takes 512 KiB: it stays in a core's cache
+TOKENS = (
+    2048  # a block of marks (tokens x experts, float32) of 64 experts then takes 512 KiB: it stays in a core's cache
+)
 
 
 def routing_counts(ids: Any, experts: int, *, weights: Any = None) -> dict[str, Any]:
@@ -57,11 +59,14 @@ def routing_counts(ids: Any, experts: int, *, weights: Any = None) -> dict[str, 
     [[1, 2, 1], [2, 0, 1], [0, 2, 0]]
     """
     as_numpy = isinstance(ids, np.ndarray)
-    chosen = torch.from_numpy(np.ascontiguousarray(ids)) if as_numpy else ids
-    weighed = torch.from_numpy(np.ascontiguousarray(weights)) if isinstance(weights, np.ndarray) else weights
+    chosen, weighed = _tensor(ids), _tensor(weights)
     _check(chosen, experts, weighed)
     with torch.no_grad(), torch.autocast(chosen.device.type, enabled=False):
-        out = alone(lambda: _count(chosen, experts, weighed)) if chosen.device.type == "cpu" else _count(chosen, experts, weighed)
+        out = (
+            alone(lambda: _count(chosen, experts, weighed))
+            if chosen.device.type == "cpu"
+            else _count(chosen, experts, weighed)
+        )
     return {name: value.numpy() for name, value in out.items()} if as_numpy else out
 
 
@@ -84,11 +89,10 @@ def _check(ids: Tensor, experts: int, weights: Tensor | None) -> None:
 
 def _count(ids: Tensor, experts: int, weights: Tensor | None) -> dict[str, Tensor]:
     layers, tokens, _ = ids.shape
-    whole = {"dtype": torch.int64, "device": ids.device}
-    count = torch.zeros(layers, experts, **whole)
+    count = torch.zeros(layers, experts, dtype=torch.int64, device=ids.device)
     mass = torch.zeros(layers, experts, dtype=torch.float64, device=ids.device)
-    together = torch.zeros(layers, experts, experts, **whole)
-    transition = torch.zeros(max(0, layers - 1), experts, experts, **whole)
+    together = count.new_zeros(layers, experts, experts)
+    transition = count.new_zeros(max(0, layers - 1), experts, experts)
     for start in range(0, tokens, TOKENS):
         block = slice(start, min(tokens, start + TOKENS))
         before: Tensor | None = None
@@ -104,7 +108,12 @@ def _count(ids: Tensor, experts: int, weights: Tensor | None) -> dict[str, Tenso
                 weight = weights[layer, block].double().masked_fill(~kept, 0.0)
                 mass[layer].index_add_(0, chosen.clamp_min(0).flatten(), weight.flatten())
             before = marks
-    return {"count": count, "mass": count.double() if weights is None else mass, "together": together, "transition": transition}
+    return {
+        "count": count,
+        "mass": count.double() if weights is None else mass,
+        "together": together,
+        "transition": transition,
+    }
 
 
 def _marks(chosen: Tensor, experts: int) -> Tensor:
@@ -112,3 +121,9 @@ def _marks(chosen: Tensor, experts: int) -> Tensor:
     marks = torch.zeros(chosen.shape[0], experts + 1, device=chosen.device)
     place = torch.where(chosen < 0, experts, chosen)
     return marks.scatter_add_(1, place, marks.new_ones(1, 1).expand(place.shape))[:, :experts]
+
+
+def _tensor(values: Any) -> Any:
+    if not isinstance(values, np.ndarray):
+        return values
+    return torch.from_numpy(np.require(values, requirements=["C", "W"]))  # torch warns of arrays it could not write to

@@ -1,0 +1,172 @@
+"""block_stats against float64 definitions, a case solved on paper, and values that are not finite."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from bnviz.errors import SchemaError
+from bnviz.reduce import block_stats
+
+ROWS = ("norm_in", "norm_out", "cosine", "relative_change")
+CHANNELS = ("mean", "variance", "max_abs", "kurtosis", "zero_fraction", "outlier_fraction")
+
+
+def definition(x: Tensor, y: Tensor, keep: Tensor) -> dict[str, Tensor]:
+    x, y = x.double().flatten(0, -2), y.double().flatten(0, -2)
+    keep = keep.flatten()
+    before, after = x.norm(dim=1), y.norm(dim=1)
+    rows = {
+        "norm_in": before,
+        "norm_out": after,
+        "cosine": (F.cosine_similarity(x, y, dim=1)).masked_fill((before == 0) | (after == 0), math.nan),
+        "relative_change": ((y - x).norm(dim=1) / before).masked_fill(before == 0, math.nan),
+    }
+    y = y[keep].numpy()
+    mean, deviation = y.mean(0), y.std(0)
+    channels = {
+        "mean": mean,
+        "variance": deviation**2,
+        "max_abs": np.abs(y).max(0),
+        "kurtosis": scipy.stats.kurtosis(y, axis=0, fisher=False),
+        "zero_fraction": (y == 0).mean(0),
+        "outlier_fraction": (np.abs(y - mean) > 6 * deviation).mean(0),
+    }
+    return {n: v.masked_fill(~keep, math.nan) for n, v in rows.items()} | {
+        n: torch.from_numpy(v) for n, v in channels.items()
+    }
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.sampled_from([2, 5, 64, 65, 700]),
+    features=st.sampled_from([1, 3, 200]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    scale=st.sampled_from([1e-3, 1.0, 300.0]),
+    offset=st.sampled_from([0.0, 1.0, 50.0]),
+    padded=st.booleans(),
+)
+def test_agrees_with_the_definitions(
+    seed: int, rows: int, features: int, dtype: torch.dtype, scale: float, offset: float, padded: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = scale * (torch.randn(2, rows, features, generator=generator, dtype=torch.float64) + offset)
+    y = x + 0.3 * scale * torch.randn(2, rows, features, generator=generator, dtype=torch.float64)
+    y[torch.rand(y.shape, generator=generator) < 0.1] = 0
+    y[0, 0, 0] += 30 * scale
+    x[0, 1] = 0
+    x, y = x.to(dtype), y.to(dtype)
+    keep = torch.rand(2, rows, generator=generator) < 0.7 if padded else torch.ones(2, rows, dtype=torch.bool)
+    keep[0, 0] = keep[1, 0] = True
+    got = block_stats(x, y, valid=keep if padded else None)
+    want = definition(x, y, keep)
+    loose = 1e-9 if dtype == torch.float64 else 2e-4  # a moment's relative error, at means of 50 deviations
+    for name in (*ROWS, *CHANNELS):
+        value = getattr(got, name).double().flatten()
+        if name == "kurtosis":  # scipy's own NaN for nearly constant channels is decided by its rounding
+            sure = want["variance"] > 1e-12 * want["max_abs"] ** 2
+            value, want[name] = value[sure], want[name][sure]
+        # a mean near zero is as exact as its channel's values are large
+        near_zero = {"cosine": 1e-6, "mean": 1e-6 * float(want["max_abs"].max())}.get(name, 1e-12)
+        torch.testing.assert_close(value, want[name], rtol=loose, atol=near_zero, equal_nan=True)
+    assert got.cosine.shape == (2, rows)
+    assert int(got.nonfinite) == 0
+
+
+def test_by_hand() -> None:
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    y = torch.tensor([[0.0, 1.0], [0.0, -2.0], [0.0, 0.0]])
+    got = block_stats(x, y)
+    assert got.cosine[:2].tolist() == [0.0, -1.0]
+    assert got.relative_change[:2].tolist() == [pytest.approx(math.sqrt(2)), 2.0]
+    assert got.cosine[2].isnan() and got.relative_change[2].isnan()
+    assert got.zero_fraction.tolist() == pytest.approx([1.0, 1 / 3])
+    assert got.kurtosis[0].isnan() and got.variance.tolist() == pytest.approx([0.0, 14 / 9])
+    assert got.mean.tolist() == pytest.approx([0.0, -1 / 3])
+
+
+def test_outliers_are_counted_and_are_farther_than_six_deviations() -> None:
+    y = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+    y[:3, 1] = 40.0
+    got = block_stats(y, y)
+    assert got.outlier_fraction.tolist() == pytest.approx([0.0, 3 / 4000, 0.0])
+
+
+def test_identity_changes_nothing_in_sixteen_bits() -> None:
+    x = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    got = block_stats(x, x)
+    assert (got.relative_change == 0).all()
+    torch.testing.assert_close(got.cosine, torch.ones(50), atol=5e-7, rtol=0)
+    assert got.cosine.max() <= 1
+
+
+def test_kurtosis_far_from_zero() -> None:
+    y = 1000 + torch.randn(5000, 4, generator=torch.Generator().manual_seed(0))
+    want = scipy.stats.kurtosis(y.double().numpy(), axis=0, fisher=False)
+    np.testing.assert_allclose(block_stats(y, y).kurtosis.numpy(), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_counted_and_stays_where_it_is(value: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(300, 8, generator=generator), torch.randn(300, 8, generator=generator)
+    want = block_stats(x[1:], y[1:])
+    x[0, 3], y[0, 5] = value, value
+    got = block_stats(x, y)
+    assert int(got.nonfinite) == 2
+    assert all(getattr(got, name)[0].isnan() for name in ROWS)
+    for name in ROWS:
+        torch.testing.assert_close(getattr(got, name)[1:], getattr(want, name), atol=2e-7, rtol=1e-6)
+    for name in CHANNELS:
+        assert torch.isfinite(getattr(got, name)).all(), name
+    torch.testing.assert_close(got.mean[5], y[1:, 5].mean())
+    hidden = block_stats(x, y, valid=torch.arange(300) > 0)
+    assert int(hidden.nonfinite) == 0
+    torch.testing.assert_close(hidden.kurtosis, want.kurtosis)
+
+
+def test_large_but_finite_bfloat16_does_not_overflow() -> None:
+    y = torch.full((4, 2), 1e30).bfloat16()
+    got = block_stats(y, y)
+    assert int(got.nonfinite) == 0
+    torch.testing.assert_close(got.norm_out, torch.full((4,), 1.4142e30), rtol=5e-3, atol=0)
+
+
+def test_nothing_valid_is_undefined() -> None:
+    got = block_stats(torch.ones(3, 2), torch.ones(3, 2), valid=torch.zeros(3, dtype=torch.bool))
+    assert all(
+        getattr(got, name).isnan().all() for name in (*ROWS, "mean", "variance", "max_abs", "kurtosis", "zero_fraction")
+    )
+    empty = block_stats(torch.ones(0, 2), torch.ones(0, 2))
+    assert empty.mean.isnan().all() and empty.cosine.shape == (0,)
+
+
+def test_arrays_in_arrays_out_even_when_read_only() -> None:
+    y = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+    y.setflags(write=False)
+    got = block_stats(y, y)
+    assert isinstance(got.mean, np.ndarray) and isinstance(got.cosine, np.ndarray)
+    np.testing.assert_allclose(got.mean, y.mean(0), rtol=1e-5)
+
+
+def test_input_is_left_as_it_was() -> None:
+    x, y = torch.randn(70, 3), torch.randn(70, 3, requires_grad=True)
+    before = x.clone(), y.detach().clone()
+    got = block_stats(x, y)
+    assert torch.equal(x, before[0]) and torch.equal(y, before[1]) and not got.mean.requires_grad
+
+
+def test_shapes_that_do_not_fit() -> None:
+    with pytest.raises(SchemaError, match=r"one shape \(\.\.\., features\); found \(2, 3\) and \(2, 4\)"):
+        block_stats(torch.ones(2, 3), torch.ones(2, 4))
+    with pytest.raises(SchemaError, match=r"valid must be"):
+        block_stats(torch.ones(2, 3), torch.ones(2, 3), valid=torch.ones(3, dtype=torch.bool))
