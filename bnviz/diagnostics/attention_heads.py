@@ -25,6 +25,7 @@ _SAYS: Mapping[str, str] = MappingProxyType(
         "diffuse": "spreads evenly over what it sees",
     }
 )
+_PLACES = 64  # of the heads of one finding, strongest first
 _ADVICE: Mapping[str, str] = MappingProxyType(
     {
         "previous_token": "Keep it when pruning heads: induction heads later on read what it writes.",
@@ -64,7 +65,7 @@ def attention_heads(
     """Measure six patterns on every head and name the heads that pass a limit.
 
     A share is a mean over the queries for which the pattern exists and could be told from chance: an induction share counts
-    only queries whose token occurred before, and no share counts queries for which a uniform head would already give half.
+    only queries whose token occurred before, and none for which a uniform head would already give more than half.
     A head is named by its largest share among previous token, echo, induction and sink that passes; else it may be local, else
     diffuse. What names a head is its behaviour on this text: induction in particular shows on repeated text.
 
@@ -260,10 +261,11 @@ def _finding(result: xr.Dataset, name: str) -> Finding:
     where: dict[str, Any] = {"layer": int(layers[row]), "head": head, "path": str(paths[row])}
     first = f"Layer {layers[row]} head {head}"
     if len(found) > 1:
+        shown = found[:_PLACES]
         where = {
-            "layer": [int(layers[i]) for _, i, _ in found],
-            "head": [j for _, _, j in found],
-            "path": [str(paths[i]) for _, i, _ in found],
+            "layer": [int(layers[i]) for _, i, _ in shown],
+            "head": [j for _, _, j in shown],
+            "path": [str(paths[i]) for _, i, _ in shown],
         }
         first = f"{len(found)} heads, most of all layer {layers[row]} head {head},"
     says = _SAYS[name] if len(found) == 1 else _many(_SAYS[name])

@@ -158,6 +158,7 @@ def kv_importance(
         "aggregate": aggregate,
         "window": first.window,
         "mass_of": of.mass_of,
+        "model_bytes": None if keys_values is None else keys_values.attrs.get("model_bytes"),
         "skipped": methods_ranked.skipped,
         "tokens_text": text(attention, of.row, of.where),
     }
@@ -232,7 +233,8 @@ def judge(result: xr.Dataset, *, lost: float = 0.05, uneven: float = 0.3) -> Jud
         title = "One token: there is nothing to rank"
     elif ahead:
         budget, _, best = ahead[0]
-        title = f"{q.share(budget)} of the keys hold {held} of the attention mass when ranked by {best}"
+        named = best if len(best) <= 20 else f"{best[:19]}…"
+        title = f"{q.share(budget)} of the keys hold {held} of the attention mass when ranked by {named}"
         findings = [_shrink(result, best, budget, null, lost), *_uneven(result, best, lost, uneven)]
     else:
         title = f"No score holds {held} of the attention mass with fewer keys than chance"
@@ -262,9 +264,7 @@ def _shrink(result: xr.Dataset, best: str, budget: float, null: float, lost: flo
     taken = float(result["bytes_kept"].sel(budget=budget))
     saving = None
     if np.isfinite(taken) and tokens < full:
-        saving = Saving(
-            taken / tokens * (full - tokens), "B", 1 - tokens / full, "computed from shapes, as a share of the KV cache"
-        )
+        saving = _saved(taken / tokens * full, tokens / full, result.attrs["model_bytes"])
     chance = f"random needs {q.share(null)}" if np.isfinite(null) else "random was not ranked"
     return Finding(
         code="kv_importance/budget",
@@ -277,6 +277,14 @@ def _shrink(result: xr.Dataset, best: str, budget: float, null: float, lost: flo
         f"before you keep it.",
         saving=saving,
     )
+
+
+def _saved(cache: float, kept: float, weights: float | None) -> Saving:
+    """Bytes that go, as a share of weights and cache together; of the cache alone when the weights are unknown."""
+    amount = cache * (1 - kept)
+    if weights is None:
+        return Saving(amount, "B", 1 - kept, "computed from shapes, as a share of the KV cache")
+    return Saving(amount, "B", amount / (cache + weights), "computed from shapes, as a share of weights and KV cache")
 
 
 def _uneven(result: xr.Dataset, best: str, lost: float, uneven: float) -> list[Finding]:

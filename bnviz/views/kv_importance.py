@@ -54,7 +54,7 @@ def kv_importance(result: xr.Dataset, *, compact: bool = False) -> UIElement:
         grid="xy",
         x_range=(0, 1),
         y_range=(0, 1.04),
-        min_border_right=112 if compact else 150,
+        min_border_right=112 if compact else 168,
     )
     plot.xaxis.ticker = plot.yaxis.ticker = FixedTicker(ticks=[0, 0.25, 0.5, 0.75, 1])
     plot.xaxis.formatter = plot.yaxis.formatter = NumeralTickFormatter(format="0 %")
@@ -122,16 +122,12 @@ def _line(
             ],
         )
     )
-    chosen = ColumnDataSource(
-        {
-            "x": [float(budgets[at])],
-            "y": [float(kept[at])],
-            "end": [1.0],
-            "place": [float(place)],
-            "text": [text],
-            "stroke": ["━"],
-        }
-    )
+    return _chosen(plot, {"x": float(budgets[at]), "y": float(kept[at]), "place": float(place), "text": text}, hue)
+
+
+def _chosen(plot: Any, where: dict[str, Any], hue: str) -> ColumnDataSource:
+    """The mark of one method at the chosen budget, and its name in the right border."""
+    chosen = ColumnDataSource({name: [value] for name, value in where.items()} | {"end": [1.0], "stroke": ["━"]})
     plot.scatter("x", "y", source=chosen, size=9, fill_color=hue, line_color=style.LIGHT["surface"], line_width=1.5)
     for column, offset, ink in (("stroke", 8, hue), ("text", 26, style.LIGHT["ink"])):
         plot.text(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +17,6 @@ from bnviz.diagnostics.attention_heads import attention_heads, judge
 from bnviz.errors import NotCaptured, UnknownName
 
 QUERY = ("step", "layer", "head", "query")
-MODELS = Path(bnviz.__file__).parent / "demo" / "models"
 ALPHABET = b"\n !',-.:;?ABCDEFGHIJKLMNOPQRSTUVWXYabcdefghijklmnopqrstuvwxyz"
 
 
@@ -160,17 +159,14 @@ def repeated_bytes(rows: int = 8) -> torch.Tensor:
     return torch.cat([half, half], 1)
 
 
-def seen(folder: str) -> xr.Dataset:
-    transformers = pytest.importorskip("transformers")
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODELS / folder, dtype=torch.float32).eval()
+def seen(model: Any) -> xr.Dataset:
     with bnviz.capture(model, probes=["attention"], strict=True) as recorder, torch.no_grad():
         model(repeated_bytes())
     return recorder.run["attention"]
 
 
-def test_the_known_circuit_is_named_and_nothing_in_the_negative_control() -> None:
-    result = attention_heads(seen("llama-induction-byte"))
+def test_the_known_circuit_is_named_and_nothing_in_the_negative_control(load_model: Any) -> None:
+    result = attention_heads(seen(load_model("llama-induction-byte")))
     roles = names(result)
     assert roles[0][1] == "previous_token" and roles[1][3] == "induction"
     assert sum(row.count("induction") + row.count("previous_token") + row.count("echo") for row in roles) == 2
@@ -182,6 +178,6 @@ def test_the_known_circuit_is_named_and_nothing_in_the_negative_control() -> Non
     assert places["attention_heads/induction"] == {"layer": 1, "head": 3, "path": "model.layers.1.self_attn"}
     assert json.loads(json.dumps(result.attrs)) == result.attrs
 
-    control = attention_heads(seen("llama-fixture"))
+    control = attention_heads(seen(load_model("llama-fixture")))
     assert (control["role"] == -1).all()
     assert judge(control).title == "No head passes the limit of any pattern"

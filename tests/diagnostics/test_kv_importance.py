@@ -19,7 +19,6 @@ from bnviz.catalog import names
 from bnviz.diagnostics.kv_importance import judge, kv_importance
 from bnviz.errors import NotCaptured, SchemaError, UnknownName
 
-MODELS = Path(bnviz.__file__).parent / "demo" / "models"
 KEY = ("step", "layer", "head", "key")
 
 
@@ -140,20 +139,15 @@ def test_permuting_ungrouped_heads_permutes_the_ranks(order: list[int]) -> None:
 
 # ------------------------------------------------------------------------------------- against full attention matrices
 @pytest.fixture(scope="module")
-def watched() -> tuple[Any, torch.Tensor, np.ndarray, np.ndarray]:
+def watched(load_model: Any) -> tuple[Any, torch.Tensor, np.ndarray, np.ndarray]:
     """Run, ids, and what eager attention says: weights (layer, head, query, key), key norms (layer, kv_head, key)."""
-    transformers = pytest.importorskip("transformers")
-    transformers.utils.logging.disable_progress_bar()
-    load = transformers.AutoModelForCausalLM.from_pretrained
     text = (Path(bnviz.__file__).parent / "demo" / "data" / "tempest.txt").read_bytes()
     ids = torch.tensor([list(text[5000:5060])])
-    folder = MODELS / "llama-induction-byte"
-    model = load(folder, dtype=torch.float32).eval()
+    model = load_model("llama-induction-byte")
     with bnviz.capture(model, probes=["attention", "keys_values"], window=8, strict=True) as recorder, torch.no_grad():
         model(ids)
-    eager = load(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
-        out = eager(ids, output_attentions=True, use_cache=True)
+        out = load_model("llama-induction-byte", "eager")(ids, output_attentions=True, use_cache=True)
     weights = torch.stack(out.attentions)[:, 0].double().numpy()
     norms = np.stack([layer.keys[0].double().norm(dim=-1).numpy() for layer in out.past_key_values.layers])
     return recorder.run, ids, weights, norms
@@ -204,7 +198,36 @@ def test_bytes_are_those_of_the_cache(watched: Any) -> None:
     assert finding.saving is not None
     kept = int(result["tokens_kept"].sel(budget=finding.value))
     assert finding.saving.amount == pytest.approx(cache * (1 - kept / ids.shape[1]))
-    assert finding.saving.share == pytest.approx(1 - kept / ids.shape[1])
+    weights = run["keys_values"].attrs["model_bytes"]
+    assert weights == 107_328 * 4
+    assert finding.saving.share == pytest.approx(finding.saving.amount / (weights + cache))
+
+
+@pytest.mark.parametrize("generate", [False, True])
+def test_a_left_padded_batch_gives_each_sequence_what_it_has_alone(load_model: Any, generate: bool) -> None:
+    model = load_model("llama-induction-byte")
+    text = (Path(bnviz.__file__).parent / "demo" / "data" / "tempest.txt").read_bytes()
+    whole, short = list(text[5000:5040]), list(text[6000:6025])
+
+    def watch(rows: list[list[int]], mask: list[list[int]]) -> Any:
+        given_ = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+        probes = ["attention", "keys_values"]
+        with bnviz.capture(model, probes=probes, window=8, strict=True) as recorder, torch.no_grad():
+            if generate:
+                model.generate(**given_, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+            else:
+                model(**given_)
+        return recorder.run
+
+    both = watch([whole, [0] * 15 + short], [[1] * 40, [0] * 15 + [1] * 25])
+    for sequence, alone in enumerate((whole, short)):
+        run = watch([alone], [[1] * len(alone)])
+        one = kv_importance(both["attention"], both["keys_values"], sequence=sequence)
+        two = kv_importance(run["attention"], run["keys_values"])
+        assert one.attrs["tokens"] == len(alone)
+        assert one.attrs["mass_of"] == ("decode queries" if generate else "queries of the passage itself")
+        np.testing.assert_allclose(one["score"], two["score"], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(one["mass_kept"], two["mass_kept"], atol=0.02)  # near ties may fall either way
 
 
 # --------------------------------------------------------------------------------------------------------- the judgement
@@ -220,6 +243,7 @@ def test_the_smallest_budget_is_found_and_set_against_chance() -> None:
     finding = told.findings[0]
     assert finding.value == 0.1 and finding.limit == 1.0 and finding.severity == "medium"
     assert finding.saving is not None and finding.saving.amount == 2 * 16 * 90
+    assert finding.saving.share == pytest.approx(0.9) and "share of the KV cache" in finding.saving.how
     assert "random needs 100 %" in finding.sentence
     assert any("Mass is not output error" in line for line in told.caveats)
     assert any("2 query heads share a kv head; their scores are put together by mean" in line for line in told.caveats)
