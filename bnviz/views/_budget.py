@@ -70,12 +70,12 @@ def slider(result: xr.Dataset) -> tuple[Slider, Div]:
         step=1,
         title=None,
         show_value=False,
-        width=240,
+        width=200,
         bar_color=style.LIGHT["accent"],
         disabled=len(told) < 2,
         name="bnviz-budget",
     )
-    line = Div(text=told[at], stylesheets=[InlineStyleSheet(css=_CSS)], width=420)
+    line = Div(text=told[at], stylesheets=[InlineStyleSheet(css=_CSS)], width=360, styles={"max-width": "100%"})
     made.js_on_change("value", CustomJS(args={"div": line, "words": told}, code=_READ))
     return made, line
 
