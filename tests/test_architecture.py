@@ -19,17 +19,19 @@ FILES = sorted(p for p in ROOT.rglob("*.py"))
 ROWS = (  # from the top; a file imports from rows below it, and from its own room
     ("__init__",),
     ("__main__",),
-    ("cli", "demo"),
+    ("cli",),
+    ("demo",),
     ("jupyter",),
     ("report",),
     ("capture", "probes", "diagnostics", "views"),
     ("run", "estimators", "scores"),
-    ("events", "reduce", "catalog", "hardware"),
+    ("events", "reduce", "hardware"),
+    ("catalog",),
     ("observation", "quantities", "schema"),
     ("errors",),
 )
 RANK = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
-PART_OF = {"assemble": "run", "segments": "run", "trace": "run"} | dict.fromkeys(
+PART_OF = {"assemble": "run", "segments": "run", "trace": "run", "doctor": "cli"} | dict.fromkeys(
     ("page", "figures", "overview", "tables", "findings"), "report"
 )
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}

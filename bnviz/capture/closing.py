@@ -110,7 +110,7 @@ class Closing:
         self.write(shelf, notes)
         records = self._records(shelf, tables)
         self._texts(records, clock)
-        if not records:
+        if not records or clock.forwards_watched == 0:
             raise CaptureError(self._why_empty(clock, notes))
         labels = labels_record(self._options.labels)
         if labels is not None:
