@@ -200,6 +200,9 @@ def judge(result: xr.Dataset, *, influence: float = 0.1) -> Judgement:
         f" · {count(tokens)} tokens"
     )
     caveats = _caveats(result)
+    whole = {at[1] for kind, at in least.items() if kind == "block" and _value(result, *at) < influence}
+    if any(at[1] in whole and _value(result, *at) < influence for kind, at in least.items() if kind != "block"):
+        caveats += ("A block holds its attention and MLP: their savings overlap and do not add up",)
     summary = f"Layer redundancy: {title}. {' '.join(f'{c}.' for c in caveats)}"
     return Judgement(title, subtitle, summary, caveats, findings)
 

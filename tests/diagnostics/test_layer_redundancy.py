@@ -140,6 +140,15 @@ def test_the_least_of_each_kind_is_named_below_the_limit_with_its_weights():
     assert json.loads(json.dumps(result.attrs)) == result.attrs
 
 
+def test_savings_of_a_block_and_of_its_own_part_are_said_to_overlap():
+    cosine = np.full((1, 2, 3, 200), 0.5)
+    cosine[0, :, 2] = 0.97
+    overlap = "A block holds its attention and MLP: their savings overlap and do not add up"
+    assert overlap in judge(layer_redundancy(record(cosine, ("block", "mlp")))).caveats
+    cosine[0, 1, 2], cosine[0, 1, 0] = 0.5, 0.97  # now the part lies in another block
+    assert overlap not in judge(layer_redundancy(record(cosine, ("block", "mlp")))).caveats
+
+
 def test_without_known_weights_no_saving_is_claimed():
     said = judge(layer_redundancy(record(np.array([[[[0.99, 0.99], [0.5, 0.5]]]]))))
     assert said.findings[0].saving is None
