@@ -41,7 +41,7 @@ def export_tensorboard(ops: xr.Dataset, directory: Path, *, worker: str = "bnviz
     directory : Path
         TensorBoard's log directory; created when absent.
     worker : str
-        Name of the process in the plugin: letters, digits, `_` and `-`.
+        Name of the process in the plugin, part of the file's name: what a file's name cannot hold becomes `-`.
 
     Returns
     -------
@@ -53,7 +53,7 @@ def export_tensorboard(ops: xr.Dataset, directory: Path, *, worker: str = "bnviz
     NotCaptured
         The record holds no operator.
     StoreError
-        The file cannot be written, or the worker's name cannot be part of a file's.
+        The file cannot be written.
     UnknownName
         It is no record of operators.
 
@@ -77,17 +77,14 @@ def export_tensorboard(ops: xr.Dataset, directory: Path, *, worker: str = "bnviz
     >>> [e["name"] for e in json.loads(path.read_text())["traceEvents"] if e.get("cat") == "cpu_op"]
     ['aten::linear', 'aten::addmm']
     """
-    if not re.fullmatch(r"[\w-]+", worker):
-        raise StoreError(
-            f"worker={worker!r}: expected letters, digits, '_' and '-', as it becomes part of a file's name."
-        )
     table = EventTable.from_dataset(ops)
     for name in _NEEDED:
         table[name]
     if not len(table):
         raise NotCaptured("The record 'ops' holds no operator; call the model inside the capture and export again.")
     directory = Path(directory)
-    path = directory / f"{worker}.{time.time_ns()}.pt.trace.json"
+    name = re.sub(r"[^\w.-]+", "-", worker).strip("-.") or "bnviz"
+    path = directory / f"{name}.{time.time_ns()}.pt.trace.json"
     fresh = path.with_suffix(".part")
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import numpy as np
 from bnviz.errors import BnvizError
 from bnviz.schema import Variable, probe
 
-from ._sampler import Sampler
+from ._spy import Sampler
 from ._stacks import Tree, cells_of_notebook, grow
 
 _EVENT = ("event",)

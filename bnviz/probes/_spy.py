@@ -113,7 +113,7 @@ class Sampler:
         BnvizError
             It may not read this process, or does not run here; the sentence says what to do.
         """
-        if os.name != "posix":
+        if sys.platform == "win32":
             raise BnvizError(
                 "Host sampling needs Linux or macOS: elsewhere py-spy cannot be told to stop; capture without the probe host."
             )
