@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import string
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ Say = Callable[[str], None]
 
 PROMPT, WRITTEN = 320, 96  # tokens read and written by the language model; its context is 512
 PASSAGES, LENGTH = 4, 256  # of the play, for the mixture of experts
-COPIED = 32  # random bytes, shown twice: inputs near the 64 the byte model was trained on
+COPIED = 31  # letters, told twice: the byte model was trained on windows of 64
 ABOUT = (
     "Small models, really trained: a 4-layer llama and a mixture of experts that read Shakespeare, a 2-layer llama with a "
     "known induction head, and a network that learns a rule while it is watched."
@@ -90,14 +91,15 @@ def language_model() -> Run:
 
 
 def copying_heads() -> Run:
-    """A llama with a known circuit sees random bytes twice: the second time it can copy."""
+    """A llama with a known circuit is told letters in random order twice: the second time it can copy."""
     import torch
 
     from bnviz.capture import capture
 
     model, _ = load("llama-induction-byte")
     source = torch.Generator().manual_seed(0)
-    once = torch.stack([torch.randperm(256, generator=source)[:COPIED] for _ in range(8)])
+    letters = torch.tensor(list(string.ascii_letters.encode()))
+    once = torch.stack([letters[torch.randperm(len(letters), generator=source)[:COPIED]] for _ in range(8)])
     with torch.no_grad(), capture(model, probes=["attention"], name="llama-induction-byte") as recorder:
         model(torch.cat([once, once], 1))
     return recorder.run
@@ -125,7 +127,7 @@ def network_in_training() -> Run:
 
 STOPS: tuple[tuple[str, Callable[[], Any]], ...] = (
     (f"llama-bard ({MODELS['llama-bard'].split(',')[0]}) reads and writes", language_model),
-    ("llama-induction-byte copies random bytes", copying_heads),
+    ("llama-induction-byte is told random letters twice", copying_heads),
     ("mixtral-bard routes four passages", experts),
     ("a 12-10-7-5-4-3-2 network learns a rule", network_in_training),
 )
