@@ -1,0 +1,244 @@
+"""The Triton programs of `attention_stats`: log-sum-exp of rows, sums over a block of keys, sums along the diagonal."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# A kernel's long list of parameters reads as a paragraph.
+# fmt: off
+
+
+@triton.jit
+def _rows(base, rows, stride, count, D: tl.constexpr, DP: tl.constexpr, UPCAST: tl.constexpr):
+    """Rows of a (.., rows, D) array, zero past `count`, padded to DP columns."""
+    d = tl.arange(0, DP)
+    pointer = base + rows[:, None].to(tl.int64) * stride + d[None, :]
+    if DP == D:
+        x = tl.load(pointer, mask=(rows < count)[:, None], other=0.0)
+    else:
+        x = tl.load(pointer, mask=(rows < count)[:, None] & (d < D)[None, :], other=0.0)
+    if UPCAST:  # the interpreter adds bfloat16 as if their bits were integers
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _fold(x, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Sum of rows r and r + 8 of every 16: both lie in one thread."""
+    return tl.sum(tl.reshape(x, (BLOCK_Q // 16, 2, 8, BLOCK_K)), axis=1)
+
+
+@triton.jit
+def _visible(i, shift, nk, WINDOW, CAUSAL: tl.constexpr, SLIDING: tl.constexpr):
+    """Keys that row i sees."""
+    last = tl.zeros_like(i) + nk - 1
+    first = tl.zeros_like(i)
+    if CAUSAL:
+        last = i + shift
+    if SLIDING:
+        first = tl.maximum(i + shift - WINDOW + 1, 0)
+        if not CAUSAL:
+            last = tl.minimum(i + shift + WINDOW - 1, nk - 1)
+    return tl.maximum(last - first + 1, 0)
+
+
+@triton.jit
+def _sees(i, j, shift, nq, nk, WINDOW, CAUSAL: tl.constexpr, SLIDING: tl.constexpr):
+    """(rows, keys): which pairs exist and are seen."""
+    gap = i[:, None] + shift - j[None, :]
+    ok = (i < nq)[:, None] & (j < nk)[None, :]
+    if CAUSAL:
+        ok = ok & (gap >= 0)
+    if SLIDING:
+        ok = ok & (gap < WINDOW)
+        if not CAUSAL:
+            ok = ok & (gap > -WINDOW)
+    return ok
+
+
+@triton.jit
+def _walk(
+    mass, square, peak, window, pivot, k_tile, j, q_base, l_base, w_base, e_base, nq, nk, shift, stride_qn, scale,
+    WINDOW, lo, hi, D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr, SQUARE: tl.constexpr, PEAK: tl.constexpr,
+    SNAP: tl.constexpr, PIVOT: tl.constexpr, ENTROPY: tl.constexpr, PADDED: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, MARGIN: tl.constexpr,
+):
+    """Add query blocks [lo, hi) to the sums of one block of keys."""
+    for start in tl.range(lo, hi, BLOCK_Q):
+        i = start + tl.arange(0, BLOCK_Q)
+        q_tile = _rows(q_base, i, stride_qn, nq, D, DP, UPCAST)
+        ell = tl.load(l_base + i, mask=i < nq, other=1e30)
+        t = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale - ell[:, None]
+        if MASKED:
+            t = tl.where(_sees(i, j, shift, nq, nk, WINDOW, CAUSAL, SLIDING) & (ell < 1e29)[:, None], t, -1e30)
+        elif PADDED:  # a row that is padding may hold anything, NaN too
+            t = tl.where((ell < 1e29)[:, None], t, -1e30)
+        p = tl.exp2(t)
+        mass += _fold(p, BLOCK_Q, BLOCK_K)
+        if SQUARE:
+            square += _fold(p * p, BLOCK_Q, BLOCK_K)
+        if PEAK:
+            peak = tl.maximum(peak, tl.max(tl.reshape(t, (BLOCK_Q // 16, 2, 8, BLOCK_K)), axis=1))
+        if SNAP:
+            weight = tl.load(w_base + i, mask=i < nq, other=0.0)
+            window += _fold(p * weight[:, None], BLOCK_Q, BLOCK_K)
+        if PIVOT:
+            limit = MARGIN - tl.log2(tl.maximum(_visible(i, shift, nk, WINDOW, CAUSAL, SLIDING), 1).to(tl.float32))
+            pivot += _fold((t > limit[:, None]).to(tl.float32), BLOCK_Q, BLOCK_K)
+        if ENTROPY:
+            tl.atomic_add(e_base + i, tl.sum(p * t, axis=1) * -0.6931471805599453, mask=i < nq, sem="relaxed")
+    return mass, square, peak, window, pivot
+
+
+@triton.jit
+def column_kernel(
+    q, k, lse, weight, mass_out, square_out, peak_out, window_out, pivot_out, entropy, stride_qb, stride_qh,
+    stride_qn, stride_kb, stride_kh, stride_kn, heads, group, nq, nk, first_query, scale, WINDOW, D: tl.constexpr,
+    DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
+    SQUARE: tl.constexpr, PEAK: tl.constexpr, SNAP: tl.constexpr, PIVOT: tl.constexpr, ENTROPY: tl.constexpr,
+    PADDED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, MARGIN: tl.constexpr,
+):
+    block = tl.program_id(0)  # the first blocks are seen by most queries: heavy ones start first
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // heads
+    h = bh % heads
+    first = block * BLOCK_K
+    shift = nk - nq  # query i is the token of key i + shift
+    j = first + tl.arange(0, BLOCK_K)
+    k_tile = _rows(k + b * stride_kb + (h // group) * stride_kh, j, stride_kn, nk, D, DP, UPCAST)
+    q_base = q + b * stride_qb + h * stride_qh
+    l_base = lse + bh * nq
+    w_base = weight + b * nq
+    e_base = entropy + bh * nq
+
+    # [lo, mid) needs masks (the diagonal), [mid, end) none, [end, hi) again (the far edge of a sliding window)
+    lo = first_query
+    mid = first_query
+    hi = nq
+    if CAUSAL:
+        lo = tl.maximum(first - shift, first_query) // BLOCK_Q * BLOCK_Q
+        mid = tl.cdiv(tl.maximum(first + BLOCK_K - 1 - shift, 0), BLOCK_Q) * BLOCK_Q
+    end = nq // BLOCK_Q * BLOCK_Q  # a last, partial block of queries is masked
+    if SLIDING:
+        hi = tl.minimum(nq, first + BLOCK_K - 1 - shift + WINDOW)
+        end = tl.minimum(end, tl.maximum(first + WINDOW - shift, 0) // BLOCK_Q * BLOCK_Q)
+        if not CAUSAL:
+            lo = tl.maximum(first - shift - WINDOW + 1, first_query) // BLOCK_Q * BLOCK_Q
+            mid = tl.cdiv(tl.maximum(first + BLOCK_K - shift - WINDOW, 0), BLOCK_Q) * BLOCK_Q
+    lo = lo // BLOCK_Q * BLOCK_Q
+    mid = tl.where(first + BLOCK_K > nk, hi, tl.maximum(mid, lo))  # a last, partial block of keys is masked throughout
+    mid = tl.minimum(mid, hi)
+    end = tl.minimum(tl.maximum(end, mid), hi)
+
+    mass = tl.zeros((BLOCK_Q // 16, 8, BLOCK_K), tl.float32)
+    square = tl.zeros((BLOCK_Q // 16, 8, BLOCK_K), tl.float32)
+    window = tl.zeros((BLOCK_Q // 16, 8, BLOCK_K), tl.float32)
+    pivot = tl.zeros((BLOCK_Q // 16, 8, BLOCK_K), tl.float32)
+    peak = tl.full((BLOCK_Q // 16, 8, BLOCK_K), -1e30, tl.float32)
+    mass, square, peak, window, pivot = _walk(
+        mass, square, peak, window, pivot, k_tile, j, q_base, l_base, w_base, e_base, nq, nk, shift, stride_qn,
+        scale, WINDOW, lo, mid, D, DP, BLOCK_Q, BLOCK_K, True, CAUSAL, SLIDING, SQUARE, PEAK, SNAP, PIVOT, ENTROPY,
+        PADDED, UPCAST, PRECISION, MARGIN,
+    )
+    mass, square, peak, window, pivot = _walk(
+        mass, square, peak, window, pivot, k_tile, j, q_base, l_base, w_base, e_base, nq, nk, shift, stride_qn,
+        scale, WINDOW, mid, end, D, DP, BLOCK_Q, BLOCK_K, False, CAUSAL, SLIDING, SQUARE, PEAK, SNAP, PIVOT, ENTROPY,
+        PADDED, UPCAST, PRECISION, MARGIN,
+    )
+    mass, square, peak, window, pivot = _walk(
+        mass, square, peak, window, pivot, k_tile, j, q_base, l_base, w_base, e_base, nq, nk, shift, stride_qn,
+        scale, WINDOW, end, hi, D, DP, BLOCK_Q, BLOCK_K, True, CAUSAL, SLIDING, SQUARE, PEAK, SNAP, PIVOT, ENTROPY,
+        PADDED, UPCAST, PRECISION, MARGIN,
+    )
+
+    out = bh * nk + j
+    tl.store(mass_out + out, tl.sum(tl.reshape(mass, (BLOCK_Q // 2, BLOCK_K)), axis=0), mask=j < nk)
+    if SQUARE:
+        tl.store(square_out + out, tl.sum(tl.reshape(square, (BLOCK_Q // 2, BLOCK_K)), axis=0), mask=j < nk)
+    if PEAK:
+        tl.store(peak_out + out, tl.exp2(tl.max(tl.reshape(peak, (BLOCK_Q // 2, BLOCK_K)), axis=0)), mask=j < nk)
+    if SNAP:
+        tl.store(window_out + out, tl.sum(tl.reshape(window, (BLOCK_Q // 2, BLOCK_K)), axis=0), mask=j < nk)
+    if PIVOT:
+        tl.store(pivot_out + out, tl.sum(tl.reshape(pivot, (BLOCK_Q // 2, BLOCK_K)), axis=0), mask=j < nk)
+
+
+@triton.jit
+def lse_kernel(
+    q, k, live, lse, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, heads, group, nq, nk, scale,
+    WINDOW, D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
+    SLIDING: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Base-2 log-sum-exp of one block of rows; 1e30 for rows that are not live or see nothing."""
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // heads
+    h = bh % heads
+    shift = nk - nq
+    first = tl.program_id(0) * BLOCK_Q
+    i = first + tl.arange(0, BLOCK_Q)
+    q_tile = _rows(q + b * stride_qb + h * stride_qh, i, stride_qn, nq, D, DP, UPCAST)
+    k_base = k + b * stride_kb + (h // group) * stride_kh
+    m = tl.full((BLOCK_Q,), -1e30, tl.float32)
+    z = tl.zeros((BLOCK_Q,), tl.float32)
+    lo = 0
+    hi = nk
+    if CAUSAL:
+        hi = tl.minimum(nk, first + BLOCK_Q + shift)
+    if SLIDING:
+        lo = tl.maximum(first + shift - WINDOW + 1, 0) // BLOCK_K * BLOCK_K
+        if not CAUSAL:
+            hi = tl.minimum(nk, first + BLOCK_Q + shift + WINDOW - 1)
+    for start in tl.range(lo, hi, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        k_tile = _rows(k_base, j, stride_kn, nk, D, DP, UPCAST)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        ok = _sees(i, j, shift, nq, nk, WINDOW, CAUSAL, SLIDING)
+        s = tl.where(ok, s, -1e30)
+        greatest = tl.maximum(m, tl.max(s, axis=1))
+        z = z * tl.exp2(m - greatest) + tl.sum(tl.where(ok, tl.exp2(s - greatest[:, None]), 0.0), axis=1)
+        m = greatest
+    counted = (tl.load(live + b * nq + i, mask=i < nq, other=0) != 0) & (z > 0)
+    tl.store(lse + bh * nq + i, tl.where(counted, m + tl.log2(tl.where(z > 0, z, 1.0)), 1e30), mask=i < nq)
+
+
+@triton.jit
+def band_kernel(
+    q, k, lse, first_key, sink_out, local_out, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    heads, group, nq, nk, scale, WINDOW, SINK, LOCAL, D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Mass on the first keys and near the diagonal: visits only those blocks, so its cost is linear in the tokens."""
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // heads
+    h = bh % heads
+    shift = nk - nq
+    first = tl.program_id(0) * BLOCK_Q
+    i = first + tl.arange(0, BLOCK_Q)
+    q_tile = _rows(q + b * stride_qb + h * stride_qh, i, stride_qn, nq, D, DP, UPCAST)
+    ell = tl.load(lse + bh * nq + i, mask=i < nq, other=1e30)
+    k_base = k + b * stride_kb + (h // group) * stride_kh
+    sink_from = tl.load(first_key + b)
+    sink = tl.zeros((BLOCK_Q,), tl.float32)
+    local = tl.zeros((BLOCK_Q,), tl.float32)
+    sink_lo = sink_from // BLOCK_K
+    sink_hi = tl.cdiv(tl.minimum(sink_from + SINK, nk), BLOCK_K)
+    band_lo = tl.maximum(first + shift - LOCAL + 1, 0) // BLOCK_K
+    band_hi = tl.cdiv(tl.maximum(tl.minimum(first + BLOCK_Q - 1 + shift + LOCAL, nk), 0), BLOCK_K)
+    sinks = tl.maximum(sink_hi - sink_lo, 0)
+    for step in tl.range(0, sinks + tl.maximum(band_hi - band_lo, 0)):
+        in_sink = step < sinks
+        place = tl.where(in_sink, step + sink_lo, step - sinks + band_lo)
+        j = place * BLOCK_K + tl.arange(0, BLOCK_K)
+        k_tile = _rows(k_base, j, stride_kn, nk, D, DP, UPCAST)
+        t = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale - ell[:, None]
+        ok = _sees(i, j, shift, nq, nk, WINDOW, CAUSAL, SLIDING) & (ell < 1e29)[:, None]
+        p = tl.exp2(tl.where(ok, t, -1e30))
+        gap = i[:, None] + shift - j[None, :]
+        of_sink = ((j >= sink_from) & (j < sink_from + SINK))[None, :]
+        sink += tl.sum(tl.where(of_sink & in_sink, p, 0.0), axis=1)
+        local += tl.sum(tl.where((gap < LOCAL) & (gap > -LOCAL) & (step >= sinks), p, 0.0), axis=1)
+    tl.store(sink_out + bh * nq + i, sink, mask=i < nq)
+    tl.store(local_out + bh * nq + i, local, mask=i < nq)
