@@ -6,6 +6,7 @@ by their old names, one `ProfilerStep#` a forward of the model, modules as Pytho
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -92,7 +93,8 @@ def export_tensorboard(ops: xr.Dataset, directory: Path, *, worker: str = "bnviz
             _write(file, events(table), ops.attrs)
         fresh.replace(path)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fresh.unlink()
         raise StoreError(f"{path} could not be written ({error}); give another directory.") from error
     return path
 
