@@ -250,6 +250,8 @@ class Profile:
         Nanoseconds inside `wall` that bnviz itself took in the watched thread.
     contention : float
         Share of `wall` in which the thread was ready and waited for a core; NaN where the system does not say.
+    run_length : float
+        Nanoseconds the thread ran between two interruptions, on average; NaN where the system does not say.
     notes : tuple of str
         What a reader of the numbers must know, e.g. that events were cut off.
     """
@@ -282,6 +284,7 @@ class Profile:
     wall: int = 0
     overhead: int = 0
     contention: float = float("nan")
+    run_length: float = float("nan")
     notes: tuple[str, ...] = ()
 
 

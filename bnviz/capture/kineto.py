@@ -53,6 +53,7 @@ class Session:
     after: tuple[Holding, ...]
     wall: int
     contention: float
+    run_length: float
     max_events: int
     notes: tuple[str, ...] = ()
 
@@ -202,6 +203,7 @@ def _profile(
         wall=session.wall,
         overhead=int(rows.duration[nesting.own].sum()) if len(rows.events) else 0,
         contention=session.contention,
+        run_length=session.run_length,
         notes=notes,
     )
 
@@ -263,8 +265,9 @@ def _innermost(time: np.ndarray, thread: np.ndarray, rows: _Rows, parent: np.nda
         mine = np.flatnonzero(rows.thread == one)
         if not len(mine):
             continue
-        for i in np.flatnonzero(thread == one):
-            at = int(np.searchsorted(rows.start[mine], time[i], side="right")) - 1
+        moments = np.flatnonzero(thread == one)
+        before = np.searchsorted(rows.start[mine], time[moments], side="right") - 1
+        for i, at in zip(moments, before, strict=True):
             row = int(mine[at]) if at >= 0 else -1
             while row >= 0 and end[row] < time[i]:
                 row = int(parent[row])

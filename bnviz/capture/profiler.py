@@ -111,7 +111,7 @@ class Profiler:
         self._before = holdings(self._model)
         self._hook = register_optimizer_step_post_hook(self._saw_optimizer)
         self._thread = threading.get_ident()
-        self._delay, self._wall = run_delay(), time.perf_counter_ns()
+        self._schedule, self._wall = thread_schedule(), time.perf_counter_ns()
         with _quiet():
             session = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
             setattr(session, _OURS, True)
@@ -129,7 +129,8 @@ class Profiler:
             )
             return
         session, self._session = self._session, None
-        wall, delay = time.perf_counter_ns() - self._wall, run_delay() - self._delay
+        wall = time.perf_counter_ns() - self._wall
+        ran, waited, turns = (b - a for a, b in zip(self._schedule, thread_schedule(), strict=True))
         self._close_marks()
         try:
             if not torch._C._autograd._profiler_enabled() or _foreign():
@@ -142,7 +143,8 @@ class Profiler:
                 self._before,
                 after,
                 wall,
-                delay / wall if wall else math.nan,
+                waited / max(wall, 1),
+                ran / max(turns, 1.0),
                 self._max,
                 (self.note,) if self.note else (),
             )
@@ -291,9 +293,13 @@ def _quiet() -> Iterator[None]:
         os.environ.pop("KINETO_LOG_LEVEL", None)
 
 
-def run_delay() -> float:
-    """Nanoseconds this thread has waited for a core since it began; NaN where the kernel does not count."""
+def thread_schedule() -> tuple[float, float, float]:
+    """Nanoseconds this thread has run, nanoseconds it has waited for a core, and how often it got one.
+
+    NaN where the kernel does not count.
+    """
     try:
-        return float(Path("/proc/thread-self/schedstat").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return math.nan
+        ran, waited, turns = Path("/proc/thread-self/schedstat").read_text().split()
+        return float(ran), float(waited), float(turns)
+    except (OSError, ValueError):
+        return math.nan, math.nan, math.nan

@@ -77,7 +77,7 @@ class Rows:
         lines = {
             "no rule": "have no rule for their work",
             "faster than its roof": "were faster than their roof: a ceiling or a rule is wrong there",
-            "busy machine": "were timed on a busy machine",
+            "busy machine": "run so long that a busy machine interrupted their median",
             "too few repeats": f"were called fewer than {needed} times at these shapes",
             "no ceiling": "compute in a dtype whose peak was not measured",
         }
@@ -140,7 +140,7 @@ def _below(rows: Rows, limit: float) -> list[Finding]:
         found.append(
             Finding(
                 "roofline/below_roof",
-                f"{short(name)} takes {factor(spent / max(spent - gap, 1e-12))} the time its work needs here: "
+                f"{short(name)} takes {factor(_times_roof(rows, mine))} the time its work needs here: "
                 f"{share(spent / rows.whole)} of operator time, most{at}",
                 _severity(gap / rows.whole),
                 rows.where(mine),
@@ -154,6 +154,15 @@ def _below(rows: Rows, limit: float) -> list[Finding]:
             )
         )
     return found
+
+
+def _times_roof(rows: Rows, mine: np.ndarray) -> float:
+    """Time of the median calls over the least time of their work; rows that pool shapes count as they ran."""
+    result = rows.result
+    each, calls = result["each"].values[mine], result["calls"].values[mine]
+    typical = float(np.where(np.isnan(each), rows.time[mine], each * calls).sum())
+    least = typical - float(np.nansum(result["above_roof"].values[mine]))
+    return typical / least if least > 0 else float("inf")
 
 
 def _narrower(rows: Rows, ceilings: Mapping[str, Any], limit: float) -> list[Finding]:

@@ -16,7 +16,7 @@ from bnviz.schema import Finding, Judgement, Variable, diagnostic, stamp
 from ._roofline_findings import IN_WORDS, Rows, findings_of
 
 _OP, _MODULE = ("op",), ("module", "category")
-_KEPT = ("ceilings", "contention", "calls", "threads", "device", "recorded", "notes")
+_KEPT = ("ceilings", "contention", "run_length", "calls", "threads", "device", "recorded", "notes")
 
 
 @diagnostic(
@@ -29,9 +29,11 @@ _KEPT = ("ceilings", "contention", "calls", "threads", "device", "recorded", "no
         Variable("each", _OP, "s", "median of one call; NaN where several shapes are pooled"),
         Variable("calls", _OP, "count", "calls"),
         Variable("intensity", _OP, "FLOP/B", "FLOPs over bytes; NaN where nothing moves"),
-        Variable("rate", _OP, "FLOP/s", "FLOPs over time, as reached"),
+        Variable("rate", _OP, "FLOP/s", "FLOPs over calls times `each`, as reached by the median call"),
         Variable("roof", _OP, "FLOP/s", "rate the machine allows at this work; NaN: nothing is computed"),
-        Variable("above_roof", _OP, "s", "time beyond what computing and moving must take; NaN: no verdict"),
+        Variable(
+            "above_roof", _OP, "s", "calls times `each`, beyond what computing and moving must take; NaN: no verdict"
+        ),
         Variable("name", _OP, "name", "operator"),
         Variable("shapes", _OP, "name", "sizes of its tensors; -1: several"),
         Variable("phase", _OP, "name", "forward, backward, optimizer, other"),
@@ -66,7 +68,7 @@ def roofline(
     phase : {"forward", "backward", "optimizer", "other"}, optional
         Only these operators.
     contention_limit : float
-        Share of time the thread waited for a core, beyond which nothing is said.
+        Share of time the thread waited for a core, beyond which calls long enough to be interrupted get no verdict.
     repeats : int
         Calls of one operator at one set of shapes needed for a verdict; its median is judged.
     rows : int
@@ -85,8 +87,9 @@ def roofline(
     Notes
     -----
     FLOPs and bytes are those of `bnviz.hardware.flops.work`, the rules of the verdict those of
-    `bnviz.hardware.roof.judge_calls`: with t_c = F / P and t_m = B / W(B), `roof` = F / max(t_c, t_m) and `above_roof` =
-    time - calls max(t_c, t_m). On an accelerator time is that of the kernels, and operators without one are left out.
+    `bnviz.hardware.roof.judge_calls`: with t_c = F / P and t_m = B / W(B), `roof` = F / max(t_c, t_m)
+    and `above_roof` = calls (t - max(t_c, t_m)) with t the median call.
+    On an accelerator time is that of the kernels, and operators without one are left out.
 
     Cost: 1 us an operator.
 
@@ -110,11 +113,12 @@ def roofline(
     table, ceilings = _prepare(ops, phase)
     group, first = _groups(table)
     load, each = _load(table, group, first)
-    contention = ops.attrs.get("contention")
+    busy, run = (ops.attrs.get(name) for name in ("contention", "run_length"))
     verdict = judge_calls(
         load,
         ceilings,
-        contention=np.nan if contention is None else float(contention),
+        contention=np.nan if busy is None else float(busy),
+        run_length=np.nan if run is None else float(run),
         contention_limit=contention_limit,
         repeats=repeats,
     )
@@ -205,9 +209,10 @@ def _by_op(
     seconds = table["seconds"]
     flops, nbytes = (np.bincount(row, table[c], size) for c in ("flops", "bytes"))  # one call without a rule: NaN
     spent, least = np.bincount(row, seconds, size), np.bincount(row, verdict.roof[group], size)
+    typical = np.bincount(row, each[group], size)  # without the calls that something else held up
     calls = np.bincount(row, minlength=size)
     bound = _longest(row, verdict.bound[group], seconds, size)
-    above = np.where(bound == BOUNDS.index("unknown"), np.nan, np.maximum(spent - least, 0.0))
+    above = np.where(bound == BOUNDS.index("unknown"), np.nan, np.maximum(typical - least, 0.0))
     with np.errstate(divide="ignore", invalid="ignore"):
         numbers = {
             "flops": flops,
@@ -216,7 +221,7 @@ def _by_op(
             "each": np.where(single, each[kept], np.nan),
             "calls": calls,
             "intensity": np.where(nbytes > 0, flops / nbytes, np.nan),
-            "rate": np.where(spent > 0, flops / spent, np.nan),
+            "rate": np.where(typical > 0, flops / typical, np.nan),
             "roof": np.where((flops > 0) & (least > 0), flops / least, np.nan),
             "above_roof": above,
         }
@@ -361,7 +366,7 @@ def _caveats(result: xr.Dataset, whole: float, age: float, coverage: float) -> t
     if busy is not None and float(busy) > float(attrs["contention_limit"]):
         found.append(
             f"The machine was busy: the thread waited for a core {share(float(busy))} of the time "
-            f"(limit {share(float(attrs['contention_limit']))})"
+            f"(limit {share(float(attrs['contention_limit']))}), which is in the times; verdicts are of the median call"
         )
     known = float(result["coverage"])
     if known < coverage:

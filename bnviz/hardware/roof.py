@@ -16,6 +16,7 @@ RIDGE = 1.25  # compute and memory within this factor of each other
 NEAR = 0.5  # at least this share of the time is explained by the roof
 FAULTS = 0.3
 EXCESS = 1.10
+HIT = 0.25  # share of calls that may be interrupted before their median is in doubt
 
 _COMPUTE, _MEMORY, _RIDGE, _ALLOCATION, _OVERHEAD, _BELOW, _UNKNOWN = range(7)
 
@@ -63,6 +64,7 @@ def judge_calls(
     ceilings: Mapping[str, Any],
     *,
     contention: float = 0.0,
+    run_length: float = np.nan,
     contention_limit: float = 0.05,
     repeats: int = 3,
 ) -> Verdict:
@@ -71,10 +73,10 @@ def judge_calls(
     With F FLOPs, B bytes, t seconds, the peak P of the dtype, the copy bandwidth W at that working set, the dispatch floor o
     and the cost f of memory touched first: t_c = F / P, t_m = B / W(B), t_a = f.
 
-    Rules in order: *unknown* without a rule, when max(t_c, t_m) > 1.1 t (a ceiling or a rule is wrong), on a busy machine,
-    with too few repeats; *allocation* t_a >= 0.3 t; *overhead* o >= 0.5 t, and all wrappers; then with max(t_c, t_m) >= 0.5 t
-    *compute* or *memory* when one is 1.25 times the other, *ridge* between; else *below_roof*: the kernel uses less than half
-    of what the machine can do.
+    Rules in order: *unknown* without a rule, when max(t_c, t_m) > 1.1 t (a ceiling or a rule is wrong), when a busy machine
+    may have reached the median (see `run_length`), with too few repeats; *allocation* t_a >= 0.3 t; *overhead* o >= 0.5 t,
+    and all wrappers; then with max(t_c, t_m) >= 0.5 t *compute* or *memory* when one is 1.25 times the other, *ridge*
+    between; else *below_roof*: the kernel uses less than half of what the machine can do.
 
     Parameters
     ----------
@@ -83,6 +85,10 @@ def judge_calls(
         `Ceilings.to_dict()`.
     contention : float
         Share of time in which the thread waited for a core; NaN: not known.
+    run_length : float
+        Seconds the thread ran between two interruptions. On a busy machine a call of t seconds is interrupted with
+        probability t / run_length; up to a quarter the median of three and more is that of calls that were not. NaN: every
+        call counts as interrupted.
     contention_limit, repeats : float, int
         Above the one or below the other: unknown.
 
@@ -102,6 +108,8 @@ def judge_calls(
             load.nbytes / bandwidth_at(np.nan_to_num(load.nbytes), ceilings["bandwidth"]),
             np.where(np.isnan(load.nbytes), np.nan, 0.0),
         )
+    busy = contention > contention_limit
+    hit = np.full(len(t), busy) & ~(t <= HIT * run_length)
     fault = np.where(load.allocated >= FRESH, load.allocated, 0.0) * float(ceilings["fault"])
     roof = np.fmax(compute, memory)
     wrapper = np.array([k == "none" for k in load.kind], bool) & ~np.isnan(load.flops)
@@ -115,7 +123,7 @@ def judge_calls(
     reason = np.zeros(len(t), np.int64)
     for code, refused in (
         (4, load.repeats < repeats),
-        (3, np.full(len(t), contention > contention_limit)),
+        (3, hit),
         (2, roof > EXCESS * t),
         (5, (load.flops > 0) & np.isnan(peak)),
         (1, np.isnan(load.flops) | np.isnan(load.nbytes)),

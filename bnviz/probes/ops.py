@@ -60,7 +60,7 @@ class Ops:
     * Wrappers and autograd's engine have 0 of both: their `self_time` is overhead.
     * `attrs`: `ceilings` (a list: at the current number of threads, then at one), `coverage` (share of `self_time` with a
       rule), `recorded` (Unix time), `wall`, `overhead`, `call_time` (seconds of all forwards), `contention`, `calls`,
-      `threads`, `device`, `notes`.
+      `threads`, `run_length` (mean seconds between two interruptions), `device`, `notes`.
     """
 
     def __init__(self, *, ceilings: bool = True) -> None:
@@ -89,13 +89,19 @@ class Ops:
             "recorded": time.time(),
             "wall": profile.wall / 1e9,
             "overhead": profile.overhead / 1e9,
-            "contention": None if np.isnan(profile.contention) else float(profile.contention),
+            "contention": _known(profile.contention),
+            "run_length": _known(profile.run_length / 1e9),
             "calls": int(outer.sum()),
             "call_time": float(profile.call_duration[outer].sum() / 1e9),
             "threads": _threads(),
             "device": device,
             "notes": list(profile.notes),
         }
+
+
+def _known(value: float) -> float | None:
+    """For attributes, which are JSON: there is no NaN in JSON."""
+    return None if np.isnan(value) else float(value)
 
 
 def _threads() -> int:
