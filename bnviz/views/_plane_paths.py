@@ -45,10 +45,10 @@ class Path:
         ys: list[list[float]] = []
         for at in np.flatnonzero(joined):
             if not (xs and at and joined[at - 1]):
-                xs.append([float(self.x[at])])
-                ys.append([float(self.y[at])])
-            xs[-1].append(float(self.x[at + 1]))
-            ys[-1].append(float(self.y[at + 1]))
+                xs.append([round(float(self.x[at]), 4)])
+                ys.append([round(float(self.y[at]), 4)])
+            xs[-1].append(round(float(self.x[at + 1]), 4))
+            ys[-1].append(round(float(self.y[at + 1]), 4))
         return xs, ys
 
 
@@ -93,11 +93,11 @@ def columns(result: xr.Dataset, estimator: int, path: Path, keep: npt.NDArray[np
     what, called = moments(result)
     at = [int(layer) for layer in result["layer"].values].index(path.layer)
     steps = path.steps[keep]
-    size = 3.5 + 5.0 * path.steps / max(1, result.sizes["step"] - 1)
+    grown = path.steps / max(1, result.sizes["step"] - 1) if result.sizes["step"] > 1 else np.ones(len(path.steps))
     return {
-        "x": path.x[keep],
-        "y": path.y[keep],
-        "size": (size if result.sizes["step"] > 1 else np.full(len(path.steps), 8.0))[keep],
+        "x": path.x[keep].astype(np.float32),
+        "y": path.y[keep].astype(np.float32),
+        "size": (3.5 + 5.0 * grown[keep]).astype(np.float32),
         "layer": np.full(int(keep.sum()), path.layer, np.int32),
         "path": [path.path] * int(keep.sum()),
         "place": [f"layer {path.layer} · {what} {called[step]}" for step in steps],
