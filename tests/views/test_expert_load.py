@@ -42,7 +42,9 @@ def reopened(data: xr.Dataset, folder) -> xr.Dataset:
 
 
 def glyphs(layout, kind) -> list:
-    return [m for m in layout.references() if isinstance(getattr(m, "glyph", None), kind)]
+    """Renderers of one kind in the order they were made, without the outlines that show a selection."""
+    found = [m for m in layout.references() if isinstance(getattr(m, "glyph", None), kind)]
+    return sorted((m for m in found if "bnviz-outline" not in m.tags), key=lambda m: int(m.id.removeprefix("p")))
 
 
 def test_cells_carry_loads_and_addresses_also_when_saved_and_reopened(tmp_path):

@@ -33,7 +33,9 @@ def result(layers: int, kinds: tuple[str, ...] = ("block", "attention", "mlp"), 
 
 
 def renderers(layout, kind) -> list:
-    return [m for m in layout.references() if isinstance(getattr(m, "glyph", None), kind)]
+    """Renderers of one kind in the order they were made."""
+    found = [m for m in layout.references() if isinstance(getattr(m, "glyph", None), kind)]
+    return sorted(found, key=lambda m: int(m.id.removeprefix("p")))
 
 
 def strip(layout, name: str) -> dict:
