@@ -93,7 +93,9 @@ def attention_stats(
     -----
     Cost: one product query x key and about twelve sweeps of a strip that stays in cache; peak memory O(tokens x dim).
     With `sinks` rows sum to less than one and `entropy` is of the keys' shares as they are, not renormalised. A NaN in a row
-    that counts appears in every statistic it touches. On a GPU the Triton twin makes what it can (`BNVIZ_KERNELS`).
+    that counts is seen in that row and in the sums per key of its head, never in other rows. Shares below 1e-14 of a row's
+    largest are held there (float32 only: smaller ones cost a hundred times as much to compute with). On a GPU the Triton twin
+    makes what it can, see `BNVIZ_KERNELS`; on a CPU the pass runs in one thread.
 
     `mass` is the score of H2O (arXiv 2306.14048), `window_mass` of SnapKV (2404.14469), `last_row` of TOVA (2401.06104),
     `pivotal` of Scissorhands (2305.17118), `sink_mass` of StreamingLLM (2309.17453), `echo_mass` and `induction_mass` of

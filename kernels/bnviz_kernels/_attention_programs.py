@@ -1,5 +1,6 @@
 """The Triton programs of `attention_stats`: log-sum-exp of rows, sums over a block of keys, sums along the diagonal."""
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import triton
@@ -58,6 +59,32 @@ def _sees(i, j, shift, nq, nk, WINDOW, CAUSAL: tl.constexpr, SLIDING: tl.constex
 
 
 @triton.jit
+def _edges(
+    first, shift, nq, nk, first_query, WINDOW,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
+):
+    """Query rows that see the keys from `first`: [lo, mid) and [end, hi) need masks, [mid, end) does not."""
+    lo = first_query
+    mid = first_query
+    hi = nq
+    if CAUSAL:
+        lo = tl.maximum(first - shift, first_query) // BLOCK_Q * BLOCK_Q
+        mid = tl.cdiv(tl.maximum(first + BLOCK_K - 1 - shift, 0), BLOCK_Q) * BLOCK_Q
+    end = nq // BLOCK_Q * BLOCK_Q  # a last, partial block of queries is masked
+    if SLIDING:
+        hi = tl.minimum(nq, first + BLOCK_K - 1 - shift + WINDOW)
+        end = tl.minimum(end, tl.maximum(first + WINDOW - shift, 0) // BLOCK_Q * BLOCK_Q)
+        if not CAUSAL:
+            lo = tl.maximum(first - shift - WINDOW + 1, first_query) // BLOCK_Q * BLOCK_Q
+            mid = tl.cdiv(tl.maximum(first + BLOCK_K - shift - WINDOW, 0), BLOCK_Q) * BLOCK_Q
+    lo = lo // BLOCK_Q * BLOCK_Q
+    mid = tl.where(first + BLOCK_K > nk, hi, tl.maximum(mid, lo))  # a last, partial block of keys is masked throughout
+    mid = tl.minimum(mid, hi)
+    end = tl.minimum(tl.maximum(end, mid), hi)
+    return lo, mid, end, hi
+
+
+@triton.jit
 def _walk(
     mass, square, peak, window, pivot, k_tile, j, q_base, l_base, w_base, e_base, nq, nk, shift, stride_qn, scale,
     WINDOW, lo, hi, D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -113,25 +140,7 @@ def column_kernel(
     w_base = weight + b * nq
     e_base = entropy + bh * nq
 
-    # [lo, mid) needs masks (the diagonal), [mid, end) none, [end, hi) again (the far edge of a sliding window)
-    lo = first_query
-    mid = first_query
-    hi = nq
-    if CAUSAL:
-        lo = tl.maximum(first - shift, first_query) // BLOCK_Q * BLOCK_Q
-        mid = tl.cdiv(tl.maximum(first + BLOCK_K - 1 - shift, 0), BLOCK_Q) * BLOCK_Q
-    end = nq // BLOCK_Q * BLOCK_Q  # a last, partial block of queries is masked
-    if SLIDING:
-        hi = tl.minimum(nq, first + BLOCK_K - 1 - shift + WINDOW)
-        end = tl.minimum(end, tl.maximum(first + WINDOW - shift, 0) // BLOCK_Q * BLOCK_Q)
-        if not CAUSAL:
-            lo = tl.maximum(first - shift - WINDOW + 1, first_query) // BLOCK_Q * BLOCK_Q
-            mid = tl.cdiv(tl.maximum(first + BLOCK_K - shift - WINDOW, 0), BLOCK_Q) * BLOCK_Q
-    lo = lo // BLOCK_Q * BLOCK_Q
-    mid = tl.where(first + BLOCK_K > nk, hi, tl.maximum(mid, lo))  # a last, partial block of keys is masked throughout
-    mid = tl.minimum(mid, hi)
-    end = tl.minimum(tl.maximum(end, mid), hi)
-
+    lo, mid, end, hi = _edges(first, shift, nq, nk, first_query, WINDOW, BLOCK_Q, BLOCK_K, CAUSAL, SLIDING)
     mass = tl.zeros((BLOCK_Q // 16, 8, BLOCK_K), tl.float32)
     square = tl.zeros((BLOCK_Q // 16, 8, BLOCK_K), tl.float32)
     window = tl.zeros((BLOCK_Q // 16, 8, BLOCK_K), tl.float32)

@@ -239,8 +239,9 @@ class _Call:
         return {**out, "entropy": entropy}
 
     def _last_rows(self, count: int) -> torch.Tensor:
-        if self.rows is None:
-            weight = torch.ones(self.batch, self.queries, device=self.query.device)
-            weight[:, : max(0, self.queries - count)] = 0
-            return weight
-        return (self.rows & (self.rows.flip(-1).cumsum(-1).flip(-1) <= count)).float()
+        """(batch, queries): 1 for the last `count` valid rows."""
+        rows = self.rows
+        if rows is None:
+            rows = torch.ones(self.batch, self.queries, dtype=torch.bool, device=self.query.device)
+        valid_from_here: torch.Tensor = rows.flip(-1).cumsum(-1).flip(-1)
+        return torch.where(rows, valid_from_here <= count, False).float()

@@ -45,8 +45,8 @@ def definition(
     query: Tensor,
     key: Tensor,
     *,
-    pattern: Pattern = Pattern(),
-    statistics: Statistics = Statistics(),
+    pattern: Pattern,
+    statistics: Statistics,
     valid: Tensor | None = None,
     token_ids: Tensor | None = None,
 ) -> dict[str, Tensor]:

@@ -1,0 +1,59 @@
+"""Which implementation runs is asked before anything is launched, said once, and mended once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bnviz.errors import UnknownName
+from bnviz.reduce import _dispatch
+from bnviz.reduce.attention_stats import attention_stats
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(_dispatch, "_failed", {})
+    _dispatch._chosen.cache_clear()
+    yield
+    _dispatch._chosen.cache_clear()
+
+
+def test_tensors_of_the_host_run_plain(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delenv("BNVIZ_KERNELS", raising=False)
+    with caplog.at_level(logging.INFO, "bnviz.kernels"):
+        assert _dispatch.twin("attention_stats", "cpu") is None
+        assert _dispatch.twin("attention_stats", "cpu") is None
+    assert [r.getMessage() for r in caplog.records] == ["attention_stats on cpu: plain (tensors on cpu)"]
+
+
+def test_off_is_off_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BNVIZ_KERNELS", "off")
+    assert _dispatch.twin("attention_stats", "cuda") is None
+
+
+def test_a_mode_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BNVIZ_KERNELS", "onn")
+    with pytest.raises(UnknownName, match="value of BNVIZ_KERNELS 'onn'; did you mean 'on'"):
+        _dispatch.twin("attention_stats", "cpu")
+
+
+def test_a_kernel_that_fails_is_left_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def broken(*_: object, **__: object) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        raise RuntimeError("ptxas: out of registers\nand more")
+
+    monkeypatch.setattr(_dispatch, "_chosen", lambda *_: broken)
+    monkeypatch.setattr(_dispatch._chosen, "cache_clear", lambda: None, raising=False)
+    query = torch.zeros(1, 1, 4, 8)
+    with pytest.warns(
+        RuntimeWarning, match="kernel of 'attention_stats' failed .RuntimeError: ptxas: out of registers.;"
+    ):
+        got = attention_stats(query, query)
+    again = attention_stats(query, query)  # warnings are errors: no second one
+    assert len(calls) == 1
+    assert torch.equal(got["mass"], again["mass"])
