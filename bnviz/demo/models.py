@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from types import MappingProxyType
 from typing import Any
@@ -54,7 +56,22 @@ def load(name: str = "llama-bard") -> tuple[Any, Any]:
     except ImportError:
         raise missing("transformers", "transformers", f"loading the demo model {name!r}") from None
     with as_file(files("bnviz.demo").joinpath("models", name)) as folder:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        with _without_progress():  # a bar in a notebook is a widget, and an error where its kernel is gone
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         spoken = (folder / "tokenizer.json").exists()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if spoken else None
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """No progress bars of transformers; afterwards as it was."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

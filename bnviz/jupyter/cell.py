@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from IPython.core.displayhook import DisplayHook
+
 
 def check(shell: Any, cell: str) -> None:
     """Refuse a cell that is not Python before anything is attached.
@@ -35,6 +37,8 @@ def run(shell: Any, cell: str, header: str) -> BaseException | None:
         What the cell raised, not shown yet. Raised again by the magic it is shown once, with the frames of the cell only, and
         the cell counts as failed: `Run All` stops there.
     """
+    if DisplayHook.semicolon_at_end_of_expression(cell):
+        cell += "\npass"  # the hook looks for the semicolon in the history, where this cell is an argument
     source = cell if cell.lstrip().startswith("%%") else f"# {header.strip()}\n{cell}"
     with _unshown(shell):
         outcome = shell.run_cell(source, store_history=False)

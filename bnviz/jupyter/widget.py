@@ -21,6 +21,8 @@ from bokeh.core.serialization import Serialized
 from bokeh.document import Document
 from bokeh.protocol.messages.patch_doc import patch_doc
 
+from bnviz.views import style
+
 _SCRIPTS = Path(bokeh.__file__).parent / "server" / "static" / "js"
 _PARTS = ("bokeh", "bokeh-gl", "bokeh-widgets", "bokeh-tables")
 _STATIC = Path(__file__).parent / "static"
@@ -32,17 +34,24 @@ def library() -> bytes:
     return gzip.compress(b"\n;".join((_SCRIPTS / f"{part}.min.js").read_bytes() for part in _PARTS), 9, mtime=0)
 
 
+def _tokens() -> str:
+    """The colours of both themes for what is inside a view, and nothing else of the notebook's page."""
+    dark = ":root[data-bnviz-theme=dark]"
+    return style.page_css().replace(f"{dark}{{", f"{dark} .bnviz-view{{").replace(":root{", ".bnviz-view{")
+
+
 class _Library(anywidget.AnyWidget):  # type: ignore[misc]
     """The hidden widget that brings BokehJS to every page that shows this kernel, ahead of any view."""
 
     _esm = _STATIC / "view.js"
     _bokeh = traitlets.Unicode(bokeh.__version__).tag(sync=True)
     _library = traitlets.Bytes().tag(sync=True)
+    _page = traitlets.Unicode().tag(sync=True)  # the script that gives drawings their theme and one selection
 
 
 @cache
 def _shared() -> _Library:
-    return _Library(_library=library())
+    return _Library(_library=library(), _page=style.page_script())
 
 
 class View(anywidget.AnyWidget):  # type: ignore[misc]
@@ -72,6 +81,7 @@ class View(anywidget.AnyWidget):  # type: ignore[misc]
     """
 
     _esm = _STATIC / "view.js"
+    _css = _tokens()
     _bokeh = traitlets.Unicode(bokeh.__version__).tag(sync=True)
     _document = traitlets.Dict().tag(sync=True, to_json=lambda _value, widget: widget._snapshot())
 
@@ -117,7 +127,7 @@ class View(anywidget.AnyWidget):  # type: ignore[misc]
 
     def _received(self, _: Any, content: dict[str, Any], __: list[Any]) -> None:
         if content["kind"] == "library":  # a page that the hidden widget does not reach: Colab's outputs are frames
-            self.send({"kind": "library"}, [library()])
+            self.send({"kind": "library", "page": style.page_script()}, [library()])
         elif content["kind"] == "patch":
             patch = Serialized(content=json.loads(content["json"]), buffers=[])
             self._mirrored.apply_json_patch(patch, setter=content["from"])

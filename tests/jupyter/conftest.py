@@ -165,7 +165,7 @@ class Tab:
         return self.outputs(cell)
 
     def outputs(self, cell: int) -> list[dict[str, Any]]:
-        return self.page.evaluate("i => book().content.widgets[i].model.outputs.toJSON()", cell)
+        return self.page.evaluate("i => book().content.widgets[i].model.outputs?.toJSON() ?? []", cell)
 
     def shut_down_kernel(self) -> None:
         self.page.evaluate("() => book().sessionContext.shutdown()")

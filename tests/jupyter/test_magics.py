@@ -89,6 +89,13 @@ def test_cell_shows_its_last_value_as_any_cell_does(watching: InteractiveShell) 
     assert watching.user_ns["_"] == (2, 24, 64)
 
 
+def test_semicolon_keeps_the_last_value_quiet(watching: InteractiveShell) -> None:
+    result, said = ran(watching, "%%bnviz -q\nmodel(ids).logits.shape;\n")
+    assert result.success
+    assert "torch.Size" not in said.stdout
+    assert [output.data["text/plain"].split()[0] for output in said.outputs] == ["Run"]
+
+
 def test_only_model_is_meant_when_none_is_named(watching: InteractiveShell) -> None:
     watching.run_cell("block = model.model.layers[0]; loss = torch.nn.CrossEntropyLoss(); same = model")
     result, _ = ran(watching, "%%bnviz -q -o mine -p attention\nmodel(ids)\n")

@@ -12,24 +12,36 @@ function library(version) {
     slot.promise = new Promise(resolve => (slot.resolve = resolve));
     libraries.set(version, slot);
   }
-  if (loaded(version)) slot.resolve(loaded(version));
   return slot;
 }
 
 // A DataView or an ArrayBuffer, as an ArrayBuffer of its own.
 const buffer = v => (v instanceof ArrayBuffer ? v : v.buffer.slice(v.byteOffset, v.byteOffset + v.byteLength));
 
-async function install(version, packed) {
-  const slot = library(version);
-  if (slot.installing || loaded(version)) return;
-  slot.installing = true;
-  const stream = new Blob([buffer(packed)]).stream().pipeThrough(new DecompressionStream('gzip'));
+function execute(text) {
   const script = document.createElement('script');
-  script.textContent = await new Response(stream).text();
+  script.textContent = text;
   document.head.append(script);
   script.remove();
+}
+
+// BokehJS, once a version, and the script of bnviz's pages: the theme of drawings and the one selection.
+async function install(version, packed, page) {
+  const slot = library(version);
+  if (slot.installing) return;
+  slot.installing = true;
+  if (!loaded(version)) {
+    const stream = new Blob([buffer(packed)]).stream().pipeThrough(new DecompressionStream('gzip'));
+    execute(await new Response(stream).text());
+  }
+  execute(page);
   slot.resolve(loaded(version));
 }
+
+const bus = () => globalThis[Symbol.for('bnviz')];
+
+// A colour that changed in the page is the theme's doing, and none of the kernel's business.
+const themed = event => /(color|palette)$/.test(event.attr ?? '') && event.model.type !== 'ColorPicker';
 
 const named = (ids, buffers) => new Map(ids.map((id, i) => [id, buffer(buffers[i])]));
 
@@ -43,7 +55,7 @@ class Story {
     this.patches = [];
     this.mirrors = new Set();
     model.on('msg:custom', (message, buffers) => {
-      if (message.kind === 'library') install(model.get('_bokeh'), buffers[0]);
+      if (message.kind === 'library') install(model.get('_bokeh'), buffers[0], message.page);
       else this.add({ ...message, buffers });
     });
     model.on('change:_document', () => {
@@ -77,9 +89,11 @@ class Mirror {
     this.sent = sent;
     this.doc = Document.from_json(JSON.parse(json), undefined, named(ids, buffers));
     for (const patch of patches) this.apply(patch);
+    el.classList.add('bnviz-view');
+    this.release = bus()?.adopt?.(this.doc, el);
     await bokeh.embed.add_document_standalone(this.doc, el);
     this.doc.on_change(event => {
-      if (this.quiet) return;
+      if (this.quiet || themed(event)) return;
       const patch = JSON.stringify(this.doc.create_json_patch([event]));
       this.model.send({ kind: 'patch', from: this.me, json: patch });
     });
@@ -89,9 +103,11 @@ class Mirror {
     if (sent <= this.sent || from === this.me) return;
     this.sent = sent;
     this.silently(() => this.doc.apply_json_patch(JSON.parse(json), named(ids, buffers)));
+    if (bus()?.theme === 'dark') bus().retheme('dark');
   }
 
   dispose() {
+    this.release?.();
     this.silently(() => this.doc?.clear({ sync: false }));
   }
 
@@ -107,7 +123,7 @@ class Mirror {
 
 async function render(story, { model, el, signal }) {
   const version = model.get('_bokeh');
-  if (!loaded(version)) model.send({ kind: 'library' });
+  if (!library(version).installing) model.send({ kind: 'library' }); // the hidden widget did not reach this page
   const bokeh = await library(version).promise;
   if (signal?.aborted) return undefined;
   if (!bokeh) {
@@ -128,7 +144,7 @@ export default () => {
   return {
     initialize({ model }) {
       const packed = model.get('_library');
-      if (packed?.byteLength) install(model.get('_bokeh'), packed);
+      if (packed?.byteLength) install(model.get('_bokeh'), packed, model.get('_page'));
       else story = new Story(model);
     },
     render: context => render(story, context)
