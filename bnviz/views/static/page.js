@@ -1,6 +1,7 @@
 // A saved report: draws its figures when they come near, and connects findings, keys, the status line and the address bar.
 
 const IDLE = 'Select a mark or a finding: all figures show the same place.';
+const WORDS = ['path', 'run'];
 const byId = id => document.getElementById(id);
 
 async function inflate(id) {
@@ -25,7 +26,7 @@ async function draw(bus, holder) {
     await loadBokeh();
     const item = JSON.parse(await inflate(holder.dataset.doc));
     const doc = Bokeh.require('document').Document.from_json(item.doc);
-    bus.adopt(doc, holder);
+    bus.adopt(doc, holder, holder.dataset.run ?? null);
     await Bokeh.embed.add_document_standalone(doc, holder);
     holder.dataset.state = 'drawn';
   } catch (error) {
@@ -42,13 +43,13 @@ function drawLazily(bus) {
   const queue = holder => (turn = turn.then(() => draw(bus, holder)).catch(error => console.error(error)));
   const near = new IntersectionObserver(entries => entries.filter(e => e.isIntersecting).forEach(e => { near.unobserve(e.target); queue(e.target); }), { rootMargin: '600px' });
   holders.forEach(holder => near.observe(holder));
-  const idle = globalThis.requestIdleCallback ?? (act => setTimeout(act, 200));
+  const idle = act => (globalThis.requestIdleCallback ? requestIdleCallback(act, { timeout: 100 }) : setTimeout(act, 50));
   const rest = () => {
     const next = holders.find(holder => !holder.dataset.state);
     if (!next) return turn.then(() => (document.documentElement.dataset.ready = '1'));
     return queue(next).then(() => idle(rest));
   };
-  addEventListener('load', () => setTimeout(() => idle(rest), 600));
+  addEventListener('load', () => setTimeout(() => idle(rest), 100));
 }
 
 /** Where of a finding holds numbers or lists of them: lists are several places. */
@@ -86,7 +87,8 @@ function tellSelection(bus) {
     status.textContent = words ? `Selected: ${words} · Esc clears` : IDLE;
     const one = detail.chosen.at(-1) ?? {};
     const parts = COORDINATES.filter(name => name in one).map(name => [name, one[name]]);
-    told = new URLSearchParams(parts.length || !one.path ? parts : [['path', one.path]]).toString();
+    const named = parts.length || !one.path ? parts : [['path', one.path]];
+    told = new URLSearchParams(one.run === undefined ? named : [['run', one.run], ...named]).toString();
     try {
       history.replaceState(null, '', told ? `#${told}` : location.pathname + location.search);
     } catch { /* some viewers forbid it; the page works without */ }
@@ -94,8 +96,8 @@ function tellSelection(bus) {
   const read = () => {
     const text = location.hash.slice(1);
     if (!text.includes('=') || text === told) return;
-    const given = [...new URLSearchParams(text)].filter(([k, v]) => k === 'path' || (COORDINATES.includes(k) && /^\d+$/.test(v)));
-    bus.select(Object.fromEntries(given.map(([k, v]) => [k, k === 'path' ? v : Number(v)])));
+    const given = [...new URLSearchParams(text)].filter(([k, v]) => WORDS.includes(k) || (COORDINATES.includes(k) && /^\d+$/.test(v)));
+    bus.select(Object.fromEntries(given.map(([k, v]) => [k, WORDS.includes(k) ? v : Number(v)])));
   };
   addEventListener('hashchange', read);
   read();

@@ -22,6 +22,7 @@ const within = (inner, outer) => inner === outer || inner.startsWith(outer + '.'
 
 /** Whether two addresses may mean the same place: nothing they both have differs. Paths decide where no coordinate is shared. */
 function meet(a, b) {
+  if (a.run !== undefined && b.run !== undefined && a.run !== b.run) return false;
   const shared = COORDINATES.filter(name => name in a && name in b);
   if (shared.length) return shared.every(name => a[name] === b[name]);
   return Boolean(a.path && b.path && (within(a.path, b.path) || within(b.path, a.path)));
@@ -50,8 +51,11 @@ function selecting(bus) {
     bus.dispatchEvent(new CustomEvent('select', { detail: { chosen: bus.chosen, from } }));
   };
   bus.clear = () => bus.select([]);
-  /** Take a Bokeh document in, before or after it is drawn into `element`; returns what takes it out again. */
-  bus.adopt = (doc, element = null) => adopt(bus, doc, element);
+  /**
+   * Take a Bokeh document in, before or after it is drawn into `element`; returns what takes it out again.
+   * `run` is part of every address of the document, in a page that shows several runs.
+   */
+  bus.adopt = (doc, element = null, run = null) => adopt(bus, doc, element, run);
 }
 
 /** "Selected: layer 1, head 3 · model.layers.1.self_attn" */
@@ -60,7 +64,7 @@ function inWords(chosen) {
   const one = chosen.at(-1);
   const place = COORDINATES.filter(name => name in one).map(name => `${name.replace('_', ' ')} ${one[name]}`).join(', ');
   const more = chosen.length > 1 ? ` and ${chosen.length - 1} more` : '';
-  return [place, one.path].filter(Boolean).join(' · ') + more;
+  return [one.run, place, one.path].filter(Boolean).join(' · ') + more;
 }
 
 /** The address as Python, to go on with in the notebook. */
@@ -89,8 +93,10 @@ function outline({ cursor, cells, counts, paths }, chosen) {
   cursor.data = boxes;
 }
 
-function adopt(bus, doc, element) {
+function adopt(bus, doc, element, run) {
   const undo = [];
+  const here = address => (run === null || !Object.keys(address).length ? address : { ...address, run });
+  const mine = () => bus.chosen.filter(one => run === null || one.run === undefined || one.run === run);
   let busy = false;
   let heard = 0;
   const changed = new Map();
@@ -103,7 +109,7 @@ function adopt(bus, doc, element) {
     heard += 1;
     const picked = [...changed].filter(([, rows]) => rows.length);
     changed.clear();
-    bus.select(picked.flatMap(([source, rows]) => rows.map(i => addressOf(columnsOf(source), i))), { from: doc });
+    bus.select(picked.flatMap(([source, rows]) => rows.map(i => here(addressOf(columnsOf(source), i)))), { from: doc });
   };
   for (const source of places) {
     const note = () => {
@@ -132,22 +138,22 @@ function adopt(bus, doc, element) {
       if (i < 0 || j < 0 || i >= at.counts[0] || j >= at.counts[1]) return;
       const address = { [at.cells[0]]: i, [at.cells[1]]: j };
       if (at.paths[i]) address.path = at.paths[i];
-      bus.select(address, { add: event.modifiers?.shift, toggle: true, from: doc });
+      bus.select(here(address), { add: event.modifiers?.shift, toggle: true, from: doc });
     });
   }
   const show = () => {
     busy = true;
     for (const source of places) {
-      const rows = rowsOf(columnsOf(source), bus.chosen);
+      const rows = rowsOf(columnsOf(source), mine());
       if (!same(rows, source.selected.indices)) source.selected.indices = rows;
     }
-    for (const plot of images) outline(cellsOf(plot), bus.chosen);
+    for (const plot of images) outline(cellsOf(plot), mine());
     busy = false;
   };
   bus.addEventListener('select', show);
   undo.push(() => bus.removeEventListener('select', show));
   if (element) {
-    const press = event => steer(bus, models, event);
+    const press = event => steer(bus, models, event, here);
     element.addEventListener('keydown', press);
     undo.push(() => element.removeEventListener('keydown', press));
   }
@@ -195,7 +201,7 @@ function nearest({ plot, x, y, bars }, from, [right, up]) {
 }
 
 /** Arrows, Home, End and the Page keys move the selection by marks, in the drawing's directions. */
-function steer(bus, models, event) {
+function steer(bus, models, event, here) {
   if (!(event.key in ARROWS) && event.key !== 'Home' && event.key !== 'End' && event.key !== 'Enter') return;
   const marks = marksOf(models);
   if (!marks.length) return;
@@ -207,6 +213,6 @@ function steer(bus, models, event) {
   }
   const last = mark.x.length - 1;
   const next = event.key === 'Home' || row < 0 ? 0 : event.key === 'End' ? last : event.key === 'Enter' ? row : nearest(mark, row, ARROWS[event.key]);
-  if (last >= 0) bus.select(addressOf(mark.columns, next), { add: event.shiftKey });
+  if (last >= 0) bus.select(here(addressOf(mark.columns, next)), { add: event.shiftKey });
   event.preventDefault();
 }
