@@ -50,11 +50,11 @@ def size(value: float, digits: int = 3) -> str:
 
     Examples
     --------
-    >>> size(49152), size(1048576), size(1023.9 * 1024), size(float("nan"))
-    ('48.0 KiB', '1.00 MiB', '1 024 KiB', 'undefined')
+    >>> size(49152), size(1048576), size(1023.9 * 1024), size(4), size(float("nan"))
+    ('48.0 KiB', '1.00 MiB', '1 024 KiB', '4 B', 'undefined')
     """
     if 0 < abs(value) < 1024:
-        return f"{significant(round(value), 4)} B"
+        return f"{round(value)} B".replace("-", "−")
     return _scaled(value, "B", _IEC, 1024, digits)
 
 

@@ -206,20 +206,13 @@ def _index_select(a: Arguments) -> Work:
     return _moved(ids.nbytes + 2 * taken * x.item, x)
 
 
-def _index(a: Arguments) -> Work | None:
-    """Look-up by tensors of numbers on the leading dimensions; masks are refused: what they take is not in the shapes."""
-    x, ids = a.tensor(0), a.listed(1)
-    if not ids or ids[0].dtype in ("bool", "uint8"):
+def _index_put(a: Arguments) -> Work | None:
+    """The profiler doesn't see the indices; the values say how much is written, unless one value is spread."""
+    x, values = a.tensor(0), a.tensor(2)
+    if not values.shape:
         return None
-    picked = math.prod(np.broadcast_shapes(*(t.shape for t in ids)))
-    taken = picked * math.prod(x.shape[len(ids) :])
-    return _moved(sum(t.nbytes for t in ids) + 2 * taken * x.item, x)
-
-
-def _index_put(a: Arguments) -> Work:
-    x, ids, values = a.tensor(0), a.listed(1), a.tensor(2)
     passes = 3 if a.flag(3) else 2  # accumulating reads what is there
-    return _moved(sum(t.nbytes for t in ids) + passes * max(values.count, 1) * x.item, x)
+    return _moved(passes * values.count * x.item, x)
 
 
 def _gather(a: Arguments) -> Work:
@@ -275,7 +268,7 @@ RULES: dict[str, Rule] = _rules() | {
     "copy_": _copy, "fill_": _fill, "zero_": _fill, "_foreach_zero_": _foreach(0, "move"),
     "_foreach_copy_": _foreach(0, "move"), "cat": _cat, "flip": _duplicate, "roll": _duplicate,
     "tril": _duplicate, "triu": _duplicate, "embedding": _embedding, "embedding_dense_backward": _embedding_backward,
-    "index_select": _index_select, "index": _index, "index_put_": _index_put, "_index_put_impl_": _index_put,
+    "index_select": _index_select, "index_put_": _index_put, "_index_put_impl_": _index_put,
     "gather": _gather, "take_along_dim": _gather,
     "scatter_": _scatter(2, 3, 2), "scatter": _scatter(2, 3, 2), "scatter_add_": _scatter(2, 3, 3),
     "scatter_add": _scatter(2, 3, 3), "index_copy_": _scatter(2, 3, 2), "index_add_": _scatter(2, 3, 3),

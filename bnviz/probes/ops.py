@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _EVENT = ("event",)
 KINDS = ("none", "matmul", "vector", "special", "move")
 _DEFAULT_DTYPE = "float32"
+_LOOK_UP = "aten::index"
 
 
 @probe(
@@ -131,6 +132,7 @@ class _Worked:
         self.inside, self.claims = np.zeros(count, bool), np.zeros(count, bool)
         self.dtypes: dict[str, int] = {}
         self._claim(profile)
+        self._look_up(profile)
         self._wrap(profile)
 
     def _claim(self, profile: Profile) -> None:
@@ -146,6 +148,34 @@ class _Worked:
                 if found is not None:
                     self._put(row, found)
                     self.claims[row] = True
+
+    def _look_up(self, profile: Profile) -> None:
+        """`x[ids]`: the profiler doesn't see the ids, but the block made for the result, which is read and written.
+
+        A look-up by mask counts first what it will take; its work is not known.
+        """
+        if _LOOK_UP not in profile.names:
+            return
+        name, masks = profile.names.index(_LOOK_UP), {"aten::nonzero", "aten::masked_select"}
+        rows = np.flatnonzero((profile.name == name) & ~self.inside & ~self.claims)
+        around = np.full(len(profile.name), -1)
+        around[rows] = rows
+        parents = profile.parent.tolist()
+        for row, above in enumerate(parents):  # parents stand before their children
+            if around[row] < 0 and above >= 0:
+                around[row] = around[above]
+        by_mask = {int(around[r]) for r, n in enumerate(profile.name) if profile.names[n] in masks}
+        made = (profile.memory_bytes > 0) & (profile.memory_event >= 0)
+        result = np.zeros(len(profile.name))
+        where = around[profile.memory_event[made]]
+        np.maximum.at(result, where[where >= 0], profile.memory_bytes[made][where >= 0])
+        for row in rows.tolist():
+            signature = _signature(profile, row)
+            if signature and row not in by_mask and result[row]:
+                self._put(row, Work(0.0, 2.0 * float(result[row]), "move", signature.dtypes[0]))
+                self.claims[row] = True
+        for row, above in enumerate(parents):
+            self.inside[row] |= above >= 0 and bool(self.claims[above] or self.inside[above])
 
     def _wrap(self, profile: Profile) -> None:
         """What is left: wrappers and views do nothing of their own, others are not known."""

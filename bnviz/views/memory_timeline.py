@@ -26,6 +26,7 @@ WORDS = {
     "temporary": ("temporary results", "brick"),
 }
 _MODULES = 12
+_VISIBLE = 1e-3  # share of the peak below which a category is no mark
 _ROOM = 0.09  # a band this high, as a share of the peak, has room for its name
 
 
@@ -54,9 +55,10 @@ def memory_timeline(result: xr.Dataset, *, compact: bool = False) -> Any:
 
 
 def _names(result: xr.Dataset) -> list[str]:
-    """Categories that ever hold something, bottom to top."""
+    """Categories that ever hold a visible part of the peak, bottom to top."""
     most = dict(zip((str(c) for c in result["category"].values), result["most"].values, strict=True))
-    return [c for c in WORDS if most.get(c, 0) > 0]
+    least = _VISIBLE * float(result["total"].max())
+    return [c for c in WORDS if most.get(c, 0) > least]
 
 
 def _unit(most: float, names: tuple[str, ...], step: float) -> tuple[str, float]:
@@ -99,7 +101,7 @@ def _timeline(result: xr.Dataset, *, compact: bool) -> Any:
     rows = [("at", f"@time{{0.[00]}} {tick}"), ("held", f"@total{{0,0.[00]}} {unit}")]
     plot.add_tools(style.hover(line, rows, mode="vline", line_policy="prev"))
     _band_names(plot, names, held, tops, moments, peak / scale)
-    _peak(plot, result, (per, scale), peak)
+    _peak(plot, result, (per, scale), peak, brief=compact)
     return plot
 
 
@@ -129,12 +131,14 @@ def _band_names(
         )
 
 
-def _peak(plot: Any, result: xr.Dataset, units: tuple[float, float], peak: float) -> None:
+def _peak(plot: Any, result: xr.Dataset, units: tuple[float, float], peak: float, *, brief: bool) -> None:
     at = float(result["peak_time"]) * 1e6 / units[0]
     event = dict(result.attrs.get("peak", {}))
     operator = str(event.get("op", "")).removeprefix("aten::")
     place = str(event.get("path") or "")
-    words = f"peak {size(peak)}" + (f" · {operator}" if operator else "") + (f" in {place}" if place else "")
+    words = f"peak {size(peak)}"
+    if not brief:
+        words += (f" · {operator}" if operator else "") + (f" in {place}" if place else "")
     plot.scatter([at], [peak / units[1]], size=7, fill_color=style.LIGHT["ink"], line_color=style.LIGHT["surface"])
     start, end = float(plot.x_range.start), float(plot.x_range.end)
     right = at > start + 0.5 * (end - start)

@@ -235,7 +235,7 @@ def _names(plot: Any, drawn: _Operators, *, few: bool) -> None:
             x_offset=-offset if right else offset,
             text_align="right" if right else "left",
             background_fill_color=style.LIGHT["surface"],
-            background_fill_alpha=0.8,
+            background_fill_alpha=0.6,
         )
         named.add(name)
         taken.append(at)
