@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY) ## watch real models, diagnose them, write demo/report.html
-	$(BIN)/bnviz demo -o demo
+	$(BIN)/bnviz demo demo
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

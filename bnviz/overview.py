@@ -44,16 +44,16 @@ def facts(report: Report) -> list[tuple[str, str]]:
     return _flat({k: v for k, v in report.run.provenance.items() if k != "notes"})
 
 
-def _flat(mapping: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
+def _flat(mapping: Mapping[str, Any], parent: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for name, value in mapping.items():
-        label = f"{before}{str(name).replace('_', ' ')}"
+        words = str(name).replace("_", " ")
         if value is None or (isinstance(value, (str, list, tuple, dict)) and not value):
             continue
         if isinstance(value, Mapping):
-            rows += _flat(value, f"{label}: ")
+            rows += _flat(value, words)
         else:
-            rows.append((label, _fact(str(name), value)))
+            rows.append((f"{parent}: {words}" if parent else words, _fact(str(name), value)))
     return rows
 
 

@@ -7,13 +7,14 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, catalog
 from .figures import Drawn, draw
-from .findings import NOT_ESTIMATED, place, saving_words, share_of
+from .findings import NOT_ESTIMATED, place, rank, saving_words, share_of
 from .overview import facts, six_numbers
 from .schema import Finding
 from .tables import Table, tables
@@ -30,33 +31,91 @@ _HALF = 520  # a figure this narrow shares its row from 900 px on
 _Figures = Sequence[tuple[str, Drawn]]
 
 
-def page(report: Report) -> str:
-    """The whole file."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One report in a page that may hold several.
+
+    Parameters
+    ----------
+    report : Report
+    mark : str
+        Before every id of this part, so that ids are unique; empty in a page of one report.
+    run : str
+        What tells this part's places from those of the others; empty in a page of one report.
+    """
+
+    report: Report
+    mark: str
+    run: str
+    figures: dict[str, _Figures]
+
+
+def _parts(reports: Sequence[Report]) -> list[_Part]:
+    if len(reports) == 1:
+        return [_Part(reports[0], "", "", _figures(reports[0], ""))]
+    names = [report.model for report in reports]
+    runs = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+    made = enumerate(zip(reports, runs, strict=True), 1)
+    return [_Part(report, f"part{i}-", run, _figures(report, f"part{i}-")) for i, (report, run) in made]
+
+
+def page(*reports: Report) -> str:
+    """The whole file: one report, or several beside each other with one list of findings."""
     from .views import style
 
-    figures = _figures(report)
-    drawn = [(at, each) for some in figures.values() for at, each in some if not each.error]
+    parts = _parts(reports)
+    drawn = [(at, each) for part in parts for some in part.figures.values() for at, each in some if not each.error]
     library = _library({bundle for _, each in drawn for bundle in each.bundles}) if drawn else ""
     script = style.page_script(report=True)
     policy = _policy(script, library, evaluates=any(each.evaluates for _, each in drawn))
+    title = ", ".join(report.model for report in reports)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="generator" content="bnviz {__version__}"><title>{escape(report.model)} · bnviz</title>
+<meta name="generator" content="bnviz {__version__}"><title>{escape(title)} · bnviz</title>
 <style>{style.page_css(report=True)}</style></head><body>
 <div class="bar"><div><div id="status" role="status" aria-live="polite">{_NO_SCRIPT}</div>
 <button id="theme" type="button" hidden>Dark theme</button></div></div>
-<main>{_overview(report)}{_findings(report)}{_sections(report, figures)}{_not_run(report)}{_provenance(report)}</main>
+<main>{_one(parts[0]) if len(parts) == 1 else _several(parts)}
+<footer>bnviz {__version__}. This file holds everything it shows and reaches no network.</footer></main>
 {_stored("bokeh", library)}
 {"".join(_stored(f"doc-{at}", each.document) for at, each in drawn)}
 <script>{script}</script></body></html>
 """
 
 
-def _figures(report: Report) -> dict[str, _Figures]:
+def _one(part: _Part) -> str:
+    return _overview(part) + _findings([part]) + _body(part)
+
+
+def _several(parts: Sequence[_Part]) -> str:
+    """A head for all, one list of findings, then a chapter for each model."""
+    links = "".join(f'<li><a href="#{part.mark}top">{escape(part.run)}</a></li>' for part in parts)
+    found = _ranked(parts)
+    lead = f"{found[0][1].sentence}." if found else "Nothing found above the limits."
+    head = f"""<header><h1>What holds {len(parts)} models back</h1><p class="sub">{escape(" · ".join(p.run for p in parts))}</p>
+<p class="lead">{escape(lead)}</p><nav aria-label="Models"><ol>{links}</ol></nav></header>"""
+    chapters = "".join(
+        f'<article class="chapter" id="{part.mark}top" aria-label="{escape(part.run)}">{_overview(part)}{_body(part)}</article>'
+        for part in parts
+    )
+    return head + _findings(parts) + chapters
+
+
+def _body(part: _Part) -> str:
+    return _sections(part) + _not_run(part) + _provenance(part)
+
+
+def _ranked(parts: Sequence[_Part]) -> list[tuple[_Part, Finding]]:
+    """Findings of all parts on one list."""
+    home = {id(finding): part for part in parts for finding in part.report.findings}
+    return [(home[id(finding)], finding) for finding in rank(f for part in parts for f in part.report.findings)]
+
+
+def _figures(report: Report, mark: str) -> dict[str, _Figures]:
     found: dict[str, _Figures] = {}
     for name, outcome in report.outcomes.items():
-        found[name] = [(f"{name}-{i}", each) for i, each in enumerate(draw(outcome))]
+        found[name] = [(f"{mark}{name}-{i}", each) for i, each in enumerate(draw(outcome))]
     return found
 
 
@@ -95,9 +154,10 @@ def _policy(script: str, library: str, *, evaluates: bool) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------------- head
-def _overview(report: Report) -> str:
+def _overview(part: _Part) -> str:
     from .report import nothing_found
 
+    report = part.report
     facts_of = report.run.provenance
     about = [facts_of.get("class"), facts_of.get("dtype"), facts_of.get("accelerator") or facts_of.get("device")]
     line = " · ".join(escape(str(each)) for each in [*about, facts_of.get("started")] if each)
@@ -106,8 +166,10 @@ def _overview(report: Report) -> str:
     numbers = "".join(
         f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in six_numbers(report)
     )
-    return f"""<header><h1>What holds {escape(report.model)} back</h1><p class="sub">{line}</p>
-<p class="lead">{escape(lead)}</p><dl class="six">{numbers}</dl>{_trust(report)}{_navigation(report)}</header>"""
+    level = 2 if part.mark else 1
+    title = f"<h{level}>What holds {escape(report.model)} back</h{level}>"
+    return f"""<header>{title}<p class="sub">{line}</p>
+<p class="lead">{escape(lead)}</p><dl class="six">{numbers}</dl>{_trust(report)}{_navigation(part)}</header>"""
 
 
 def _trust(report: Report) -> str:
@@ -118,9 +180,10 @@ def _trust(report: Report) -> str:
     return f'<ul class="caveats" aria-label="Limits of this run">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>'
 
 
-def _navigation(report: Report) -> str:
-    items = "".join(f'<li><a href="#{escape(name)}">{escape(_title_of(name))}</a></li>' for name in report.outcomes)
-    return f'<nav aria-label="Diagnostics"><ol>{items}<li><a href="#run">The run</a></li></ol></nav>'
+def _navigation(part: _Part) -> str:
+    names = part.report.outcomes
+    items = "".join(f'<li><a href="#{part.mark}{escape(name)}">{escape(_title_of(name))}</a></li>' for name in names)
+    return f'<nav aria-label="Diagnostics"><ol>{items}<li><a href="#{part.mark}run">The run</a></li></ol></nav>'
 
 
 def _title_of(name: str) -> str:
@@ -129,34 +192,40 @@ def _title_of(name: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- findings
-def _findings(report: Report) -> str:
+def _findings(parts: Sequence[_Part]) -> str:
     from .report import nothing_found
 
-    found = report.findings
+    found = _ranked(parts)
     if not found:
-        ran = "".join(f"<li>{escape(each.spec.question)}</li>" for each in report.outcomes.values())
-        body = f'<div class="nothing">{escape(nothing_found(report))}<ul>{ran}</ul></div>'
+        ran = "".join(
+            f"<li>{escape(each.spec.question)}</li>" for part in parts for each in part.report.outcomes.values()
+        )
+        words = " ".join(nothing_found(part.report) for part in parts)
+        body = f'<div class="nothing">{escape(words)}<ul>{ran}</ul></div>'
     else:
-        body = f'<ul class="findings">{"".join(map(_finding, found[:SHOWN]))}</ul>'
+        body = f'<ul class="findings">{"".join(_finding(*each) for each in found[:SHOWN])}</ul>'
         if rest := found[SHOWN:]:
-            more = "".join(map(_finding, rest))
+            more = "".join(_finding(*each) for each in rest)
             body += f'<details class="more"><summary>Show {len(rest)} more</summary><ul class="findings">{more}</ul></details>'
     return f'<section class="block" aria-labelledby="findings"><h2 id="findings">Findings</h2>{body}</section>'
 
 
-def _finding(finding: Finding) -> str:
-    diagnostic = finding.code.partition("/")[0]
-    where = json.dumps(dict(finding.where), default=lambda value: value.item())
+def _finding(part: _Part, finding: Finding) -> str:
+    section = part.mark + finding.code.partition("/")[0]
+    at = dict(finding.where) | ({"run": part.run} if part.run and finding.where else {})
+    where = json.dumps(at, default=lambda value: value.item())
     path = finding.where.get("path")
     spot = escape(place({k: v for k, v in finding.where.items() if k != "path"}))
+    spot = f"{escape(part.run)}{' · ' * bool(spot)}{spot}" if part.run else spot
     if isinstance(path, str) and path:
         spot += f"<span>{escape(path)}</span>"
-    return f"""<li class="finding" data-where="{escape(where)}" data-section="{escape(diagnostic)}">
+    name = _title_of(finding.code.partition("/")[0])
+    return f"""<li class="finding" data-where="{escape(where)}" data-section="{escape(section)}">
 <span class="sev {finding.severity}"><b aria-hidden="true">{_MARK[finding.severity]}</b>{finding.severity}</span>
 <div class="claim"><button type="button" class="what" aria-pressed="false">{escape(finding.sentence)}</button>
 <p class="advice">{escape(finding.advice)}</p></div>
 <div class="place">{spot}</div>{_saving(finding)}
-<a class="go" href="#{escape(diagnostic)}" aria-label="Show {escape(_title_of(diagnostic))}">›</a></li>"""
+<a class="go" href="#{escape(section)}" aria-label="Show {escape(name)}">›</a></li>"""
 
 
 def _saving(finding: Finding) -> str:
@@ -167,42 +236,44 @@ def _saving(finding: Finding) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- sections
-def _sections(report: Report, figures: dict[str, _Figures]) -> str:
-    small = [name for name, some in figures.items() if some and max(each.width for _, each in some) <= _HALF]
-    halves, order, i = set(), list(report.outcomes), 0
+def _sections(part: _Part) -> str:
+    small = [name for name, some in part.figures.items() if some and max(each.width for _, each in some) <= _HALF]
+    halves, order, i = set(), list(part.report.outcomes), 0
     while i < len(order) - 1:  # two small ones in a row share a row
         pair = order[i : i + 2]
         if all(name in small for name in pair):
             halves |= set(pair)
             i += 1
         i += 1
-    inner = (_section(name, outcome, figures[name], name in halves) for name, outcome in report.outcomes.items())
+    inner = (_section(part, name, outcome, half=name in halves) for name, outcome in part.report.outcomes.items())
     return f'<div class="sections">{"".join(inner)}</div>'
 
 
-def _section(name: str, outcome: Outcome, figures: _Figures, half: bool) -> str:
-    judgement, spec = outcome.judgement, outcome.spec
+def _section(part: _Part, name: str, outcome: Outcome, *, half: bool) -> str:
+    judgement, spec, figures = outcome.judgement, outcome.spec, part.figures[name]
+    at = part.mark + name
     record = spec.needs[0].partition(".")[0] if spec.needs else ""
-    drawn = "".join(_figure(name, at, each, several=len(figures) > 1) for at, each in figures)
+    drawn = "".join(_figure(part, name, *figure) for figure in figures)
     shown = f'<div class="figures">{drawn}</div>' if drawn else ""
     caveats = "".join(f"<li>{escape(line)}</li>" for line in judgement.caveats)
     summary = judgement.summary or judgement.title
-    kind = "half" if half else "full"
-    return f"""<section id="{name}" class="{kind}" data-record="{escape(record)}" aria-labelledby="q-{name}">
-<h2 id="q-{name}">{escape(spec.question)}</h2><h3 id="t-{name}">{escape(judgement.title)}</h3>
-<p class="sub">{escape(judgement.subtitle)}</p><p class="spoken" id="s-{name}">{escape(summary)}</p>
+    kind, level = ("half" if half else "full"), (3 if part.mark else 2)
+    return f"""<section id="{at}" class="{kind}" data-record="{escape(record)}" aria-labelledby="q-{at}">
+<h{level} class="question" id="q-{at}">{escape(spec.question)}</h{level}>
+<h{level + 1} class="says" id="t-{at}">{escape(judgement.title)}</h{level + 1}>
+<p class="sub">{escape(judgement.subtitle)}</p><p class="spoken" id="s-{at}">{escape(summary)}</p>
 {shown}{f'<ul class="caveats">{caveats}</ul>' if caveats else ""}{_as_tables(outcome)}</section>"""
 
 
-def _figure(name: str, at: str, each: Drawn, *, several: bool) -> str:
-    caption = f'<p class="sub">{escape(each.caption)}</p>' if several else ""
-    labels = f'role="figure" aria-labelledby="t-{name}" aria-describedby="s-{name}"'
+def _figure(part: _Part, name: str, at: str, each: Drawn) -> str:
+    caption = f'<p class="sub">{escape(each.caption)}</p>' if len(part.figures[name]) > 1 else ""
+    labels = f'role="figure" aria-labelledby="t-{part.mark}{name}" aria-describedby="s-{part.mark}{name}"'
     if each.error:
         words = f"{each.name or name} could not be drawn: {each.error}. The numbers are in the table below"
         return f'<figure {labels}>{caption}<div class="unseen"><span>{escape(words)}</span></div></figure>'
-    style = f"min-height:{each.height}px"
+    style, run = f"min-height:{each.height}px", f' data-run="{escape(part.run)}"' if part.run else ""
     return f"""<figure {labels} style="flex-basis:{min(each.width, 1100)}px">{caption}<div class="holder noscript" tabindex="0"
- data-doc="doc-{at}" style="{style}"><span>{_NO_SCRIPT}</span></div></figure>"""
+ data-doc="doc-{at}"{run} style="{style}"><span>{_NO_SCRIPT}</span></div></figure>"""
 
 
 def _as_tables(outcome: Outcome) -> str:
@@ -222,11 +293,10 @@ def _table(table: Table) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------------- end
-def _not_run(report: Report) -> str:
-    """Diagnostics whose records are not there, with what to add; and those that failed."""
-    lines = [
-        ("hatched", catalog.load("diagnostics", name).spec.question, f"{why}") for name, why in report.absent.items()
-    ]
+def _not_run(part: _Part) -> str:
+    """Diagnostics whose records are not there, with what to add; and those that failed. Folded where others answer beside it."""
+    report = part.report
+    lines = [("hatched", catalog.load("diagnostics", name).spec.question, why) for name, why in report.absent.items()]
     lines += [
         ("failed", _title_of(name), f"○ {why}. The others were not affected") for name, why in report.failures.items()
     ]
@@ -235,14 +305,19 @@ def _not_run(report: Report) -> str:
     items = "".join(
         f'<li class="{kind}"><span>{escape(what)}</span><span>{escape(why)}</span></li>' for kind, what, why in lines
     )
-    return f'<section class="block"><h2>Not answered by this run</h2><ul class="states">{items}</ul></section>'
+    states = f'<ul class="states">{items}</ul>'
+    if part.mark and not report.failures:
+        words = f"{len(lines)} questions this run does not answer"
+        return f'<section class="block"><details><summary>{words}</summary>{states}</details></section>'
+    return f'<section class="block"><h2>Not answered by this run</h2>{states}</section>'
 
 
-def _provenance(report: Report) -> str:
+def _provenance(part: _Part) -> str:
+    report = part.report
     rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(value)}</dd>" for label, value in facts(report))
     kinds = "".join(_record(report, kind) for kind in report.run.kinds)
-    return f"""<section class="block" id="run"><h2>The run</h2><dl class="facts">{rows}{kinds}</dl></section>
-<footer>bnviz {__version__}. This file holds everything it shows and reaches no network.</footer>"""
+    name = f"The run of {escape(part.run)}" if part.run else "The run"
+    return f'<section class="block" id="{part.mark}run"><h2>{name}</h2><dl class="facts">{rows}{kinds}</dl></section>'
 
 
 def _record(report: Report, kind: str) -> str:

@@ -199,8 +199,17 @@ class Report:
 
         return drawing(self, name, compact=compact)
 
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    def save(self, path: str | os.PathLike[str], *, beside: Sequence[Report] = (), overwrite: bool = False) -> Path:
         """Write the report as one HTML file that opens anywhere, without network and without Python.
+
+        Parameters
+        ----------
+        path : path-like
+            Ends in `.html`.
+        beside : sequence of Report
+            Reports of other runs to put in the same file, a chapter each, with one list of findings.
+        overwrite : bool
+            Replace what is there.
 
         Raises
         ------
@@ -214,7 +223,7 @@ class Report:
             raise StoreError(f"{target} is not named as a web page; name it {target.with_suffix('.html').name!r}.")
         if target.exists() and not overwrite:
             raise StoreError(f"{target} exists; choose another path or pass overwrite=True.")
-        text = page(self)
+        text = page(self, *beside)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text, encoding="utf-8")

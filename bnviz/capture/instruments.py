@@ -30,14 +30,18 @@ class Instruments:
     def __init__(self, probes: Mapping[str, Any], failed: Callable[[str, Exception], None], notes: list[str]) -> None:
         self._probes, self._failed, self._notes = probes, failed, notes
         self._profiler: Any = None
+        self._sampled: dict[str, Any] = {}
 
     def start(self, model: nn.Module, stack: contextlib.ExitStack) -> None:
-        """Start what the probes need; the stack ends it."""
+        """Start what the probes need; the stack ends it. Samplers start last and end first: they see the model, not us."""
+        if any("profiler" in p.spec.uses for p in self._probes.values()):
+            self._profile(model, stack)
+        stack.callback(self._end_samplers)
         for name, probe in list(self._probes.items()):
             if "process" in probe.spec.uses:
                 self._try(name, probe.start)
-        if not any("profiler" in p.spec.uses for p in self._probes.values()):
-            return
+
+    def _profile(self, model: nn.Module, stack: contextlib.ExitStack) -> None:
         from .profiler import Profiler
 
         self._profiler = profiler = Profiler(model)
@@ -50,6 +54,11 @@ class Instruments:
         profiler.start()
         stack.callback(profiler.halt)
 
+    def _end_samplers(self) -> None:
+        for name, probe in list(self._probes.items()):
+            if "process" in probe.spec.uses:
+                self._sampled[name] = self._try(name, probe.stop)
+
     def forward_begins(self, calls: int) -> None:
         """Called before each forward of the model."""
         if self._profiler is not None and calls == PROFILED_FORWARDS:
@@ -61,14 +70,15 @@ class Instruments:
 
     def records(self) -> dict[str, Mapping[str, Any]]:
         """What the probes make of what was recorded."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for name, probe in list(self._probes.items()):
+            if "process" in probe.spec.uses:  # first: working out the profile is no time of the model
+                found[name] = self._try(name, probe.stop)
         profile = self._profiler.stop() if self._profiler is not None else None
         if self._profiler is not None and self._profiler.note:
             self._notes.append(self._profiler.note)
-        found: dict[str, Mapping[str, Any]] = {}
         for name, probe in list(self._probes.items()):
-            if "process" in probe.spec.uses:
-                found[name] = self._try(name, probe.stop)
-            elif "profiler" in probe.spec.uses and profile is not None:
+            if "profiler" in probe.spec.uses and profile is not None:
                 found[name] = self._try(name, probe.profiled, profile)
         return {name: values for name, values in found.items() if values}
 

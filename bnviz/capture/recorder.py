@@ -156,7 +156,6 @@ class Recorder:
             self.notes.append(
                 "The model is compiled; while it was watched it ran eager, so times are those of eager code."
             )
-        self._instruments.start(self._model, stack)
         begin = self._model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
         stack.callback(begin.remove)
         if "block" in wanted or "sublayer" in wanted:
@@ -167,6 +166,7 @@ class Recorder:
             tap_routers(plan, self._clock, self._emit, stack)
         end = self._model.register_forward_hook(self._end, always_call=True)
         stack.callback(end.remove)
+        self._instruments.start(self._model, stack)
 
     def detach(self, *, quiet: bool = False) -> Run | None:
         """Take everything off the model and close the run.

@@ -79,7 +79,7 @@ class BlockTap:
         if not self._inside:
             return
         if self._key not in self._writers:
-            self._search = Search(self._block.first)
+            self._search = Search(self._block.first, tuple(self._before.shape))
         elif not self._hooked and self._writers[self._key] is not None:
             self._hook_writers()
 

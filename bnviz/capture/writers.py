@@ -47,9 +47,17 @@ def stream(value: object) -> Tensor | None:
 
 
 class Search:
-    """Watches the descendants of one block for one forward and finds its writers."""
+    """Watches the descendants of one block for one forward and finds its writers.
 
-    def __init__(self, block: nn.Module) -> None:
+    Parameters
+    ----------
+    block : nn.Module
+    shape : tuple of int
+        Of the block's stream: only tensors of this shape are held, and only until the block ends.
+    """
+
+    def __init__(self, block: nn.Module, shape: tuple[int, ...]) -> None:
+        self._shape = tuple(shape)
         self._outputs: list[tuple[str, Tensor]] = []
         self._inputs: list[Tensor] = []
         self._handles = [h for path, module in _candidates(block) for h in self._watch(path, module)]
@@ -57,12 +65,12 @@ class Search:
     def _watch(self, path: str, module: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
         def before(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             seen = stream(args) if args else stream(next(iter(kwargs.values()), None))
-            if seen is not None:
+            if seen is not None and tuple(seen.shape) == self._shape:
                 self._inputs.append(seen.detach())
 
         def after(_: nn.Module, __: object, output: object) -> None:
             seen = stream(output)
-            if seen is not None:
+            if seen is not None and tuple(seen.shape) == self._shape:
                 self._outputs.append((path, seen.detach()))
 
         yield module.register_forward_pre_hook(before, with_kwargs=True)
@@ -79,7 +87,7 @@ class Search:
     def found(self, before: Tensor, after: Tensor) -> tuple[Writers | None, list[Tensor]]:
         """The writers and their outputs, or None when the block is no sum of its descendants' outputs."""
         delta = after.detach().float() - before.detach().float()
-        same = [(p, y) for p, y in self._outputs if y.shape == delta.shape]
+        same = self._outputs
         # an outer module ends after the inner one whose output it passes on: the last of equal outputs is the outermost
         candidates = [
             (p, y) for i, (p, y) in enumerate(same) if not any(q.data_ptr() == y.data_ptr() for _, q in same[i + 1 :])

@@ -102,7 +102,7 @@ def test_a_model_without_parameters_has_no_blocks() -> None:
 def test_residual_writers_are_verified(block: type[nn.Module], parallel: bool) -> None:
     torch.manual_seed(0)
     module, x = block(), torch.randn(2, 7, 16)
-    search = Search(module)
+    search = Search(module, (2, 7, 16))
     y = module(x)
     found, outputs = search.found(x, y)
     search.close()
@@ -117,7 +117,7 @@ def test_residual_writers_are_verified(block: type[nn.Module], parallel: bool) -
 def test_a_post_norm_block_has_no_verified_writers() -> None:
     torch.manual_seed(0)
     module, x = PostNorm(), torch.randn(2, 7, 16)
-    search = Search(module)
+    search = Search(module, (2, 7, 16))
     found, _ = search.found(x, module(x))
     search.close()
     assert found is None
