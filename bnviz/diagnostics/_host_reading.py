@@ -19,11 +19,13 @@ class Reading:
     thread : str
         The thread judged: the main thread, else the busiest; "" when none was seen.
     samples : int
-        Of it.
-    running, held, asleep : float
-        Seconds of it; `held` with the GIL; `asleep` NaN where sleeping was sampled.
+        Of it, watching left out.
+    running, held : float
+        Seconds of it, watching left out; `held` with the GIL.
+    asleep, watching : float
+        Seconds of it; `asleep` NaN where sleeping was sampled.
     self_time, gil_time : arrays (function,)
-        Seconds of each function in that thread.
+        Seconds of each function in that thread; 0 for what watches.
     """
 
     def __init__(self, result: xr.Dataset) -> None:
@@ -36,15 +38,25 @@ class Reading:
         def of(name: str) -> float:
             return float(result[name].values[at]) if threads else math.nan
 
-        self.samples = int(of("thread_samples")) if threads else 0
-        self.running, self.held, self.asleep = of("running_time"), of("thread_gil_time"), of("asleep_time")
+        self.asleep = of("asleep_time")
         table = [result[f"{what}_time_by_thread"].values for what in ("self", "gil")]
-        self.self_time, self.gil_time = (t[:, at] if threads else np.zeros(len(t)) for t in table)
+        own, held = (np.array(t[:, at] if threads else np.zeros(len(t)), np.float64) for t in table)
+        watching = np.array([self.word("name", row) == OWN for row in range(len(own))], bool)
+        self.watching = float(own[watching].sum())
+        own[watching] = held[watching] = 0.0
+        self.self_time, self.gil_time = own, held
+        self.running, self.held = float(own.sum()), float(held.sum())
+        self.samples = round(self.running / self.interval)
 
     @property
     def time_words(self) -> str:
         """What shares are of."""
         return "time" if self.attrs["idle"] else "running time"
+
+    def share_watching(self) -> float:
+        """Of all it ran; NaN when it did not run."""
+        whole = self.running + self.watching
+        return self.watching / whole if whole > 0 else math.nan
 
     @property
     def short_thread(self) -> str:
@@ -70,15 +82,13 @@ class Reading:
         file, line = self.word("file", at), int(self._result["function_line"].values[at])
         return f"{file}:{line}" if not file.startswith("cell [") else f"{file} line {line}"
 
-    def place(self, at: int, room: int = 160) -> str:
+    def place(self, at: int, room: int = 150) -> str:
         """`name (file:line)`, in `room` characters: of the file the last part, of the name the ends, where it is tight.
 
         A name of `room` below 24 is not to be had.
         """
-        if self.word("name", at) == OWN:
-            return "bnviz itself"
         name, line = self.word("name", at), self.line(at)
-        name = "top-level code" if name == "<module>" else name
+        name = "top-level code" if name == "<module>" else name.replace("<locals>.", "")
         for shown in (line, line.rpartition("/")[2]):
             if len(text := f"{name} ({shown})") <= room:
                 return text

@@ -9,7 +9,7 @@ from bnviz.quantities import count, duration, share
 from bnviz.schema import Finding, Judgement, Saving, Variable, diagnostic, stamp
 
 from ._call_tree import inclusive, merged, subtree
-from ._host_reading import OWN, Reading
+from ._host_reading import Reading
 
 PLUMBING = frozenset(
     {"_wrapped_call_impl", "_call_impl", "__call__", "inner", "wrapper", "wrapped", "wrapped_func", "wrapped_fn", "_fn"}
@@ -217,7 +217,8 @@ def judge(
 ) -> Judgement:
     """Names the Python functions that hold the interpreter lock, and says when the host sleeps or watching costs much.
 
-    The thread judged is the main thread, the busiest where that was not seen.
+    The thread judged is the main thread, the busiest where that was not seen. What bnviz itself took is left out of all shares
+    but its own.
 
     Parameters
     ----------
@@ -240,12 +241,9 @@ def judge(
     save is at most the time it held the GIL; where a device works meanwhile it may be nothing.
     """
     seen = Reading(result)
-    findings: list[Finding] = []
+    findings = _watching(seen, watching)
     if seen.samples >= enough:
-        findings += _python_bound(seen, python)
-        findings += _hot(seen, hot)
-        findings += _asleep(seen, asleep)
-        findings += _watching(seen, watching)
+        findings = [*_python_bound(seen, python), *_hot(seen, hot), *_asleep(seen, asleep), *findings]
     title = _title(seen, python, enough)
     threads = result.sizes["thread"]
     subtitle = (
@@ -280,7 +278,7 @@ def _hot(seen: Reading, limit: float) -> list[Finding]:
     found = []
     for at in np.argsort(-seen.gil_time, kind="stable")[:3]:
         held = float(seen.gil_time[at])
-        if seen.word("name", int(at)) == OWN or not seen.surely(held, limit):
+        if not seen.surely(held, limit):
             continue
         place = seen.place(int(at))
         found.append(
@@ -320,17 +318,17 @@ def _asleep(seen: Reading, limit: float) -> list[Finding]:
 
 
 def _watching(seen: Reading, limit: float) -> list[Finding]:
-    own = sum(float(t) for at, t in enumerate(seen.self_time) if seen.word("name", at) == OWN)
-    if not seen.surely(own, limit):
+    part = seen.share_watching()
+    if not (part >= limit and seen.watching >= 10 * seen.interval):
         return []
     return [
         Finding(
             "host_time/watching",
-            f"bnviz itself takes {share(seen.of_running(own))} of {seen.thread}'s {seen.time_words} (limit {share(limit)}); "
-            "it is shown as one function",
+            f"bnviz itself takes {share(part)} of {seen.thread}'s {seen.time_words} (limit {share(limit)}); "
+            "it is one function in the drawing and in no other share",
             "note",
             {"thread": seen.thread},
-            seen.of_running(own),
+            part,
             limit,
             advice="For times alone watch less: name probes=[...], or every=10 for one forward in ten.",
         )

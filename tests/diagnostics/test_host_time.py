@@ -199,6 +199,14 @@ def test_sleep_and_watching_are_noted() -> None:
     assert all(f.severity == "note" for f in found.values())
 
 
+def test_watching_is_left_out_of_what_is_said_of_the_model() -> None:
+    result = host_time(record([("MainThread", [RUN, STEP], 60, 0), ("MainThread", [RUN, OWN], 300, 300)], wall=3.6))
+    judgement = judge(result)
+    assert judgement.title == "100 % of MainThread's running time is in Net.step (net.py:10)"
+    assert [f.code for f in judgement.findings] == ["host_time/watching"]
+    assert "Too few samples" in judge(host_time(record([("MainThread", [OWN], 100, 0)]))).title
+
+
 def test_bnvizs_own_python_is_no_hot_function() -> None:
     assert "host_time/hot_function" not in codes(host_time(record([("MainThread", [OWN], 100, 100)], wall=1.0)))
 

@@ -204,6 +204,20 @@ def test_a_capture_holds_the_record(permitted: None) -> None:
     assert "MainThread" in record["thread_name"].attrs["table"]
 
 
+def test_sampling_ends_before_the_profile_is_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bnviz.capture.profiler import Profiler
+
+    order: list[str] = []
+    end = Profiler.stop
+    monkeypatch.setattr(Host, "start", lambda self: None)
+    monkeypatch.setattr(Host, "stop", lambda self: order.append("host"))
+    monkeypatch.setattr(Profiler, "stop", lambda self: order.append("profiler") or end(self))
+    model = nn.Linear(2, 2)
+    with bnviz.capture(model, probes=["memory", "host"], strict=True):
+        model(torch.ones(1, 2))
+    assert order == ["host", "profiler"]
+
+
 def test_a_capture_too_short_to_sample_still_ends_well(permitted: None) -> None:
     host = Host()
     host.start()
@@ -253,12 +267,13 @@ def test_none_is_left_when_it_is_never_stopped(permitted: None) -> None:
     assert not folder.exists()
 
 
-def test_none_is_left_when_the_process_is_killed(permitted: None) -> None:
+def test_none_is_left_when_the_process_is_killed(permitted: None, tmp_path: Path) -> None:
     code = (
         "import time; from bnviz.probes.host import Host\n"
         "host = Host(); host.start(); print(*host._sampler.pids, flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    place = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=place) as process:
         assert process.stdout is not None
         pids = [int(word) for word in process.stdout.readline().split()]
         process.send_signal(signal.SIGKILL)
