@@ -70,10 +70,7 @@ class Instruments:
 
     def records(self) -> dict[str, Mapping[str, Any]]:
         """What the probes make of what was recorded."""
-        found: dict[str, Mapping[str, Any]] = {}
-        for name, probe in list(self._probes.items()):
-            if "process" in probe.spec.uses:  # first: working out the profile is no time of the model
-                found[name] = self._try(name, probe.stop)
+        found: dict[str, Mapping[str, Any]] = dict(self._sampled)
         profile = self._profiler.stop() if self._profiler is not None else None
         if self._profiler is not None and self._profiler.note:
             self._notes.append(self._profiler.note)
