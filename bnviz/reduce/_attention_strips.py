@@ -8,6 +8,7 @@ two buffers.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -50,12 +51,20 @@ class Work:
 
 
 class Buffers:
-    """Two buffers that every strip of a thread is computed in; they grow when a strip needs more."""
+    """Two buffers that every strip is computed in; a CPU thread keeps its own from call to call (2 MiB), warm and mapped."""
+
+    _kept = threading.local()
 
     def __init__(self, like: Tensor) -> None:
         self.flat = [like.new_empty(0), like.new_empty(0)]
+        if like.device.type == "cpu":
+            mine: list[Tensor] = self._kept.__dict__.setdefault(str(like.dtype), [])
+            if not mine:
+                mine.extend(like.new_empty(ELEMENTS["cpu"]) for _ in range(2))
+            self.flat = list(mine)
 
     def view(self, index: int, shape: tuple[int, ...]) -> Tensor:
+        """`shape` of buffer `index`, which grows when a strip needs more."""
         count = math.prod(shape)
         if self.flat[index].numel() < count:
             self.flat[index] = self.flat[index].new_empty(count)

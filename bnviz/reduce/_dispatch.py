@@ -1,7 +1,7 @@
 """Which implementation of a reduction runs: the plain one or its Triton twin. Asked before anything is launched.
 
 `BNVIZ_KERNELS` decides: "auto" (unset): the twin for tensors on a GPU where Triton works, plain otherwise; "off": plain;
-"on": the twin wherever Triton can run it; "interpret": the twin on CPU tensors through Triton's interpreter, in a process
+"on": as "auto", and a warning in the log where the twin can't run; "interpret": the twin on CPU tensors through Triton's interpreter, in a process
 that was started with TRITON_INTERPRET=1 (slow; for tests). One log line a reduction and device says which and why.
 """
 
@@ -60,7 +60,8 @@ def fell(name: str, error: Exception) -> None:
 def _chosen(name: str, device: str, wanted: str) -> Callable[..., Any] | None:
     reason = _obstacle(name, device, wanted)
     if reason:
-        _log.info("%s on %s: plain (%s)", name, device, reason)
+        level = logging.WARNING if wanted in ("on", "interpret") else logging.INFO  # asked for, and not to be had
+        _log.log(level, "%s on %s: plain (%s)", name, device, reason)
         return None
     _log.info("%s on %s: Triton (BNVIZ_KERNELS=%s)", name, device, wanted)
     function: Callable[..., Any] = getattr(importlib.import_module(f"bnviz_kernels.{name}"), name)

@@ -145,7 +145,8 @@ def _run(
         lse = out.pop("lse", lse)
     left = tuple(name for name in names if name not in out)
     single = tuple(name for name in left if name in PAIRS)
-    if single and lse is not None:
+    # One product a row where no strip has to be made for the rest; with sinks, a row that sees nothing has a finite lse too.
+    if lse is not None and pattern.sinks is None and set(left) <= {*PAIRS, "window_mass", "last_row"}:
         out |= gather(query, key, (pattern, single), of, lse, token_ids)
         left = tuple(name for name in left if name not in out)
     if left:

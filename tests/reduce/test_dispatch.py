@@ -34,6 +34,14 @@ def test_off_is_off_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _dispatch.twin("attention_stats", "cuda") is None
 
 
+def test_what_was_asked_for_and_is_not_to_be_had_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("BNVIZ_KERNELS", "on")
+    assert _dispatch.twin("attention_stats", "cpu") is None
+    assert [r.levelno for r in caplog.records] == [logging.WARNING]
+
+
 def test_a_mode_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNVIZ_KERNELS", "onn")
     with pytest.raises(UnknownName, match="value of BNVIZ_KERNELS 'onn'; did you mean 'on'"):

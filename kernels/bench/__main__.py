@@ -1,0 +1,35 @@
+"""`python kernels/bench` (or, inside kernels/, `python -m bench`): one table, the same on a CPU and on a GPU.
+
+Every row is timed next to its peers in the same process, interleaved, so that ratios hold on a machine whose clock or load
+moves. On a CPU the kernel is the plain reduction of bnviz; Triton's interpreter is never timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(KERNELS), str(KERNELS.parent)]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU time of one thread is what repeats
+
+from bench import attention_stats  # noqa: E402
+from bench.race import header, line  # noqa: E402
+
+BENCHES = (attention_stats,)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for one row of the table")
+    seconds = parser.parse_args().seconds
+    print(header())
+    for bench in BENCHES:
+        for row in bench.rows(seconds):
+            print(line(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

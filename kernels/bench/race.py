@@ -1,0 +1,89 @@
+"""Timing that repeats: variants interleaved in one process, quantiles of each, ratios against a peer of the same round."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; seconds of every round by variant, "ours" among them."""
+
+    kernel: str
+    shape: str
+    dtype: torch.dtype
+    rounds: Mapping[str, list[float]]
+
+    def quantiles(self, variant: str = "ours") -> tuple[float, float, float]:
+        """10 %, median and 90 %."""
+        found = sorted(self.rounds[variant])
+        return found[len(found) // 10], statistics.median(found), found[-1 - len(found) // 10]
+
+    def ratio(self, variant: str) -> float | None:
+        """Median over rounds of ours / variant."""
+        if variant not in self.rounds:
+            return None
+        return statistics.median(a / b for a, b in zip(self.rounds["ours"], self.rounds[variant], strict=True))
+
+
+def once(function: Callable[[], object]) -> float:
+    """Seconds of one call: of the GPU between two events, or of the CPU by all threads of this process."""
+    if DEVICE == "cuda":
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+    before = time.process_time()
+    function()
+    return time.process_time() - before
+
+
+def race(variants: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """At least five rounds of every variant in turn, more until `seconds` have passed."""
+    for function in variants.values():
+        function()
+    rounds: dict[str, list[float]] = {name: [] for name in variants}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(rounds["ours"]) < 5:
+        for name, function in variants.items():
+            rounds[name].append(once(function))
+    return rounds
+
+
+def header() -> str:
+    """What was measured on, and the table's head."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    if DEVICE == "cuda":
+        device = torch.cuda.get_device_name()
+    else:
+        machine = platform.processor() or platform.machine()
+        capability = torch.backends.cpu.get_cpu_capability()
+        device = f"{machine} ({capability}), {torch.get_num_threads()} thread(s), CPU time"
+    times = " ".join(f"{name + ' ms':>9s}" for name in ("p10", "p50", "p90"))
+    head = f"{'kernel':30s} {'shape':20s} {'dtype':9s} {times} {'/ SDPA':>7s} {'/ naive':>8s} {'rounds':>6s}"
+    return f"{device}; torch {torch.__version__}, triton {triton}\n{head}"
+
+
+def line(row: Row) -> str:
+    low, middle, high = (1e3 * seconds for seconds in row.quantiles())
+    ratios = [row.ratio("sdpa"), row.ratio("naive")]
+    shown = [f"{ratio:.2f}" if ratio is not None else "-" for ratio in ratios]
+    name = str(row.dtype).removeprefix("torch.")
+    return (
+        f"{row.kernel:30s} {row.shape:20s} {name:9s} {low:9.2f} {middle:9.2f} {high:9.2f} {shown[0]:>7s} {shown[1]:>8s} "
+        f"{len(row.rounds['ours']):6d}"
+    )
