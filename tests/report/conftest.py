@@ -210,3 +210,12 @@ def report(toys: None, run: Run) -> Report:
 def of_size(toys: None) -> Callable[[int, int], Report]:
     """A report on a model with so many layers and heads."""
     return lambda layers, heads: diagnose(make_run(layers, heads))
+
+
+@pytest.fixture(scope="module")
+def two(toys: None) -> tuple[Report, Report]:
+    """Reports of two models, to stand in one page."""
+    runs = (make_run(), make_run(3, 2))
+    for run, name in zip(runs, ("first", "second"), strict=True):
+        run.provenance["model"] = name
+    return diagnose(runs[0], "head_share", "layer_size"), diagnose(runs[1], "head_share", "layer_size")

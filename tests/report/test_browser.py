@@ -250,3 +250,24 @@ def test_eighty_layers_answer_a_click_at_once(
     assert page.evaluate(CHOSEN, "atlas") == [80 * 32 - 1]
     assert page.evaluate(CHOSEN, "strip") == [79]
     assert time.perf_counter() - start < 5
+
+
+OF_EACH = """name => { const bus = globalThis[Symbol.for('bnviz')];
+  const docs = [...bus.documents].filter(d => [...d._all_models.values()].some(m => m.name === name));
+  return docs.map(d => [...d._all_models.values()].find(m => m.name === name && m.selected).selected.indices) }"""
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_a_selection_stays_in_its_run(
+    two: tuple[Report, Report],
+    tmp_path: Path,
+    open_page: Callable[..., Any],
+    which: str,
+) -> None:
+    path = two[0].save(tmp_path / "both.html", beside=two[1:])
+    shown = open_page(f"#run={which}&layer=1", path)
+    assert status(shown).startswith(f"Selected: {which} · layer 1")
+    found = shown.evaluate(OF_EACH, "strip")
+    assert sorted(map(tuple, found)) == [(), (1,)]
+    shown.keyboard.press("Escape")
+    assert shown.evaluate(OF_EACH, "strip") == [[], []]
