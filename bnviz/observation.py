@@ -244,6 +244,8 @@ class Profile:
         (-1 the host). Address 0: not known.
     before, after : tuples of Holding
         What was held when the session began; gradients and optimizer state when it ended.
+    zeroed : int
+        When an optimizer first dropped the gradients; -1: it did not.
     wall : int
         Nanoseconds from start to stop.
     overhead : int
@@ -281,6 +283,7 @@ class Profile:
     memory_device: np.ndarray
     before: tuple[Holding, ...] = ()
     after: tuple[Holding, ...] = ()
+    zeroed: int = -1
     wall: int = 0
     overhead: int = 0
     contention: float = float("nan")

@@ -14,7 +14,7 @@ import numpy as np
 from bnviz.observation import Holding, Profile, Signature
 
 from .kineto_tree import Tree, read_tree
-from .ownership import MODULE_MARK, OWN_MARK, Nesting, nest
+from .ownership import MODULE_MARK, OWN_MARK, ZEROING, Nesting, nest
 
 __all__ = ["MODULE_MARK", "OWN_MARK", "Session", "read_profile"]
 
@@ -200,6 +200,9 @@ def _profile(
         memory_device=memory[4].astype(np.int16),
         before=session.before,
         after=session.after,
+        zeroed=min(
+            (int(rows.start[i]) - origin for i, n in enumerate(rows.names) if n.startswith(ZEROING)), default=-1
+        ),
         wall=session.wall,
         overhead=int(rows.duration[nesting.own].sum()) if len(rows.events) else 0,
         contention=session.contention,

@@ -20,7 +20,8 @@ FORWARD, BACKWARD, OPTIMIZER, OTHER = range(4)
 
 _ENGINE = "autograd::engine::evaluate_function: "
 _ACCUMULATE = "torch::autograd::AccumulateGrad"
-_OPTIMIZER = ("Optimizer.step#", "Optimizer.zero_grad#")
+ZEROING = "Optimizer.zero_grad#"
+_OPTIMIZER = ("Optimizer.step#", ZEROING)
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,7 +161,7 @@ class Clock:
             begin = self.now()
             for _ in range(loops):
                 run()
-            took = self.now() - begin
+            took = max(self.now() - begin, 1e-9)
             found.append(took / loops)
             spent += took
             if spent > 4 * self.budget and len(found) > 1:

@@ -63,7 +63,7 @@ def blocks(profile: Profile, device: int | None = None) -> Blocks:
     there is none, handed from one operator to the next. output: made in a forward and held after it, through the backward
     pass if there is one (outputs, key-value caches). temporary: gone before the pass that made it ends (in inference: before
     its operator does). other: made outside of all passes, and what was there before and belongs to none of the model's
-    tensors, counted from the start if it was freed meanwhile.
+    tensors, counted from the start if it was seen to be freed (a CPU's allocator doesn't tell).
 
     Cost: 1 us a block.
     """
@@ -73,6 +73,7 @@ def blocks(profile: Profile, device: int | None = None) -> Blocks:
         paths.setdefault(holding.path, len(paths))
     held = [h for h in profile.before if h.device == chosen]
     made = _pair(profile, chosen, held)
+    _dropped(profile, held, made.static_died)
     category = _categories(profile, made, [h for h in profile.after if h.device == chosen])
     static = _static(held, made.static_died, paths)
     event = made.event
@@ -124,6 +125,8 @@ def _pair(profile: Profile, device: int, held: list[Holding]) -> _Made:
     living: dict[int, int] = {}
     for time, size, place, where in zip(times, sizes, places, events, strict=True):
         if size > 0:
+            if place in static and static_died[static[place]] == _NEVER:
+                static_died[static[place]] = time  # its place is used again: it is gone since some time
             living[place] = len(born)
             columns = (time, _NEVER, size, where, place)
         elif place in living:
@@ -137,6 +140,19 @@ def _pair(profile: Profile, device: int, held: list[Holding]) -> _Made:
         for into, value in zip((born, died, nbytes, event, address), columns, strict=True):
             into.append(value)
     return _Made(*(np.array(a, np.int64) for a in (born, died, nbytes, event, address, static_died)))
+
+
+def _dropped(profile: Profile, held: list[Holding], died: np.ndarray) -> None:
+    """Gradients of before that are not there any more: a CPU's allocator doesn't tell when it frees what is older.
+
+    They went when the optimizer first dropped gradients, else before the first forward, as most training loops do.
+    """
+    outer = profile.call_start[profile.call_depth == 0]
+    since = profile.zeroed if profile.zeroed >= 0 else int(outer.min()) if len(outer) else 0
+    left = {h.address for h in profile.after if h.category == "gradient"}
+    for i, holding in enumerate(held):
+        if holding.category == "gradient" and died[i] == _NEVER and holding.address not in left:
+            died[i] = max(since, 1)  # held at moment 0
 
 
 def _static(held: list[Holding], died: np.ndarray, paths: dict[str, int]) -> tuple[np.ndarray, ...]:
