@@ -1,8 +1,9 @@
 """Which implementation of a reduction runs: the plain one or its Triton twin. Asked before anything is launched.
 
 `BNVIZ_KERNELS` decides: "auto" (unset): the twin for tensors on a GPU where Triton works, plain otherwise; "off": plain;
-"on": as "auto", and a warning in the log where the twin can't run; "interpret": the twin on CPU tensors through Triton's interpreter, in a process
-that was started with TRITON_INTERPRET=1 (slow; for tests). One log line a reduction and device says which and why.
+"on": as "auto", and a warning in the log where the twin can't run; "interpret": the twin on CPU tensors through Triton's
+interpreter, in a process that was started with TRITON_INTERPRET=1 (slow; for tests). One log line a reduction and device
+says which and why.
 """
 
 from __future__ import annotations
