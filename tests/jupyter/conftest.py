@@ -13,7 +13,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +191,21 @@ def browser(server: Server) -> Iterator[Any]:
         opened.close()
 
 
+@pytest.fixture(scope="session")
+def new_tab(browser: Any, server: Server) -> Callable[[], AbstractContextManager[Tab]]:
+    """Opens a tab with cookies and storage of its own, for the length of a `with` block."""
+
+    @contextmanager
+    def opened() -> Iterator[Tab]:
+        context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
+        context.set_default_timeout(30_000)
+        yield Tab(context.new_page(), server)
+        context.close()
+
+    return opened
+
+
 @pytest.fixture
-def tab(browser: Any, server: Server) -> Iterator[Tab]:
-    context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
-    context.set_default_timeout(30_000)
-    yield Tab(context.new_page(), server)
-    context.close()
+def tab(new_tab: Callable[[], AbstractContextManager[Tab]]) -> Iterator[Tab]:
+    with new_tab() as one:
+        yield one

@@ -67,14 +67,24 @@ def quiet(tab: Any) -> None:
     assert tab.outside == []
 
 
+@pytest.fixture(scope="module")
+def made(new_tab: Any, server: Any) -> str:
+    """A notebook with a report in its second cell, run, saved, its kernel alive."""
+    name = "watched.ipynb"
+    server.write(name, MODEL, WATCH, "View(bnviz.diagnose(run).view('expert_load'))")
+    with new_tab() as tab:
+        tab.open(name)
+        tab.run(0)
+        outputs = tab.run(1)
+        assert [one["output_type"] for one in outputs] == ["display_data"]
+        tab.command("docmanager:save")
+    return name
+
+
 @pytest.fixture
-def watched(tab: Any, server: Any) -> Any:
-    """A tab of JupyterLab with a notebook that shows a report in its second cell."""
-    server.write("watched.ipynb", MODEL, WATCH, "View(bnviz.diagnose(run).view('expert_load'))")
-    tab.open("watched.ipynb")
-    tab.run(0)
-    outputs = tab.run(1)
-    assert [one["output_type"] for one in outputs] == ["display_data"]
+def watched(tab: Any, made: str) -> Any:
+    """A tab of JupyterLab with that notebook."""
+    tab.open(made)
     return tab
 
 
@@ -147,7 +157,6 @@ def test_selection_is_one_for_report_and_live_view(watched: Any) -> None:
 
 def test_distrusted_notebook_and_converted_one(watched: Any, server: Any) -> None:
     drawn = figures(report(watched))
-    watched.command("docmanager:save")
     book = json.loads((server.root / "watched.ipynb").read_text())
     book["cells"][1]["source"] = "# somebody else's notebook"
     (server.root / "distrusted.ipynb").write_text(json.dumps(book))
