@@ -257,13 +257,19 @@ class Recorder:
         return {"token": valid, "query": valid, "key": keys, "sample": sample}
 
     def _failed(self, name: str, error: Exception) -> None:
-        """A probe's error is the probe's: it is noted, the probe ends, the model goes on; strict raises."""
-        self._probes.pop(name, None)
+        """A probe's error is the probe's: it is noted, the probe ends, the model goes on; strict raises.
+
+        A sampler that this machine does not have or permit is no error of a capture that did not name it.
+        """
+        probe = self._probes.pop(name, None)
         sentence = str(error) if isinstance(error, BnvizError) else f"{type(error).__name__}: {error}"
         self.notes.append(
             f"{name} stopped at call {max(self._clock.calls - 1, 0)}: {sentence} The model was not affected."
         )
-        if self.options.strict:
+        unasked = (
+            not self._named and isinstance(error, BnvizError) and probe is not None and "process" in probe.spec.uses
+        )
+        if self.options.strict and not unasked:
             raise CaptureError(f"Probe {name!r} failed: {sentence}") from error
 
     def _note_budget(self) -> None:
