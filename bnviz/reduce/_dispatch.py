@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 from bnviz.errors import unknown
@@ -37,11 +38,16 @@ def mode() -> str:
     return value
 
 
-def twin(name: str, device: str) -> Callable[..., Any] | None:
-    """The Triton twin of reduction `name` for tensors on `device` ("cuda", "cpu", ...); None: run the plain one."""
-    if name in _failed:
+def twin(name: str, query: Any, pattern: Any) -> Callable[..., Any] | None:
+    """The Triton twin of reduction `name` for a call with this `query` tensor and `pattern`; None: run the plain one."""
+    module = None if name in _failed else _chosen(name, query.device.type, mode())
+    if module is None:
         return None
-    return _chosen(name, device, mode())
+    if reason := module.supports(query, pattern):
+        _log.debug("%s: plain for this call (%s)", name, reason)
+        return None
+    function: Callable[..., Any] = getattr(module, name)
+    return function
 
 
 def fell(name: str, error: Exception) -> None:
@@ -58,15 +64,14 @@ def fell(name: str, error: Exception) -> None:
 
 
 @cache
-def _chosen(name: str, device: str, wanted: str) -> Callable[..., Any] | None:
+def _chosen(name: str, device: str, wanted: str) -> ModuleType | None:
     reason = _obstacle(name, device, wanted)
     if reason:
         level = logging.WARNING if wanted in ("on", "interpret") else logging.INFO  # asked for, and not to be had
         _log.log(level, "%s on %s: plain (%s)", name, device, reason)
         return None
     _log.info("%s on %s: Triton (BNVIZ_KERNELS=%s)", name, device, wanted)
-    function: Callable[..., Any] = getattr(importlib.import_module(f"bnviz_kernels.{name}"), name)
-    return function
+    return importlib.import_module(f"bnviz_kernels.{name}")
 
 
 def _obstacle(name: str, device: str, wanted: str) -> str:

@@ -136,7 +136,7 @@ def _run(
     """The Triton twin for what it makes, one product a row for shares of single keys, the plain strips for the rest."""
     pattern, sizes, names = options
     out: dict[str, Tensor] = {}
-    twin = _dispatch.twin("attention_stats", query.device.type)
+    twin = _dispatch.twin("attention_stats", query, pattern)
     if twin is not None:
         try:
             out = twin(query, key, pattern=pattern, statistics=sizes, valid=(of.rows, of.keys_valid), lse=lse)

@@ -117,7 +117,7 @@ def test_refuses_what_it_does_not_serve() -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
 def test_the_public_reduction_runs_the_kernel_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
-    assert _dispatch.twin("attention_stats", "cpu") is twin()
+    assert _dispatch.twin("attention_stats", torch.zeros(1, 1, 4, 16), Pattern()) is twin()
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 2, 50, 16, generator=generator), torch.randn(2, 1, 50, 16, generator=generator)
     ids = torch.randint(0, 5, (2, 50), generator=generator)
