@@ -52,7 +52,7 @@ def framed(page: str, *, title: str, still: str) -> str:
     if body is None:
         raise ValueError("The page has no <body>, so it cannot be told about the notebook; give a complete document.")
     start = f"{page[: body.end()]}{_INSIDE}<script>{_script()}</script>"
-    document = html.escape(start + page[body.end() :], quote=True)
+    document = (start + page[body.end() :]).replace("&", "&amp;").replace('"', "&quot;")  # all an attribute needs
     return (
         f'<iframe class="bnviz-frame" title="{html.escape(title, quote=True)}" style="{_FRAME}" srcdoc="{document}"></iframe>'
         f'<div class="bnviz-still">{still}</div>'
