@@ -54,34 +54,9 @@ def stacked_bars(stacks: Stacks, *, title: str, compact: bool = False) -> Any:
     )
     plot.xaxis.visible = False
     plot.yaxis.major_tick_line_color = None
-    for part, (name, colour) in enumerate(zip(stacks.parts, stacks.colours, strict=True)):
-        drawn = stacks.lengths[:, part] > 0
-        if not drawn.any():
-            continue
-        source = ColumnDataSource(
-            {
-                "y": [r for r, d in zip(rows, drawn, strict=True) if d],
-                "left": (ends[drawn, part] - stacks.lengths[drawn, part]).astype(np.float32),
-                "right": ends[drawn, part].astype(np.float32),
-                "path": [p for p, d in zip(stacks.paths, drawn, strict=True) if d],
-                "text": [f"{name}: {t}" for t, d in zip(stacks.texts, drawn, strict=True) if d],
-            }
-        )
-        unknown = colour == "faint"
-        bars = plot.hbar(
-            y="y",
-            left="left",
-            right="right",
-            height=0.7,
-            source=source,
-            fill_color=None if unknown else style.LIGHT[colour],
-            line_color=style.LIGHT["faint"] if unknown else None,
-            hatch_pattern="right_diagonal_line" if unknown else None,
-            hatch_color=style.LIGHT["faint"],
-        )
-        if any(stacks.paths):
-            style.tap(bars, plot)
-        plot.add_tools(style.hover(bars, [("", "@y"), ("", "@text")]))
+    for part in range(len(stacks.parts)):
+        if (stacks.lengths[:, part] > 0).any():
+            _part(plot, stacks, part, rows)
     ending = ColumnDataSource({"y": rows, "x": ends[:, -1].astype(np.float32), "text": list(stacks.texts)})
     plot.text(
         "x",
@@ -95,6 +70,36 @@ def stacked_bars(stacks: Stacks, *, title: str, compact: bool = False) -> Any:
         text_font=value(style.FONT),
     )
     return plot
+
+
+def _part(plot: Any, stacks: Stacks, part: int, rows: list[str]) -> None:
+    """One colour of all bars."""
+    drawn = stacks.lengths[:, part] > 0
+    right = stacks.lengths[:, : part + 1].sum(1)[drawn]
+    source = ColumnDataSource(
+        {
+            "y": [r for r, d in zip(rows, drawn, strict=True) if d],
+            "left": (right - stacks.lengths[drawn, part]).astype(np.float32),
+            "right": right.astype(np.float32),
+            "path": [p for p, d in zip(stacks.paths, drawn, strict=True) if d],
+            "text": [f"{stacks.parts[part]}: {t}" for t, d in zip(stacks.texts, drawn, strict=True) if d],
+        }
+    )
+    unknown = stacks.colours[part] == "faint"
+    bars = plot.hbar(
+        y="y",
+        left="left",
+        right="right",
+        height=0.7,
+        source=source,
+        fill_color=None if unknown else style.LIGHT[stacks.colours[part]],
+        line_color=style.LIGHT["faint"] if unknown else None,
+        hatch_pattern="right_diagonal_line" if unknown else None,
+        hatch_color=style.LIGHT["faint"],
+    )
+    if any(stacks.paths):
+        style.tap(bars, plot)
+    plot.add_tools(style.hover(bars, [("", "@y"), ("", "@text")]))
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
