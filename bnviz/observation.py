@@ -236,9 +236,9 @@ class Profile:
         Row of the enclosing operator, -1 for a root.
     kernel_time : array (event,)
         Nanoseconds of the device kernels this operator launched itself; 0 where there are none.
-    call_module, call_start, call_duration, call_depth, call_backward : arrays (call,)
-        Calls of modules in order of their start; depth 0 is a call of the watched model. `call_backward` marks a
-        recomputation inside the backward pass (activation checkpointing).
+    call_module, call_start, call_end, call_duration, call_depth, call_backward : arrays (call,)
+        Calls of modules in order of their start; depth 0 is a call of the watched model. `call_duration` is without what
+        bnviz itself ran inside. `call_backward` marks a recomputation in the backward pass (activation checkpointing).
     memory_time, memory_bytes, memory_address, memory_event, memory_device : arrays (allocation,)
         Allocations (+) and frees (-) in order of time, the operator they happened in (-1: none) and where
         (-1 the host). Address 0: not known.
@@ -273,6 +273,7 @@ class Profile:
     kernel_time: np.ndarray
     call_module: np.ndarray
     call_start: np.ndarray
+    call_end: np.ndarray
     call_duration: np.ndarray
     call_depth: np.ndarray
     call_backward: np.ndarray

@@ -190,6 +190,7 @@ def _profile(
         kernel_time=_kernel_time(kernels, kept),
         call_module=nesting.module[calls].astype(np.int32),
         call_start=rows.start[calls] - origin,
+        call_end=rows.start[calls] + rows.duration[calls] - origin,
         call_duration=rows.duration[calls] - nesting.own_inside[calls],
         call_depth=nesting.depth[calls].astype(np.int16),
         call_backward=nesting.phase[calls] == 1,
@@ -244,7 +245,7 @@ def _memory(
     ours = np.zeros(len(raw), bool)
     known = inside >= 0
     ours[known] = nesting.own[inside[known]] | nesting.within_own[inside[known]]
-    ours |= _frees_of(ours, raw[:, 1], address)
+    ours = _ours(ours, raw[:, 1], address)
     event = np.where(known, np.where(nesting.operator[inside], place[inside], -1), -1) if len(rows.events) else inside
     event = _lifted(event, inside, nesting, place)
     keep = ~ours
@@ -278,15 +279,18 @@ def _innermost(time: np.ndarray, thread: np.ndarray, rows: _Rows, parent: np.nda
     return found
 
 
-def _frees_of(ours: np.ndarray, nbytes: np.ndarray, address: np.ndarray) -> np.ndarray:
-    """Frees, wherever they happen, of what was allocated inside bnviz's own work."""
+def _ours(inside_own: np.ndarray, nbytes: np.ndarray, address: np.ndarray) -> np.ndarray:
+    """What bnviz allocated, and its frees wherever they happen.
+
+    A tensor of the model that is freed while bnviz works is the model's: the last reference went there by chance.
+    """
     held: set[int] = set()
-    freed = np.zeros(len(ours), bool)
-    for i in np.flatnonzero(ours | (nbytes < 0)):
-        place = int(address[i])
-        if nbytes[i] > 0:
-            held.add(place)
+    ours = np.zeros(len(inside_own), bool)
+    for i, (inside, size, place) in enumerate(zip(inside_own.tolist(), nbytes.tolist(), address.tolist(), strict=True)):
+        if size > 0:
+            ours[i] = inside
+            (held.add if inside else held.discard)(place)
         elif place in held:
             held.discard(place)
-            freed[i] = True
-    return freed
+            ours[i] = True
+    return ours

@@ -186,7 +186,7 @@ def _forward_categories(profile: Profile, made: _Made, rows: np.ndarray, name: d
     born, died = made.born[rows], made.died[rows]
     outer = (profile.call_depth == 0) & ~profile.call_backward
     starts = profile.call_start[outer]
-    call_end = _end_of(born, starts, starts + profile.call_duration[outer])
+    call_end = _end_of(born, starts, profile.call_end[outer])
     next_call = _next(born, starts)
     back_starts, back_ends = _episodes(profile, _BACKWARD)
     begins = _next(born, back_starts)  # the backward pass that may need it, if it begins before the next forward

@@ -76,7 +76,7 @@ class Memory:
     ) -> dict[str, Any]:
         moments, total = series
         outer = (profile.call_depth == 0) & ~profile.call_backward
-        ends = (profile.call_start + profile.call_duration)[outer][:CALLS]
+        ends = profile.call_end[outer][:CALLS]
         after = total[np.maximum(np.searchsorted(moments, ends, side="right") - 1, 0)]
         return {
             "peak": _describe_peak(profile, held, moment) | {"bytes": int(total.max())},

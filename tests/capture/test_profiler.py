@@ -193,6 +193,7 @@ def test_calls_nest_and_own_work_is_left_out() -> None:
     paths = [profile.paths[m] for m in profile.call_module]
     assert paths[0] == "" and profile.call_depth[0] == 0 and paths.count("blocks.0.up") == 1
     by_path = dict(zip(paths, profile.call_duration, strict=True))
+    assert (profile.call_end - profile.call_start)[0] >= by_path[""] + profile.overhead
     assert by_path[""] > by_path["blocks.0"] > by_path["blocks.0.up"] > 0
 
 
@@ -318,6 +319,19 @@ def test_memory_addresses_pair_up() -> None:
     assert (p.memory_bytes[rows] == size).any() and (p.memory_bytes[rows] == -size).any()
     made = rows[p.memory_bytes[rows] == size][-1]
     assert p.names[p.name[p.memory_event[made]]] == "aten::addmm"
+
+
+def test_what_the_model_frees_while_bnviz_works_is_still_freed() -> None:
+    model = nn.Linear(64, 64)
+    with watched(model) as profiler:
+        outputs = [model(torch.ones(32, 64))]
+        with profiler.own():
+            mine = torch.ones(512)
+            outputs.clear()
+        del mine
+    p = profiler.stop()
+    assert (p.memory_bytes == -4 * 32 * 64).sum() == (p.memory_bytes == 4 * 32 * 64).sum() == 2  # input and output
+    assert 4 * 512 not in p.memory_bytes and -4 * 512 not in p.memory_bytes
 
 
 def test_holdings_name_each_storage_once() -> None:

@@ -43,6 +43,7 @@ def profile(memory: list[tuple[int, int, int, int]], ops: list[Any] | None = Non
         kernel_time=np.zeros(count, np.int64),
         call_module=np.zeros(len(calls), np.int32),
         call_start=np.array([c[0] for c in calls]),
+        call_end=np.array([a + b for a, b in calls]),
         call_duration=np.array([c[1] for c in calls]),
         call_depth=np.zeros(len(calls), np.int16),
         call_backward=np.zeros(len(calls), bool),
