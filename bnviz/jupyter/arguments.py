@@ -14,7 +14,7 @@ from bnviz import catalog
 HELP = """\
 %bnviz attach MODEL [-p attention,routing] [--budget 1GiB] [--path DIR]   watch a model from now on
 %bnviz status                                                             what is watched, what was seen
-%bnviz report [OUT.html] [-r RUN]                                         show the report, or write it to a file
+%bnviz report [OUT.html] [-r RUN]                                         show the report, or write it (again) to a file
 %bnviz detach [-o NAME]                                                   stop watching; the run is in NAME (run)
 %bnviz sites MODEL                                                        where it can be watched
 %%bnviz [MODEL] [-p attention,routing] [--budget 1GiB] [--path DIR] [-o NAME] [-q]

@@ -97,7 +97,7 @@ class BnvizMagics(Magics):  # type: ignore[misc]
         report = bnviz.diagnose(self._run(asked.run))
         if asked.file is None:
             return report
-        written = report.save(asked.file)
+        written = report.save(asked.file, overwrite=True)  # a cell is run again and again
         print(f"{written} · {quantities.size(written.stat().st_size)}")
         return None
 

@@ -115,6 +115,7 @@ def test_quickstart_runs_is_saved_and_reopens_without_its_kernel(tab: Any, serve
 
 def test_frame_fits_follows_the_theme_and_keeps_its_links(watched: Any) -> None:
     frame, page = report(watched), watched.page
+    page.locator(FRAME).evaluate("frame => frame.scrollIntoView()")
     box = page.locator(FRAME).bounding_box()
     assert 480 <= box["height"] <= 0.8 * page.viewport_size["height"] + 1
     assert frame.locator("#theme").is_hidden()
@@ -132,6 +133,8 @@ def test_frame_fits_follows_the_theme_and_keeps_its_links(watched: Any) -> None:
         f"""() => {{ const d = document.querySelector('{FRAME}').contentDocument;
              return Math.abs(d.getElementById('expert_load').getBoundingClientRect().top) < 120; }}"""
     )
+    assert page.locator(FRAME).evaluate("frame => frame.contentWindow.scrollY") > 100  # the page moved,
+    assert page.locator(FRAME).bounding_box()["y"] == pytest.approx(box["y"], abs=40)  # the notebook did not
     assert frame.locator(READY).count() == 1  # still the report: the link has not loaded the notebook into the frame
     quiet(watched)
 

@@ -205,7 +205,10 @@ def test_report_is_shown_or_written(watching: InteractiveShell, tmp_path: Any) -
     assert target.stat().st_size > 100_000
     assert said.stdout.startswith(str(target))
     assert "KiB" in said.stdout
-    assert "exists" in slip(watching, f"%bnviz report {target}")
+    target.write_text("as it was")
+    ran(watching, f"%bnviz report {target}")
+    assert target.stat().st_size > 100_000
+    assert "is not named as a web page" in slip(watching, f"%bnviz report {tmp_path / 'out.pdf'}")
 
 
 def test_sites(watching: InteractiveShell) -> None:

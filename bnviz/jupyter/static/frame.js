@@ -60,6 +60,14 @@
     new ResizeObserver(fit).observe(document.documentElement);
     fit();
   });
+  // Inside the frame where it scrolls, so that the status line stays in view; in the notebook where it does not.
+  const show = place => {
+    if (!place) return;
+    const above = parseFloat(getComputedStyle(document.documentElement).scrollPaddingTop) || 0;
+    if (document.documentElement.scrollHeight <= innerHeight + 1) place.scrollIntoView();
+    else window.scrollTo({ top: place.getBoundingClientRect().top + window.scrollY - above });
+  };
+
   // In a frame made of text a link to a place of the page would load the notebook into the frame, and one to elsewhere the site.
   document.addEventListener('click', event => {
     const link = event.target.closest?.('a[href]');
@@ -67,7 +75,7 @@
     if (!to) return;
     if (to.startsWith('#')) {
       event.preventDefault();
-      document.getElementById(decodeURIComponent(to.slice(1)))?.scrollIntoView();
+      show(document.getElementById(decodeURIComponent(to.slice(1))));
     } else {
       link.target = '_blank';
       link.rel = 'noopener';
