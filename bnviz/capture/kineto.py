@@ -1,6 +1,6 @@
 """From kineto's raw events to a `Profile`: who encloses whom, which module, which phase, which memory.
 
-`torch.profiler`'s own `events()` takes 50 µs an event and knows no modules; this takes about 6.
+`torch.profiler`'s own `events()` takes 70 µs an operator and knows no modules; this takes 25 to 35.
 """
 
 from __future__ import annotations

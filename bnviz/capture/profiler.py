@@ -48,7 +48,8 @@ class Profiler:
 
     Notes
     -----
-    Cost while it runs: 0.6 us a module call and 1 to 3 us an operator; at the end 6 us an event, once. Nothing is computed
+    Cost while it runs: 0.6 us a module call and about 1 us an operator, which is 40 % of a training step of 6 ms whose
+    operators are tiny and little of one whose are not; at the end 25 to 35 us an operator, once. Nothing is computed
     on the model's tensors, so its outputs are bit-identical.
 
     A session belongs to the thread that started it. A profiler that the user starts meanwhile takes the session over: theirs
@@ -204,7 +205,11 @@ class Profiler:
             yield
             return
         with _Mark(OWN_MARK):
-            yield
+            _record_operators(False)  # inside the mark: a capture makes ten times the model's operators
+            try:
+                yield
+            finally:
+                _record_operators(True)
 
     def _close_marks(self) -> None:
         for marks in self._open.values():
@@ -227,6 +232,11 @@ class Profiler:
             if isinstance(value, torch.Tensor)
         ]
         return _distinct(found)
+
+
+def _record_operators(wanted: bool) -> None:
+    """Whether operators of this thread are shown to profilers; allocations are, in any case."""
+    torch._C._autograd._enable_record_function(wanted)
 
 
 def holdings(model: nn.Module, *, gradients_only: bool = False) -> tuple[Holding, ...]:
