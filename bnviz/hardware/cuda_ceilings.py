@@ -17,7 +17,8 @@ SPECIAL_ELEMENTS = 1 << 24
 def measure_cuda(device: str, dtypes: tuple[str, ...]) -> Ceilings:
     """Copy bandwidth in L2 and in device memory, products by dtype, the exp rate, and the floor of a launch.
 
-    Cost: 0.3 s and 1 GiB of device memory, less where less is free. It synchronises the device, so it runs after the capture.
+    Cost: at most 512 MiB of device memory at once, less where less is free; it synchronises the device, so it runs after
+    the capture. This file has not been run on a device yet.
     """
     import torch
 
