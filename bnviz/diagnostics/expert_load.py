@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from bnviz.errors import NotCaptured
-from bnviz.quantities import count, factor, ratio, significant
-from bnviz.schema import Finding, Judgement, Saving, Variable, diagnostic, stamp
+from bnviz.quantities import count, factor, ratio
+from bnviz.schema import Finding, Judgement, Variable, diagnostic, stamp
 
 from ._balance import BALANCE, balance
+from ._expert_extremes import Layers, extremes
 from ._routed import by_layer, in_use, over_mean, select, tables, together_lift
 
 _CELL = ("layer", "expert")
@@ -191,8 +191,8 @@ def judge(result: xr.Dataset, *, noise: float = 3.0, capacity: float = 1.25) -> 
     -----
     The saving of idle experts is the share of all experts' weights they hold, counted as equal in size within a layer.
     """
-    layers = _Layers(result)
-    findings = [f for at in range(layers.number) for f in _extremes(layers, at)]
+    layers = Layers(result)
+    findings = extremes(layers)
     uneven = [
         at
         for at in range(layers.number)
@@ -213,85 +213,7 @@ def judge(result: xr.Dataset, *, noise: float = 3.0, capacity: float = 1.25) -> 
     )
 
 
-class _Layers:
-    """The rows of a result, read by position."""
-
-    def __init__(self, result: xr.Dataset) -> None:
-        self.result = result
-        self.number = result.sizes.get("layer", 0)
-        self.dead, self.hot = float(result.attrs.get("dead", 0.05)), float(result.attrs.get("hot", 4.0))
-
-    def of(self, name: str, at: int) -> float:
-        return float(self.result[name].values[at])
-
-    def layer(self, at: int) -> int:
-        return int(self.result["layer"].values[at])
-
-    def place(self, at: int, experts: Sequence[int] = ()) -> dict[str, Any]:
-        where: dict[str, Any] = {"layer": self.layer(at)}
-        if experts:
-            where["expert"] = experts[0] if len(experts) == 1 else list(experts)
-        path = str(self.result["path"].values[at]) if "path" in self.result.coords else ""
-        return where | ({"path": path} if path else {})
-
-    def named(self, at: int, state: int) -> list[int]:
-        return [int(e) for e in np.flatnonzero(self.result["state"].values[at] == state)]
-
-    def loads(self, at: int, experts: Sequence[int]) -> np.ndarray:
-        return np.asarray(self.result["load"].values[at][list(experts)], np.float64)
-
-
-def _extremes(layers: _Layers, at: int) -> list[Finding]:
-    """Idle and overloaded experts of one layer, at most one finding each."""
-    found = []
-    idle, over = layers.named(at, -1), layers.named(at, 1)
-    tokens = count(layers.of("tokens", at))
-    if idle:
-        loads = layers.loads(at, idle)
-        verb = "gets" if len(idle) == 1 else "get"
-        what = f"{verb} none of {tokens} tokens" if loads.max() == 0 else f"{verb} {_span(loads)} of the fair share"
-        found.append(
-            Finding(
-                "expert_load/unused" if loads.max() == 0 else "expert_load/dead",
-                f"{_experts(idle)} of layer {layers.layer(at)} {what} (idle below {100 * layers.dead:g} %)",
-                "medium",
-                layers.place(at, idle),
-                float(loads.min()),
-                layers.dead,
-                advice="Drop or merge what stays idle on your own text, then measure the loss.",
-                saving=_saving(layers, at, len(idle)),
-            )
-        )
-    if over:
-        loads = layers.loads(at, over)
-        verb = "gets" if len(over) == 1 else "get"
-        found.append(
-            Finding(
-                "expert_load/hot",
-                f"{_experts(over)} of layer {layers.layer(at)} {verb} {factor(loads.max())} the fair share "
-                f"(overloaded above {factor(layers.hot)})",
-                "medium",
-                layers.place(at, over),
-                float(loads.max()),
-                layers.hot,
-                advice="Give it a device of its own or a second copy where experts run in parallel.",
-            )
-        )
-    return found
-
-
-def _saving(layers: _Layers, at: int, idle: int) -> Saving:
-    """Weights of idle experts: bytes where the run knows them, else their share of all experts."""
-    own = layers.result.attrs.get("expert_bytes")
-    if own is not None and len(own) == layers.number:
-        whole = float(layers.result.attrs.get("model_bytes") or np.dot(own, layers.result["experts"].values))
-        amount = float(own[at]) * idle
-        return Saving(amount, "B", amount / whole, "computed from shapes")
-    part = idle / float(layers.result["experts"].sum())
-    return Saving(100 * part, "%", part, "computed: share of all expert weights, experts being equal in size")
-
-
-def _unevenness(layers: _Layers, uneven: Sequence[int], noise: float, capacity: float) -> Finding:
+def _unevenness(layers: Layers, uneven: Sequence[int], noise: float, capacity: float) -> Finding:
     """One finding for all layers that are less even than chance: their cause is one, the router."""
     worst = max(uneven, key=lambda at: layers.of("cv", at))
     spread = [layers.of("cv", at) for at in uneven]
@@ -313,7 +235,7 @@ def _unevenness(layers: _Layers, uneven: Sequence[int], noise: float, capacity: 
     )
 
 
-def _title(layers: _Layers, uneven: Sequence[int]) -> str:
+def _title(layers: Layers, uneven: Sequence[int]) -> str:
     whole = int(layers.result["experts"].sum()) if layers.number else 0
     if not whole:
         return "No token was routed"
@@ -331,7 +253,7 @@ def _title(layers: _Layers, uneven: Sequence[int]) -> str:
     return f"Load is even: every expert gets {factor(float(np.nanmin(loads)))} to {factor(busiest)} its fair share"
 
 
-def _caveats(result: xr.Dataset, layers: _Layers) -> tuple[str, ...]:
+def _caveats(result: xr.Dataset, layers: Layers) -> tuple[str, ...]:
     said = ["Load depends on the text: an expert idle here may serve other text"]
     short = [at for at in range(layers.number) if layers.of("tokens", at) < layers.of("tokens_needed", at)]
     if short:
@@ -346,20 +268,3 @@ def _caveats(result: xr.Dataset, layers: _Layers) -> tuple[str, ...]:
     for phase, tokens in result.attrs.get("left_out", {}).items():
         said.append(f"{count(tokens)} tokens of phase {phase!r} are left out; phase={phase!r} shows them")
     return tuple(said)
-
-
-def _experts(ids: Sequence[int]) -> str:
-    if len(ids) == 1:
-        return f"Expert {ids[0]}"
-    shown = [str(i) for i in ids[:5]] if len(ids) > 6 else [str(i) for i in ids]
-    last = f"{len(ids) - 5} more" if len(ids) > 6 else shown.pop()
-    return f"Experts {', '.join(shown)} and {last}"
-
-
-def _span(loads: np.ndarray) -> str:
-    low, high = _percent(float(loads.min())), _percent(float(loads.max()))
-    return low if low == high else f"{low} to {high}"
-
-
-def _percent(value: float) -> str:
-    return f"{significant(100 * value, 2)} %"

@@ -285,3 +285,27 @@ def test_the_trained_mixtral_has_an_expert_that_no_token_reaches(tempest_routing
     assert (result["aux_loss"].values > 2).all()
     codes = [f.code for f in judge(result).findings]
     assert codes == ["expert_load/unused", "expert_load/dead", "expert_load/uneven"]
+
+
+def test_one_cause_in_many_layers_is_one_finding() -> None:
+    from bnviz.diagnostics._expert_extremes import FEW
+
+    layers, tokens = FEW + 2, 4000
+    ids = np.zeros((1, layers, tokens, 1), np.int16)  # expert 0 of 8 gets everything, in every layer
+    record = xr.Dataset(
+        {
+            "expert": (("step", "layer", "token", "slot"), ids),
+            "weight": (("step", "layer", "token", "slot"), np.ones_like(ids, np.float32)),
+            "experts": (("step", "layer"), np.full((1, layers), 8)),
+        },
+        coords={"layer": np.arange(layers), "phase": ("step", ["forward"])},
+        attrs={"expert_bytes": [10] * layers, "model_bytes": 1000},
+    )
+    found = {f.code: f for f in judge(expert_load(record)).findings}
+    idle, hot = found["expert_load/unused"], found["expert_load/hot"]
+    assert idle.sentence.startswith(f"{7 * layers} of {8 * layers} experts are idle in {layers} of {layers} layers")
+    assert idle.where["layer"] == [layer for layer in range(layers) for _ in range(7)]
+    assert idle.where["expert"] == list(range(1, 8)) * layers
+    assert idle.saving is not None
+    assert (idle.saving.amount, idle.saving.share) == (350.0, 0.35)
+    assert hot.where == {"layer": list(range(layers)), "expert": [0] * layers}
