@@ -86,6 +86,7 @@ def _takes_run(command: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch loads: its profiler warns of older memory
     from .demo import main as tour
 
     tour(options.folder)

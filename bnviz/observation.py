@@ -7,7 +7,7 @@ read on the host (`.item()`, `.tolist()`, `len(nonzero)`) inside a forward: that
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -106,6 +106,10 @@ class AttentionSeen:
         Learned logits of one more column that is dropped after the softmax.
     token_ids : Tensor (batch, keys) int, optional
         Ids of the tokens the keys belong to, when the model was called with ids.
+    valid_keys : Tensor (batch, keys) bool, optional
+        Which keys are not padding; None when there is none, or not known.
+    dropped : int
+        Keys at the start that a sliding cache no longer holds: zeros here, and no query sees them.
     """
 
     site: Site
@@ -120,6 +124,8 @@ class AttentionSeen:
     softcap: float | None = None
     sinks: Tensor | None = None
     token_ids: Tensor | None = None
+    valid_keys: Tensor | None = None
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,12 +125,12 @@ def ratio(value: float) -> str:
 
     Examples
     --------
-    >>> ratio(0.7149), ratio(-0.2)
-    ('0.71', '−0.20')
+    >>> ratio(0.7149), ratio(-0.2), ratio(-0.001)
+    ('0.71', '−0.20', '0.00')
     """
     if not math.isfinite(value):
         return significant(value)
-    return f"{value:.2f}".replace("-", "−")
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")  # adding zero makes −0.00 a 0.00
 
 
 def setting(value: float) -> str:

@@ -59,6 +59,7 @@ class Closing:
         self._attention_paths = {s.layer: s.path for s, _ in plan.attention.values()}
         self._router_paths = {s.layer: s.path for s, _ in plan.routers}
         told, known = facts["options"]["of_probes"], _attributes(model, plan, facts["model"])
+        known["ops"]["alone"] = not set(declared) - {"ops", "memory", "host"}  # no hook's Python lies between operators
         self._attrs = {name: {**told.get(name, {}), **known.get(name, {})} for name in {**told, **known}}
         self._model = type(model).__name__
         self._folder: Path | None = None

@@ -53,12 +53,12 @@ class _Place:
 
     def __init__(self, row: int, end: int, above: _Place | None) -> None:
         self.row, self.end = row, end
-        self.module = above.module if above else -1
-        self.phase = above.phase if above else OTHER
-        self.operator = above.operator if above else -1  # nearest enclosing operator
-        self.call_depth = above.call_depth if above else 0
-        self.own = above.own if above else -1
-        self.marked = above.marked if above else False  # inside a module's mark, inside the backward pass or not
+        self.module: int = above.module if above else -1
+        self.phase: int = above.phase if above else OTHER
+        self.operator: int = above.operator if above else -1  # nearest enclosing operator
+        self.call_depth: int = above.call_depth if above else 0
+        self.own: int = above.own if above else -1
+        self.marked: bool = above.marked if above else False  # inside a module's mark, inside the backward pass or not
 
 
 def nest(
@@ -174,7 +174,7 @@ class _Walk:
     def loss(self, sequence: np.ndarray, forward_thread: np.ndarray) -> None:
         """Operators outside the model that made a node which was run are forward, e.g. the loss."""
         numbers, origins = sequence.tolist(), forward_thread.tolist()
-        for row in np.flatnonzero(self.node):
+        for row in np.flatnonzero(self.node).tolist():
             made = self.maker.get((origins[row], numbers[row]), -1)
             while made >= 0 and self.phase[made] == OTHER:
                 self.phase[made] = FORWARD

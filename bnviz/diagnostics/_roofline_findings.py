@@ -44,7 +44,8 @@ class Rows:
     def words(self, name: str) -> np.ndarray:
         """A column of interned names as text."""
         column = self.result[name]
-        return np.array([*column.attrs.get("table", ()), ""], object)[column.values]
+        words: np.ndarray = np.array([*column.attrs.get("table", ()), ""], object)[column.values]
+        return words
 
     def top_name(self, bound: int) -> str:
         """The operator that takes most of the time bound so, without its namespace."""
@@ -169,7 +170,8 @@ def _narrower(rows: Rows, ceilings: Mapping[str, Any], limit: float) -> list[Fin
     """Products whose dtype costs time here: float32 where bfloat16 is faster, float16 where it is emulated."""
     peaks = {k: v for k, v in ceilings.get("flops", {}).items() if v and np.isfinite(v)}
     products, dtypes = rows.words("work") == "matmul", rows.words("dtype")
-    result, found = rows.result, []
+    result = rows.result
+    found: list[Finding] = []
     for dtype, to, size in (("float32", "bfloat16", 0.5), ("float16", "bfloat16", 1.0), ("float16", "float32", 2.0)):
         mine = products & (dtypes == dtype) & ~np.isnan(result["flops"].values)
         spent = float(rows.time[mine].sum())
@@ -255,6 +257,17 @@ def _host(rows: Rows, limit: float) -> Finding | None:
     part = spent / (spent + inside)
     if part < limit:
         return None
+    if not result.attrs.get("alone", True):
+        return Finding(
+            "roofline/host",
+            f"{share(part)} of the forwards is Python between operators, other probes included (limit {share(limit)})",
+            "note",
+            {"path": ""},
+            part,
+            limit,
+            "1",
+            'Capture again with probes=["ops"] alone: then the number is the model\'s.',
+        )
     return Finding(
         "roofline/host",
         f"{share(part)} of the forwards is Python between operators, not operators (limit {share(limit)})",

@@ -16,7 +16,7 @@ from bnviz.schema import Finding, Judgement, Variable, diagnostic, stamp
 from ._roofline_findings import IN_WORDS, Rows, findings_of
 
 _OP, _MODULE = ("op",), ("module", "category")
-_KEPT = ("ceilings", "contention", "run_length", "calls", "threads", "device", "recorded", "notes")
+_KEPT = ("ceilings", "contention", "run_length", "calls", "threads", "device", "recorded", "notes", "alone")
 
 
 @diagnostic(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from bokeh.models import (
     BasicTicker,
+    BasicTickFormatter,
     ColorBar,
     Column,
     ColumnDataSource,
@@ -174,6 +175,8 @@ def dress(plot: Any, *, x: str | None = None, y: str | None = None, grid: str = 
             axis_label_text_font_size=SIZE["label"],
             axis_label_text_font_style="normal",
         )
+        if isinstance(axis.formatter, BasicTickFormatter):
+            axis.formatter.power_limit_low = -5  # 0.002, not 2.000e-3
     for lines, direction in ((plot.xgrid, "x"), (plot.ygrid, "y")):
         for line in lines:
             line.grid_line_color = LIGHT["grid"] if direction in grid else None
