@@ -55,17 +55,17 @@ class Clock:
         ids = given.get("input_ids")
         ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
         tokens = ids if ids is not None else given.get("inputs_embeds")
-        cache = next((v for v in given.values() if hasattr(v, "get_seq_length")), None)  # its name changes with releases
+        cache = next(
+            (v for v in given.values() if hasattr(v, "get_seq_length")), None
+        )  # its name changes with releases
         past = self._history(cache, ids, tokens)
         decode = past > 0
         self.now = None
         if not self._watches(model, decode):
             return None
         phase = "decode" if decode else "prefill" if cache is not None else "forward"
-        mask = given.get("attention_mask")
-        mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self.valid_keys = mask
         length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
+        mask = self.valid_keys = self._real(given.get("attention_mask"), cache is not None, past, length)
         self._shape = (tokens.shape[0], length) if isinstance(tokens, Tensor) and length is not None else None
         valid = mask[:, -length:] if mask is not None and length is not None else None
         self.now = Context(self._number(phase), call, phase, past, valid)
@@ -77,6 +77,11 @@ class Clock:
     def rows(self, count: int) -> tuple[int, int]:
         """(batch, tokens) that `count` flat rows stand for; one sequence when they are not this call's tokens."""
         return self._shape if self._shape is not None and self._shape[0] * self._shape[1] == count else (1, count)
+
+    @property
+    def cache(self) -> Any:
+        """The cache of this call, None when it has none."""
+        return self._past[0]
 
     def end(self) -> None:
         """The forward is over."""
@@ -96,6 +101,21 @@ class Clock:
             self._row_calls = 0
             return False
         return not (self._manual and self._row_calls > 0)  # of several forwards in one manual step the first is kept
+
+    def _real(self, mask: Any, cached: bool, past: int, length: int | None) -> Tensor | None:
+        """(batch, keys) bool: which tokens so far are not padding; a static cache comes with a mask of pairs instead."""
+        if isinstance(mask, dict):  # one for each kind of attention
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask.bool()
+        if not (isinstance(mask, Tensor) and mask.dim() == 4 and cached and length):
+            return None
+        if past == 0:
+            return padding_of(mask, length)
+        before = self.valid_keys
+        if before is None or before.shape[1] != past:
+            return None
+        return torch.cat([before, before.new_ones(before.shape[0], length)], 1)
 
     def _number(self, phase: str) -> int:
         if self._manual:
@@ -126,3 +146,21 @@ class Clock:
             self.first_ids = tuple(None if t is None else t.cpu().numpy() for t in self._first)  # type: ignore[assignment]
         self._first = None
         self._past, self.token_ids, self.valid_keys, self.now = (None, 0, None), None, None, None
+
+
+def padding_of(mask: Tensor, length: int) -> Tensor | None:
+    """(batch, length) bool, False for padding, from a mask (batch, 1, length, keys) of pairs of a whole prompt.
+
+    Padding on the left: a row that sees nothing, or everything (so that no kernel makes NaN of it), and is not seen by the last.
+
+    Examples
+    --------
+    >>> padding_of(torch.tensor([[1, 1, 1], [0, 1, 0], [0, 1, 1]]).bool()[None, None], 3)
+    tensor([[False,  True,  True]])
+    """
+    sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    sees = sees[:, 0, :, :length]
+    if sees.shape[1:] != (length, length):
+        return None
+    odd = sees.all(-1) | ~sees.any(-1)
+    return ~(odd & ~sees[:, -1])

@@ -16,6 +16,7 @@ from bnviz.observation import AttentionSeen, BlockSeen, RouterSeen, Site
 from .attention import Call, KernelMode, interface
 from .blocks import Block
 from .clock import Clock
+from .columns import aligned
 from .plan import Plan
 from .routers import RouterSite, dispatched, scores, scores_are
 from .writers import Search, Writers, stream
@@ -161,9 +162,9 @@ def tap_attention(plan: Plan, clock: Clock, emit: Emit, stack: contextlib.ExitSt
         context = clock.now
         if found is None or context is None:
             return
-        ids = clock.token_ids
-        keys = call.key.shape[-2]
-        ids = ids if ids is not None and tuple(ids.shape) == (call.key.shape[0], keys) else None
+        call, dropped = aligned(call, module, clock.cache, context.past)
+        shape = (call.key.shape[0], call.key.shape[-2])
+        ids, valid = (known if known is not None and known.shape == shape else None for known in _of_keys(clock))
         query, key, value = call.query.detach(), call.key.detach(), call.value.detach()
         emit(
             AttentionSeen(
@@ -179,6 +180,8 @@ def tap_attention(plan: Plan, clock: Clock, emit: Emit, stack: contextlib.ExitSt
                 call.softcap,
                 call.sinks,
                 ids,
+                valid,
+                dropped,
             )
         )
 
@@ -188,6 +191,10 @@ def tap_attention(plan: Plan, clock: Clock, emit: Emit, stack: contextlib.ExitSt
     for module, (_, mechanism) in plan.attention.items():
         if mechanism == "sdpa":
             _ModeWhileInside(module, listener, clock).attach(stack)
+
+
+def _of_keys(clock: Clock) -> tuple[Tensor | None, Tensor | None]:
+    return clock.token_ids, clock.valid_keys
 
 
 class _ModeWhileInside:

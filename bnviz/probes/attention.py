@@ -111,7 +111,7 @@ class Attention:
                 seen.key,
                 pattern=pattern,
                 statistics=Statistics(self._names(seen), self.window, self.sinks, self.local, self.bins),
-                valid=seen.context.valid,
+                valid=seen.context.valid if seen.valid_keys is None else seen.valid_keys,
                 token_ids=seen.token_ids,
             )
         )

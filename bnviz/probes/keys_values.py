@@ -34,7 +34,7 @@ class KeysValues:
     `key_norm` = ||k_j||_2, `value_norm` = ||v_j||_2, `value_norm_l1` = ||v_j||_1, in float32 or wider. `bytes_per_token` =
     kv_heads x (key dim + value dim) x bytes of the dtype that the kernel was given: a model that repeats its heads before the
     kernel, or caches something smaller (a latent, a quantised cache), is overstated. In decoding all keys are seen again at
-    each step; the last step stays. Cost: one pass over keys and values.
+    each step; the last step stays, NaN where a sliding cache no longer holds the key. Cost: one pass over keys and values.
 
     Examples
     --------
@@ -54,9 +54,11 @@ class KeysValues:
         key, value = seen.key, seen.value
         taken = key.shape[1] * (key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size())
         exact = torch.promote_types(key.dtype, torch.float32)
-        return {
+        norms = {
             "key_norm": torch.linalg.vector_norm(key, dim=-1, dtype=exact),
             "value_norm": torch.linalg.vector_norm(value, dim=-1, dtype=exact),
             "value_norm_l1": torch.linalg.vector_norm(value, ord=1, dim=-1, dtype=exact),
-            "bytes_per_token": torch.tensor(taken, dtype=torch.int64),
         }
+        for norm in norms.values():
+            norm[..., : seen.dropped] = torch.nan
+        return {**norms, "bytes_per_token": torch.tensor(taken, dtype=torch.int64)}

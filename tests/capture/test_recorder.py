@@ -258,3 +258,40 @@ def test_inference_mode_and_training_under_no_grad(load_model: Any) -> None:
     with torch.inference_mode(), bnviz.capture(model, probes=["attention", "activations"], strict=True) as recorder:
         model(ids)
     assert recorder.run["activations"].sizes["layer"] == 2
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("window", [5, 64])
+def test_a_cache_that_drops_or_reserves_columns_moves_no_key(cache: str, window: int) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
+    model = MistralForCausalLM(
+        MistralConfig(num_attention_heads=4, num_key_value_heads=2, sliding_window=window, **sizes)
+    ).eval()
+    ids, mask = torch.randint(3, 9, (2, 11)), torch.ones(2, 11, dtype=torch.long)
+    mask[1, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    plain = model.generate(ids, cache_implementation=cache, **options)
+    with bnviz.capture(model, probes=["attention", "keys_values"], sinks=2, strict=True) as recorder:
+        assert torch.equal(plain, model.generate(ids, cache_implementation=cache, **options))
+    whole = torch.cat([mask, mask.new_ones(2, 4)], 1)
+    with torch.no_grad(), bnviz.capture(model, probes=["attention"], sinks=2, strict=True) as recorded:
+        model.set_attn_implementation("eager")
+        maps = model(plain[:, :-1], attention_mask=whole, output_attentions=True, use_cache=False).attentions
+    rows = torch.stack(maps).double()[:, :, :, -4:].numpy()  # the decode queries: (layer, batch, head, 4, key)
+    packed = [rows[:, b, :, :, whole[b].bool().numpy()] for b in (0, 1)]  # numpy puts the chosen keys first
+    record, norms = (recorder.run[name].isel(step=1) for name in ("attention", "keys_values"))
+    mass = np.concatenate([np.moveaxis(one.sum(-1), 0, -1) for one in packed], -1)
+    assert np.allclose(record["mass"].values, mass, atol=1e-5)
+    sinks = np.concatenate([one[:2].sum(0) for one in packed], -1)
+    assert np.allclose(record["sink_mass"].values[..., :8], sinks, atol=1e-5)
+    again = recorded.run["attention"].isel(step=0)
+    for name in ("echo_mass", "induction_mass"):
+        late = [again[name].values[..., again.query_sequence.values == b][..., -4:] for b in (0, 1)]
+        assert np.allclose(record[name].values[..., :8], np.concatenate(late, -1), atol=1e-5, equal_nan=True)
+    assert record.key_position.values.tolist() == [*range(15), *range(11)]
+    held = np.isfinite(norms["key_norm"].values[0, 0])
+    gone = max(0, 15 - window) if cache == "dynamic" or window < 15 else 0
+    assert held.sum() == len(held) - gone - max(0, gone - 4)

@@ -1,0 +1,49 @@
+"""Which token each column of a cache belongs to: some caches drop tokens, others hold more columns than tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from .attention import Call
+
+
+def aligned(call: Call, module: nn.Module, cache: Any, past: int) -> tuple[Call, int]:
+    """`call` with one column a token since the beginning, and how many of the first the cache no longer holds.
+
+    A sliding cache returns the last columns only: those before are put back as zeros that no query sees. A static cache returns
+    columns that no token has filled yet: they are cut off.
+    """
+    layer = _layer(cache, module)
+    tokens, columns = past + call.query.shape[-2], call.key.shape[-2]
+    if columns > tokens and getattr(layer, "is_compileable", False):
+        mask = None if call.mask is None else call.mask[..., :tokens]
+        return replace(call, key=call.key[..., :tokens, :], value=call.value[..., :tokens, :], mask=mask), 0
+    if columns < tokens and getattr(layer, "is_sliding", False):
+        gone = tokens - columns
+        key, value = (pad(held, (0, 0, gone, 0)) for held in (call.key, call.value))
+        return replace(call, key=key, value=value, mask=_wider(call, gone)), gone
+    return call, 0
+
+
+def _layer(cache: Any, module: nn.Module) -> Any:
+    """The cache's layer that belongs to an attention module, None when it can't be told."""
+    layers, index = getattr(cache, "layers", None), getattr(module, "layer_idx", None)
+    if not isinstance(layers, list) or not isinstance(index, int) or not 0 <= index < len(layers):
+        return None
+    return layers[index]
+
+
+def _wider(call: Call, gone: int) -> Tensor | None:
+    """The mask with `gone` hidden columns before it. None: the window hides them."""
+    mask = call.mask
+    if mask is None:
+        if call.window is not None:
+            return None
+        mask = torch.ones(1, 1, call.query.shape[-2], call.key.shape[-2], dtype=torch.bool, device=call.key.device)
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return pad(mask, (gone, 0), value=hidden)
