@@ -6,6 +6,7 @@ A hook returns None, always: a returned value would replace the model's. Post ho
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,8 @@ class BlockTap:
         self._before: Tensor | None = None
         self._version, self._in_place = -1, False
         self._search: Search | None = None
-        self._written: dict[str, Tensor] = {}
+        self._written: dict[tuple[str, int], Tensor] = {}
+        self._called: Counter[str] = Counter()
         self._hooked: list[Any] = []
 
     def attach(self, stack: contextlib.ExitStack) -> None:
@@ -70,6 +72,7 @@ class BlockTap:
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._before = None
         self._written.clear()
+        self._called.clear()
         if self._clock.now is None:
             return
         self._before = stream(args) if args else stream(kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
@@ -86,7 +89,7 @@ class BlockTap:
 
     def _hook_writers(self) -> None:
         found = self._writers[self._key]
-        for path in found.paths if found else ():
+        for path in dict.fromkeys(found.paths if found else ()):
             module = self._block.first.get_submodule(path)
             self._hooked.append(module.register_forward_hook(self._keep(path)))
 
@@ -94,7 +97,8 @@ class BlockTap:
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             seen = stream(output)
             if seen is not None and self._clock.now is not None:
-                self._written[path] = seen
+                self._written[path, self._called[path]] = seen
+                self._called[path] += 1
 
         return keep
 
@@ -114,7 +118,7 @@ class BlockTap:
                     search.found(before, after) if before.shape == after.shape else (None, [])
                 )
                 found = self._writers[self._key]
-                self._written = dict(zip(found.paths if found else (), outputs, strict=False))
+                self._written = dict(zip(_calls(found), outputs, strict=False))
             self._show(before, after)
         finally:
             if search is not None:
@@ -128,11 +132,11 @@ class BlockTap:
             return
         self._emit(BlockSeen(self._site, context, first, last))
         found = self._writers.get(self._key)
-        if found is None or set(self._written) != set(found.paths) or len(set(found.parts)) != len(found.parts):
+        if found is None or not set(_calls(found)) <= set(self._written) or len(set(found.parts)) != len(found.parts):
             return
         running = first
-        for path, part in zip(found.paths, found.parts, strict=True):
-            written = tokens_first(self._written[path].detach())
+        for (path, call), part in zip(_calls(found), found.parts, strict=True):
+            written = tokens_first(self._written[path, call].detach())
             if written is None or written.shape != first.shape:
                 return
             reads = first if found.parallel else running
@@ -148,6 +152,10 @@ class BlockTap:
         self._hooked.clear()
         self._written.clear()
         self._before = self._search = None
+
+
+def _calls(found: Writers | None) -> list[tuple[str, int]]:
+    return [] if found is None else list(zip(found.paths, found.calls, strict=True))
 
 
 def _version(value: Tensor) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -30,12 +31,15 @@ class Writers:
         Relative to the block.
     parts : tuple of str
         "attention" or "mlp" for each.
+    calls : tuple of int
+        Which call of the module in a forward of the block: a dropout may serve both.
     parallel : bool
         All read the block's input (GPT-J, Falcon); else each reads the sum so far.
     """
 
     paths: tuple[str, ...]
     parts: tuple[str, ...]
+    calls: tuple[int, ...]
     parallel: bool
 
 
@@ -87,28 +91,36 @@ class Search:
     def found(self, before: Tensor, after: Tensor) -> tuple[Writers | None, list[Tensor]]:
         """The writers and their outputs, or None when the block is no sum of its descendants' outputs."""
         delta = after.detach().float() - before.detach().float()
-        same = self._outputs
-        # an outer module ends after the inner one whose output it passes on: the last of equal outputs is the outermost
-        candidates = [
-            (p, y) for i, (p, y) in enumerate(same) if not any(q.data_ptr() == y.data_ptr() for _, q in same[i + 1 :])
-        ]
+        candidates = self._outermost()
         tolerance = TOLERANCE if before.dtype == torch.float32 else 10 * TOLERANCE
         scale = delta.norm()
         for count in (2, 1, 3):
             for chosen in itertools.combinations(candidates, count):
-                total = sum((y.float() for _, y in chosen[1:]), chosen[0][1].float())
+                total = sum((y.float() for _, _, y in chosen[1:]), chosen[0][2].float())
                 if bool((total - delta).norm() <= tolerance * scale) and bool(scale > 0):
-                    return self._writers(before, chosen, tolerance), [y for _, y in chosen]
+                    return self._writers(before, chosen, tolerance), [y for _, _, y in chosen]
         return None, []
 
-    def _writers(self, before: Tensor, chosen: tuple[tuple[str, Tensor], ...], tolerance: float) -> Writers:
-        paths = tuple(p for p, _ in chosen)
-        middle = before.detach().float() + chosen[0][1].float()
+    def _outermost(self) -> list[tuple[str, int, Tensor]]:
+        """(path, call, output), equal outputs once: of the last to end, the outermost; of one called once, where there is one."""
+        often = Counter(path for path, _ in self._outputs)
+        called: Counter[str] = Counter()
+        kept: dict[int, tuple[str, int, Tensor]] = {}
+        for path, output in self._outputs:
+            before = kept.get(output.data_ptr())
+            if before is None or often[path] == 1 or often[before[0]] > 1:
+                kept[output.data_ptr()] = (path, called[path], output)
+            called[path] += 1
+        return list(kept.values())
+
+    def _writers(self, before: Tensor, chosen: tuple[tuple[str, int, Tensor], ...], tolerance: float) -> Writers:
+        paths, calls = tuple(p for p, _, _ in chosen), tuple(n for _, n, _ in chosen)
+        middle = before.detach().float() + chosen[0][2].float()
         reads = any(
             x.shape == middle.shape and bool((x.float() - middle).norm() <= tolerance * middle.norm())
             for x in self._inputs
         )
-        return Writers(paths, tuple(_part(p, i) for i, p in enumerate(paths)), len(chosen) > 1 and not reads)
+        return Writers(paths, tuple(_part(p, i) for i, p in enumerate(paths)), calls, len(chosen) > 1 and not reads)
 
 
 def _part(path: str, place: int) -> str:

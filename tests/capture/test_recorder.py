@@ -295,3 +295,30 @@ def test_a_cache_that_drops_or_reserves_columns_moves_no_key(cache: str, window:
     held = np.isfinite(norms["key_norm"].values[0, 0])
     gone = max(0, 15 - window) if cache == "dynamic" or window < 15 else 0
     assert held.sum() == len(held) - gone - max(0, gone - 4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_dropout_that_serves_both_sublayers_is_seen_twice(dropout: float) -> None:
+    class Shared(PreNorm):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(dropout)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.drop(self.attn(self.n1(x)))
+            return x + self.drop(self.mlp(self.n2(x)))
+
+    model, written = Body(Shared), []
+    model.train(dropout > 0)
+    for block in model.blocks:
+        block.drop.register_forward_hook(lambda _, __, output: written.append(output.detach()))
+        block.register_forward_pre_hook(lambda _, args: written.append(args[0].detach()))
+    with torch.no_grad(), bnviz.capture(model, probes=["activations"], strict=True) as recorder:
+        model(torch.randn(2, 6, 8))
+    record = recorder.run["activations"].isel(step=0)
+    for layer in range(3):
+        x, attention, mlp = (one.double() for one in written[3 * layer : 3 * layer + 3])
+        for kind, before, after in (("attention", x, x + attention), ("mlp", x + attention, x + attention + mlp)):
+            expected = torch.cosine_similarity(before, after, dim=-1).flatten()
+            found = record["cosine"].sel(kind=kind, layer=layer).values
+            assert np.allclose(found, expected.numpy(), atol=1e-5), (layer, kind)
