@@ -179,7 +179,7 @@ def _bits(sums: Floats, group: Ints, given: Samples) -> Floats:
     np.add.at(sizes, (group, given.fold), 1)
     total, size = sums.sum(1), sizes.sum(1)
     found = [-np.log2(total / size[group]).mean()]
-    for fold in range(given.folds):
+    for fold in range(given.folds if given.folds > 1 else 0):
         kept = given.fold != fold
         left, count = total[kept] - sums[kept, fold], (size - sizes[:, fold])[group[kept]]
         found.append(-np.log2(np.maximum(left, 1.0) / count).mean())  # at least the self term, whatever was rounded

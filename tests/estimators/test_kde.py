@@ -188,3 +188,10 @@ def test_what_does_not_fit_is_said() -> None:
         kde(np.arange(4.0), noise=0)
     with pytest.raises(SchemaError, match=r"labels have shape \(3,\)"):
         kde(np.arange(4.0), np.zeros(3, int))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rows", [2, 3])
+def test_two_samples_have_an_estimate_and_no_interval(rows: int) -> None:
+    found = label(np.arange(rows) * 10.0, np.arange(rows) % 2)
+    assert found.bits > 0.9 and np.isnan(found.interval).all()
