@@ -52,7 +52,10 @@ def model_for(probe: Any, load_model: Any) -> tuple[nn.Module, Callable[[nn.Modu
 
 @pytest.fixture
 def case(probe_name: str, load_model: Any) -> tuple[str, nn.Module, Callable[[nn.Module], Any]]:
-    return (probe_name, *model_for(catalog.load("probes", probe_name), load_model))
+    model, call = model_for(catalog.load("probes", probe_name), load_model)
+    with torch.no_grad():
+        call(model)  # transformers puts hooks of its own on a model in its first forward
+    return probe_name, model, call
 
 
 def test_the_declaration_is_whole(probe_name: str) -> None:
