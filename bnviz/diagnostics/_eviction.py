@@ -13,7 +13,7 @@ import xarray as xr
 
 from bnviz.catalog import load, names
 from bnviz.errors import NotCaptured, SchemaError
-from bnviz.scores._score import AGGREGATES, Floats, Statistics, keep_order
+from bnviz.scores import AGGREGATES, Floats, Statistics, keep_order
 
 from ._passage import phases, places, step_row
 

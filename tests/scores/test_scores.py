@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bnviz.catalog import load, names
 from bnviz.errors import NotCaptured, SchemaError, UnknownName
-from bnviz.scores._score import Statistics, keep_order, over_group, score
+from bnviz.scores import Statistics, keep_order, over_group, score
 
 INF = np.inf
 
