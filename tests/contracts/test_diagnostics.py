@@ -30,7 +30,7 @@ def test_every_need_is_met_by_a_probe(diagnostic_name: str) -> None:
     given = {f"{name}.{v.name}" for name, probe in catalog.every("probes") for v in probe.spec.variables}
     given.add("labels.label")
     spec = catalog.load("diagnostics", diagnostic_name).spec
-    assert set((*spec.needs, *spec.wants)) <= given
+    assert {*spec.needs, *spec.wants} <= given
 
 
 def test_the_result_is_as_declared(diagnostic_name: str, results: dict[str, Any]) -> None:

@@ -90,39 +90,30 @@ def test_outputs_gradients_and_state_are_bit_identical(case: Any) -> None:
     assert traces_on(model) == before
 
 
-def test_a_model_that_raises_is_left_as_it_was(case: Any) -> None:
-    name, model, call = case
-    before = traces_on(model)
+def watched_until(recorder: Any, model: nn.Module, call: Callable[[nn.Module], Any], error: BaseException) -> None:
+    """A watched call in which the model's last module raises `error`."""
     last = [m for m in model.modules() if not list(m.children())][-1]
 
     def fail(*_: Any) -> None:
-        raise ZeroDivisionError("the model's own error")
+        raise error
 
-    with pytest.raises(ZeroDivisionError, match="own error"), bnviz.capture(model, probes=[name]) as recorder:
-        handle = last.register_forward_pre_hook(fail)
+    with recorder:
+        handle = last.register_forward_hook(fail)
         try:
             call(model)
         finally:
             handle.remove()
-    assert traces_on(model) == before
-    assert any("ZeroDivisionError" in note for note in recorder.notes)
 
 
-def test_an_interrupt_leaves_the_model_as_it_was(case: Any) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError("the model's own error"), KeyboardInterrupt()])
+def test_a_model_that_raises_is_left_as_it_was(case: Any, error: BaseException) -> None:
     name, model, call = case
     before = traces_on(model)
-    last = [m for m in model.modules() if not list(m.children())][-1]
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), bnviz.capture(model, probes=[name]):
-        handle = last.register_forward_hook(interrupt)
-        try:
-            call(model)
-        finally:
-            handle.remove()
+    recorder = bnviz.capture(model, probes=[name])
+    with pytest.raises(type(error)):
+        watched_until(recorder, model, call, error)
     assert traces_on(model) == before
+    assert any(type(error).__name__ in note for note in recorder.notes)
 
 
 def test_a_probe_that_raises_costs_only_itself(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +162,7 @@ def test_strict_raises_what_goes_wrong(case: Any, monkeypatch: pytest.MonkeyPatc
 def test_a_wrong_argument_is_refused_before_anything_is_touched(case: Any) -> None:
     name, model, _ = case
     before = traces_on(model)
-    with pytest.raises(UnknownName, match="Valid: .*budget"):
+    with pytest.raises(UnknownName, match=r"Valid: .*budget"):
         bnviz.capture(model, probes=[name], bugdet="1 GiB")
     assert traces_on(model) == before
 
