@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bnviz.observation import Holding, Profile
 
@@ -110,7 +110,7 @@ class Profiler:
         if "cuda" in devices:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self._before = holdings(self._model)
-        self._hook = register_optimizer_step_post_hook(self._saw_optimizer)
+        self._hook = register_optimizer_step_pre_hook(self._sees_optimizer)
         self._thread = threading.get_ident()
         self._schedule, self._wall = thread_schedule(), time.perf_counter_ns()
         with _quiet():
@@ -217,15 +217,20 @@ class Profiler:
                 marks.pop().__exit__(None, None, None)
         self._open.clear()
 
-    def _saw_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._optimizers[id(optimizer)] = optimizer
+    def _sees_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before a step: what an optimizer holds when it is first seen was there before."""
+        if id(optimizer) not in self._optimizers:
+            self._before = (*self._before, *self._state_of(optimizer))
+            self._optimizers[id(optimizer)] = optimizer
 
     def _optimizer_state(self) -> tuple[Holding, ...]:
         """Tensors in the state of the optimizers that stepped while we watched."""
+        return tuple(held for optimizer in self._optimizers.values() for held in self._state_of(optimizer))
+
+    def _state_of(self, optimizer: torch.optim.Optimizer) -> tuple[Holding, ...]:
         paths = {id(p): _owner(n) for n, p in self._model.named_parameters(remove_duplicate=False)}
         found = [
             _holding("optimizer", paths.get(id(parameter), ""), value)
-            for optimizer in self._optimizers.values()
             for parameter, state in optimizer.state.items()
             if isinstance(state, Mapping)
             for value in state.values()

@@ -22,6 +22,7 @@ FREE = frozenset(
     _unsafe_view empty empty_like empty_strided new_empty new_empty_strided resize_ resize_as_ set_ is_nonzero
     requires_grad_ result_type to numpy_T mT T _has_compatible_shallow_copy_type is_same_size size stride dim
     item broadcast_tensors atleast_1d atleast_2d hsplit vsplit tensor_split contiguous positive type_as _conj sym_size
+    unsafe_chunk unsafe_split unsafe_split_with_sizes cudnn_is_acceptable
     is_floating_point is_complex output_nr _version data retain_grad record_stream is_pinned
     """.split()  # noqa: SIM905 - a paragraph of names is what one can read
 )

@@ -151,8 +151,11 @@ def _dropped(profile: Profile, held: list[Holding], died: np.ndarray) -> None:
     since = profile.zeroed if profile.zeroed >= 0 else int(outer.min()) if len(outer) else 0
     left = {h.address for h in profile.after if h.category == "gradient"}
     for i, holding in enumerate(held):
-        if holding.category == "gradient" and died[i] == _NEVER and holding.address not in left:
-            died[i] = max(since, 1)  # held at moment 0
+        if holding.category != "gradient":
+            continue
+        gone = died[i] == _NEVER and holding.address not in left
+        if gone or (profile.zeroed >= 0 and died[i] != _NEVER):  # a place is used again later than it is free
+            died[i] = min(max(since, 1), died[i])  # held at moment 0
 
 
 def _static(held: list[Holding], died: np.ndarray, paths: dict[str, int]) -> tuple[np.ndarray, ...]:
@@ -194,7 +197,8 @@ def _forward_categories(profile: Profile, made: _Made, rows: np.ndarray, name: d
     at = np.searchsorted(back_starts, born, side="right")
     ends = np.append(back_ends, _NEVER - 1)[np.minimum(at, len(back_ends))]
     needed = np.where(died > ends, name["output"], name["activation"])
-    training = np.where(died > np.minimum(call_end, begins), needed, name["temporary"])
+    over = np.where(call_end > born, np.minimum(call_end, begins), begins)  # a loss is computed after the forward
+    training = np.where(died > over, needed, name["temporary"])
     handed = np.where(died > _root_end(profile)[made.event[rows]], name["activation"], name["temporary"])
     inference = np.where(died > call_end, name["output"], handed)
     return np.where(trained, training, inference)

@@ -351,3 +351,21 @@ def test_optimizer_state_is_held_after() -> None:
     for holding in profiler.stop().after:
         after[holding.category] += holding.nbytes
     assert after == {"gradient": 64, "optimizer": 2 * 64 + 4}  # two moments and the count of steps
+
+
+def test_optimizer_state_of_before_is_held_before() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step() -> None:
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+
+    step()
+    with watched(model) as profiler:
+        step()
+        step()
+    before = Counter()
+    for holding in profiler.stop().before:
+        before[holding.category] += holding.nbytes
+    assert before == {"parameter": 64, "gradient": 64, "optimizer": 2 * 64 + 4}

@@ -315,3 +315,9 @@ def test_expanded_dimensions_take_no_memory(dims: list[tuple[int, bool]]) -> Non
     assert found is not None
     distinct = 4 * int(np.prod([1 if s == 0 else n for n, s in zip(tensor.shape, tensor.stride(), strict=True)]))
     assert found.nbytes == 2 * distinct + 4 * tensor.numel()
+
+
+@pytest.mark.parametrize("op", ["aten::unsafe_chunk", "aten::unsafe_split", "aten::cudnn_is_acceptable"])
+def test_splitting_into_views_moves_nothing(op: str) -> None:
+    found = work(op, Signature(((4, 8),), ((8, 1),), ("float32",), ("",)))
+    assert found is not None and (found.flops, found.nbytes) == (0, 0)

@@ -123,6 +123,17 @@ def test_gradients_that_went_unseen() -> None:
     assert blocks(profile(memory, before=before, after=after, zeroed=9)).died[0] == 9
     again = blocks(profile([(12, 100, 3, 1)], before=before[:1], after=(Holding("gradient", "up", 100, 3),)))
     assert again.died[0] == 12  # its place is used again
+    late = blocks(profile([(45, 100, 3, 3)], before=before[:1], after=(Holding("gradient", "up", 100, 3),), zeroed=9))
+    assert late.died[0] == 9  # though its place is used again only in the backward pass
+    freed = blocks(profile([(7, -8, 3, -1)], before=before[:1], zeroed=9))
+    assert freed.died[0] == 7
+
+
+def test_a_loss_is_computed_after_the_forward_and_keeps_what_the_backward_pass_needs() -> None:
+    ops = [*OPS[:3], ("loss", "forward", 36, 3, -1, -1), *OPS[3:]]
+    memory = [(36, 100, 7, 3), (38, -100, 7, -1), (37, 100, 8, 3), (65, -100, 8, -1)]
+    found = blocks(profile(memory, ops))
+    assert categories(found) == ["temporary", "activation"]
 
 
 def test_what_is_held_after_has_its_owner() -> None:

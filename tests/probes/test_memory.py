@@ -127,6 +127,25 @@ def test_gradients_of_before_are_counted_until_they_are_dropped() -> None:
     assert at(memory, "gradient")[-1] == 0
 
 
+def test_training_that_went_on_before_has_the_same_peak() -> None:
+    model, x = network(), torch.rand(ROWS, WIDTH)
+    weights = sum(p.nbytes for p in model.parameters())
+    optimizer = torch.optim.Adam(model.parameters(), foreach=False)
+    states = 2 * weights + 4 * len(list(model.parameters()))
+
+    def steps() -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    first, later = record(model, steps), record(model, steps)
+    assert at(later, "gradient").max() == weights
+    assert at(later, "optimizer")[0] == states
+    assert at(later, "activation").max() - 2 * ACTIVATION - 4 * ROWS in range(17)  # the square is gone before
+    assert abs(later["bytes"].sum("category").max() - first["bytes"].sum("category").max()) <= 64
+
+
 def test_an_error_in_the_model_leaves_a_record() -> None:
     model, x = network(), torch.rand(ROWS, WIDTH)
     recorder = bnviz.capture(model, probes=["memory"]).attach()
