@@ -22,11 +22,14 @@ _helpers: dict[int, ThreadPoolExecutor] = {}
 
 
 def alone(function: Callable[[], _T]) -> _T:
-    """`function()` without gradients and with single-threaded operations."""
-    if torch.get_num_threads() == 1:
-        with torch.no_grad():
+    """`function()` without gradients and with single-threaded operations, in the caller's inference mode."""
+    inference = torch.is_inference_mode_enabled()  # a thread's own: tensors of one can't be written without it
+
+    def quiet() -> _T:
+        with torch.inference_mode(inference), torch.no_grad():
             return function()
-    return _helper().submit(torch.no_grad()(function)).result()
+
+    return quiet() if torch.get_num_threads() == 1 else _helper().submit(quiet).result()
 
 
 def _helper() -> ThreadPoolExecutor:

@@ -60,7 +60,8 @@ class Buffers:
         if like.device.type == "cpu":
             mine: list[Tensor] = self._kept.__dict__.setdefault(str(like.dtype), [])
             if not mine:
-                mine.extend(like.new_empty(ELEMENTS["cpu"]) for _ in range(2))
+                with torch.inference_mode(False):  # they outlive the mode they are first used in
+                    mine.extend(torch.empty(ELEMENTS["cpu"], dtype=like.dtype) for _ in range(2))
             self.flat = list(mine)
 
     def view(self, index: int, shape: tuple[int, ...]) -> Tensor:

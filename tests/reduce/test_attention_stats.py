@@ -318,3 +318,20 @@ def test_bins_span_whole_tokens() -> None:
     got = attention_stats(torch.zeros(1, 1, 100, 2), torch.zeros(1, 1, 100, 2), statistics=Statistics(("pooled",)))
     assert got["pooled"].shape == (1, 1, 64, 64)
     assert got["pooled"][0, 0, :50, :50].isfinite().all() and got["pooled"][0, 0, 50:].isnan().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_inference_mode_first_and_plain_tensors_after(threads: int) -> None:
+    query, found, before = torch.rand(1, 2, 9, 4), [], torch.get_num_threads()
+
+    def both() -> None:  # in a thread of its own, which holds no buffers yet
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            found.append(attention_stats(query, query.clone())["entropy"].clone())
+        found.append(attention_stats(query, query.clone())["entropy"])
+
+    thread = threading.Thread(target=both)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(before)
+    assert len(found) == 2 and torch.equal(*found)
