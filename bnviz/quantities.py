@@ -39,7 +39,7 @@ def _scaled(value: float, unit: str, prefixes: tuple[str, ...], base: int, digit
         return f"{significant(value, digits)} {unit}".strip() if math.isfinite(value) else significant(value)
     power = min(max(0, math.floor(math.log(abs(value), base) + 1e-9)), len(prefixes) - 1)
     shown = value / base**power
-    if float(f"{abs(shown):.{digits}g}") >= base and power < len(prefixes) - 1:
+    if (round(abs(shown)) >= base or float(f"{abs(shown):.{digits}g}") >= base) and power < len(prefixes) - 1:
         power, shown = power + 1, shown / base
     room = max(digits, 4) if abs(shown) >= 1000 else digits
     return f"{significant(shown, room)} {prefixes[power]}{unit}"
@@ -50,8 +50,8 @@ def size(value: float, digits: int = 3) -> str:
 
     Examples
     --------
-    >>> size(49152), size(1048576), size(1023.9 * 1024), size(4), size(float("nan"))
-    ('48.0 KiB', '1.00 MiB', '1 024 KiB', '4 B', 'undefined')
+    >>> size(49152), size(1048576), size(1023.6 * 1024), size(4), size(float("nan"))
+    ('48.0 KiB', '1.00 MiB', '1.00 MiB', '4 B', 'undefined')
     """
     if 0 < abs(value) < 1024:
         return f"{round(value)} B".replace("-", "−")

@@ -113,6 +113,7 @@ def kv_importance(
     -------
     Dataset
         See `kv_importance.spec.gives`. Coordinates: method, method_to, budget, layer with path, kv_head, key (the position).
+        Select a method with `result.sel({"method": "h2o"})`: `sel(method=...)` is xarray's own option and selects nothing.
         attrs: model, tokens, heads, kv_heads, aggregate, window, mass_of, skipped, tokens_text.
 
     Raises

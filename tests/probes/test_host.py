@@ -222,7 +222,8 @@ def test_a_capture_too_short_to_sample_still_ends_well(permitted: None) -> None:
     host = Host()
     host.start()
     found = host.stop()
-    assert len(found["samples"]) == len(found["leaf"]) <= 10
+    assert len(found["samples"]) == len(found["leaf"])
+    assert found["wall"] < 5  # a busy machine may take long to start and end, and is sampled meanwhile
 
 
 @pytest.fixture
