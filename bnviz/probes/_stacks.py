@@ -15,6 +15,8 @@ from typing import Any
 from bnviz.errors import BnvizError
 
 OWN = "bnviz"
+UNKNOWN = -1  # a line that is not known
+_LAST_LINE = 10**7
 _THREAD = re.compile(r'^Thread (\w+)(?: "(.*)")?$')
 _WATCHING = re.compile(r"(?:^|/)(?:bnviz/(?:capture|probes|reduce|scores|observation\.py)|bnviz_kernels)(?:/|$)")
 _PASSING = ("__torch_function__", "watched", "get_interface")  # of ours, between the model and its own kernel
@@ -30,7 +32,7 @@ class Tree:
     Parameters
     ----------
     frames : list of (function, file, line)
-        Distinct frames.
+        Distinct frames; a line that is not known is -1.
     frame, parent, thread : lists (event,)
         Index into `frames`; row of the caller, -1 for a root; index into `threads`.
     samples, gil : lists (event,)
@@ -74,8 +76,11 @@ class Tree:
         return row
 
 
-def grow(tree: Tree, text: str, *, gil: bool, cells: Mapping[str, int] | None = None) -> None:
+def grow(tree: Tree, text: str, *, gil: bool, cells: Mapping[str, int] | None = None) -> int:
     """Add the samples of one speedscope file to `tree`.
+
+    py-spy reads a stack while it changes: of what it read a line may be any number and a name any text. A frame whose line
+    can't be is kept without it; a sample with a frame that has no readable name, or none at all, is left out.
 
     Parameters
     ----------
@@ -87,23 +92,62 @@ def grow(tree: Tree, text: str, *, gil: bool, cells: Mapping[str, int] | None = 
     cells : mapping of str to int, optional
         Number of the notebook cell by the name of the file its code was compiled under.
 
+    Returns
+    -------
+    int
+        Samples that were read wrong: left out, or kept with a frame without its line.
+
     Raises
     ------
     BnvizError
         It is no speedscope file.
     """
     try:
-        data = json.loads(text)
-        frames = [(str(f["name"]), str(f.get("file") or ""), int(f.get("line") or 0)) for f in data["shared"]["frames"]]
-        names = _thread_names([str(p["name"]) for p in data["profiles"]])
-        counted = [Counter(map(tuple, profile["samples"])) for profile in data["profiles"]]
+        data = json.loads(text, strict=False)
+        frames = [_frame(f) for f in data["shared"]["frames"]]
+        profiles = [p for p in data["profiles"] if isinstance(p["samples"], list)]
+        names = _thread_names([str(p["name"]) for p in profiles])
     except (ValueError, KeyError, TypeError) as error:
         raise BnvizError(
             f"py-spy's samples could not be read ({type(error).__name__}: {error}); expected a speedscope file."
         ) from error
-    for name, stacks in zip(names, counted, strict=True):
-        for stack, count in stacks.items():
-            tree.add(name, clean([frames[i] for i in stack], cells or {}), count, gil=gil)
+    wrong = 0
+    for name, profile in zip(names, profiles, strict=True):
+        for stack, count in Counter(map(_indices, profile["samples"])).items():
+            found = [frames[i] if 0 <= i < len(frames) else None for i in stack]
+            readable = [f.frame for f in found if f is not None and f.frame is not None]
+            wrong += count * (len(readable) < len(found) or any(f.damaged for f in found if f is not None))
+            if len(readable) == len(found):
+                tree.add(name, clean(readable, cells or {}), count, gil=gil)
+    return wrong
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A frame as it was read; None for one without a readable name. `damaged`: some of it can't be."""
+
+    frame: Frame | None
+    damaged: bool
+
+
+def _frame(entry: Mapping[str, Any]) -> _Read:
+    name, file, line = entry["name"], entry.get("file"), entry.get("line")
+    if not _readable(name) or not (file is None or file == "" or _readable(file)):
+        return _Read(None, True)
+    if line is None:  # py-spy knows none: of native frames, and where a function begins
+        return _Read((name, file or "", UNKNOWN), False)
+    known = isinstance(line, int) and not isinstance(line, bool) and 0 <= line <= _LAST_LINE
+    return _Read((name, file or "", line if known else UNKNOWN), not known)
+
+
+def _readable(text: object) -> bool:
+    """Whether it is a name: some text, and none of the characters that wrong bytes decode to."""
+    return isinstance(text, str) and bool(text) and text.isprintable() and "\ufffd" not in text
+
+
+def _indices(sample: object) -> tuple[int, ...]:
+    """Rows of a sample's frames; -1 for what is no row."""
+    return tuple(i if isinstance(i, int) else -1 for i in sample) if isinstance(sample, list) else (-1,)
 
 
 def clean(stack: list[Frame], cells: Mapping[str, int]) -> list[Frame]:

@@ -27,10 +27,15 @@ _FRAME = ("frame",)
         Variable("gil_samples", _EVENT, "count", "of a second sampler: samples that ended here and held the GIL"),
         Variable("frame_function", _FRAME, "name", "function of a distinct frame; 'bnviz' is all that watches"),
         Variable("frame_file", _FRAME, "name", "its file, below the folder it is imported from, or 'cell [n]'"),
-        Variable("frame_line", _FRAME, "id", "its line"),
+        Variable("frame_line", _FRAME, "id", "its line, -1 where it is not known"),
         Variable("interval", (), "s", "mean time between samples: one sample stands for so much time"),
         Variable("wall", (), "s", "how long was sampled"),
-        Variable("failed", (), "count", "samples that could not be read; they hold no stack"),
+        Variable(
+            "failed",
+            (),
+            "count",
+            "samples that could not be read whole: they hold no stack, or a frame without its line",
+        ),
     ),
     memory="20 B a distinct chain of calls, 12 B and its name a distinct line; while it runs about 0.3 kB a sample in py-spy",
 )
@@ -94,9 +99,8 @@ class Host:
         sampler, self._sampler = self._sampler, None
         recorded, wall = sampler.stop()
         tree, cells = Tree(), cells_of_notebook()
-        for name, found in recorded.items():
-            grow(tree, found.text, gil=name == "gil", cells=cells)
-        return columns(tree, 1 / self.host_rate, wall, recorded["all"].failed)
+        wrong = {n: grow(tree, found.text, gil=n == "gil", cells=cells) for n, found in recorded.items()}
+        return columns(tree, 1 / self.host_rate, wall, recorded["all"].failed + wrong["all"])
 
 
 def columns(tree: Tree, interval: float, wall: float, failed: int) -> dict[str, Any]:

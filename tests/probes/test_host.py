@@ -127,6 +127,46 @@ def test_what_is_no_speedscope_file_is_refused(text: str) -> None:
         grow(Tree(), text, gil=False)
 
 
+def garbled() -> str:
+    """What py-spy writes when it reads stacks while they change: sound frames, and all kinds of others."""
+    lines: list[object] = [4279894017, -3, "9", 1.5, True, 10**7 + 1, None, 10**7]
+    entries: list[dict[str, object]] = [{"name": "step", "file": "/x/net.py", "line": 10}]
+    entries += [{"name": f"f{i}", "file": "/x/net.py", "line": line} for i, line in enumerate(lines)]
+    entries += [{"name": n, "file": "/x/net.py", "line": 1} for n in ("", "\ufffd\x02", "a\nb", None)]
+    entries += [{"name": "g", "file": "\ufffd\ufffd", "line": 1}, {"name": "h"}]
+    samples: list[object] = [
+        [0],
+        *([0, i] for i in range(1, len(entries))),
+        [0, len(entries)],
+        [0, -1],
+        [0, "x"],
+        7,
+        None,
+    ]
+    profiles = [{"name": MAIN, "samples": samples}, {"name": LOADER, "samples": None}]
+    return json.dumps({"profiles": profiles, "shared": {"frames": entries}})
+
+
+def test_what_was_read_wrong_costs_its_sample_at_most() -> None:
+    tree = Tree()
+    wrong = grow(tree, garbled(), gil=False)
+    assert wrong == 6 + 5 + 5  # lines that can't be, names that can't be, samples that point nowhere
+    kept = {f[0]: f[2] for f in tree.frames}
+    assert kept == {"step": 10, **{f"f{i}": -1 for i in range(7)}, "f7": 10**7, "h": -1}
+    assert sum(tree.samples) == 1 + 8 + 1
+    assert tree.threads == ["MainThread"]
+
+
+def test_a_garbled_file_still_makes_a_record() -> None:
+    recorded = {name: _spy.Recorded(garbled(), 2) for name in ("all", "gil")}
+    host = Host()
+    host._sampler = types.SimpleNamespace(stop=lambda: (recorded, 1.0))  # type: ignore[assignment]
+    found = host.stop()
+    assert found["failed"] == 2 + 16
+    assert found["frame_line"].dtype == "int32"
+    assert found["samples"].sum() == found["gil_samples"].sum() == 10
+
+
 # --------------------------------------------------------------------------------------------------------- a real py-spy
 @pytest.fixture(scope="module")
 def permitted() -> None:
