@@ -138,10 +138,10 @@ def assemble(rows: Iterable[Row], variables: tuple[Variable, ...], paths: Mappin
         }
     )
     layouts: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
-    for variable in variables:
-        if not any(variable.name in r.values for r in rows):
-            continue
-        data[variable.name] = (variable.dims, _stack(rows, variable, index, layouts))
+    parts = {v: found for v in variables if (found := _parts(rows, v, index, layouts))}
+    sizes = _sizes(parts)
+    for variable, found in parts.items():
+        data[variable.name] = (variable.dims, _whole(variable, found, index, sizes))
         data[variable.name].attrs.update(units=variable.unit, long_name=variable.doc)
     if any("kind" in v.dims for v in data.data_vars.values()):
         data = data.assign_coords(kind=("kind", np.array(kinds, dtype=object)))
@@ -152,13 +152,16 @@ def _order(values: Iterable[Any]) -> dict[Any, int]:
     return {value: i for i, value in enumerate(values)}
 
 
-def _stack(
+_Parts = dict[tuple[int, ...], np.ndarray]
+
+
+def _parts(
     rows: list[Row], variable: Variable, index: Mapping[str, Mapping[Any, int]], layouts: dict[str, Any]
-) -> np.ndarray:
-    """All rows of one variable in one array of its declared dims."""
+) -> _Parts:
+    """The arrays of one variable, packed, by their place on the recorder's own dims."""
     dims, token = inner_dims(variable), token_dim(variable)
-    parts: dict[tuple[int, ...], np.ndarray] = {}
     own = [d for d in variable.dims if d in OWN_DIMS]
+    parts: _Parts = {}
     for row in rows:
         values = row.values.get(variable.name)
         if values is None:
@@ -172,12 +175,30 @@ def _stack(
             if known is None or len(known[0]) < len(found[0]):
                 layouts[token][row.step] = found
             values = pack(values, axis, valid)
+        if values.ndim != len(dims):
+            raise SchemaError(
+                f"Variable {variable.name!r}: a probe gave an array of {values.ndim} dims, declared {dims}."
+            )
         at = {"step": row.step, "layer": row.layer, "kind": row.kind}
         parts[tuple(index[d][at[d]] for d in own)] = values
+    return parts
+
+
+def _sizes(parts: Mapping[Variable, _Parts]) -> dict[str, int]:
+    """The longest extent of each dim over all variables: one that only some layers have is as long as the others."""
+    sizes: dict[str, int] = {}
+    for variable, found in parts.items():
+        for axis, dim in enumerate(inner_dims(variable)):
+            sizes[dim] = max(sizes.get(dim, 0), *(p.shape[axis] for p in found.values()))
+    return sizes
+
+
+def _whole(
+    variable: Variable, parts: _Parts, index: Mapping[str, Mapping[Any, int]], sizes: Mapping[str, int]
+) -> np.ndarray:
+    """All parts of one variable in one array of its declared dims; NaN, or -1 for integers, where there is none."""
     first = next(iter(parts.values()))
-    if any(p.ndim != len(dims) for p in parts.values()):
-        raise SchemaError(f"Variable {variable.name!r}: a probe gave an array of {first.ndim} dims, declared {dims}.")
-    shape = [len(index[d]) for d in own] + [max(p.shape[i] for p in parts.values()) for i in range(len(dims))]
+    shape = [len(index[d]) if d in OWN_DIMS else sizes[d] for d in variable.dims]
     if first.dtype.kind in "iu":
         whole = np.full(shape, -1, first.dtype if first.dtype.kind == "i" else np.int64)
     else:

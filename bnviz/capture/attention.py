@@ -155,6 +155,7 @@ def _from_interface(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         mask = mask[:, None, None, :].bool()
     elif isinstance(mask, Tensor):
         mask, causal = mask[..., : key.shape[-2]], False
+    mask = _biased(mask, given.get("position_bias"))
     return Call(
         query=query,
         key=key,
@@ -166,6 +167,15 @@ def _from_interface(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         softcap=given.get("softcap"),
         sinks=given.get("s_aux"),
     )
+
+
+def _biased(mask: Any, bias: Any) -> Any:
+    """A mask with a position bias (T5) in it: added to the logits of what the mask lets through."""
+    if not isinstance(bias, Tensor):
+        return mask
+    if not isinstance(mask, Tensor):
+        return bias
+    return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
 
 
 interface = _Interface()

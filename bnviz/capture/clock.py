@@ -6,7 +6,9 @@ Positions are counted here: a static cache would answer with a live tensor, and 
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +38,8 @@ class Clock:
         self._past: tuple[Any, int, Tensor | None] = (None, 0, None)
         self.calls = 0
         self.forwards_watched = 0
+        self.seconds = self._started = 0.0
+        self._masks: list[Tensor] = []
         self._shape: tuple[int, int] | None = None
         self._in_decode_row = False
         self._first: tuple[Tensor, Tensor | None] | None = None
@@ -52,9 +56,7 @@ class Clock:
         """The context of the forward that starts now; None when it is not to be watched."""
         call, self.calls = self.calls, self.calls + 1
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        ids = given.get("input_ids")
-        ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
-        tokens = ids if ids is not None else given.get("inputs_embeds")
+        ids, tokens, mask = self._inputs(given)
         cache = next(
             (v for v in given.values() if hasattr(v, "get_seq_length")), None
         )  # its name changes with releases
@@ -65,14 +67,35 @@ class Clock:
             return None
         phase = "decode" if decode else "prefill" if cache is not None else "forward"
         length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
-        mask = self.valid_keys = self._real(given.get("attention_mask"), cache is not None, past, length)
+        mask = self.valid_keys = self._real(mask, cache is not None, past, length)
+        sides = (m for name, m in given.items() if name.endswith("attention_mask"))
+        self._masks = [m.bool() for m in sides if isinstance(m, Tensor) and m.dim() == 2]
         self._shape = (tokens.shape[0], length) if isinstance(tokens, Tensor) and length is not None else None
         valid = mask[:, -length:] if mask is not None and length is not None else None
         self.now = Context(self._number(phase), call, phase, past, valid)
         self.forwards_watched += 1
+        self._started = time.perf_counter()
         if self._first is None and ids is not None:
             self._first = (ids.detach(), valid)
         return self.now
+
+    def seen(self, tokens: int) -> Context | None:
+        """This moment for a site of so many tokens; a side of the model that reads another text has that text's mask."""
+        now = self.now
+        if now is None or (now.valid is not None and now.valid.shape[1] == tokens):
+            return now
+        own = next((m for m in self._masks if m.shape[1] == tokens), None)
+        return now if own is now.valid else replace(now, valid=own)
+
+    def _inputs(self, given: dict[str, Any]) -> tuple[Tensor | None, Any, Any]:
+        """(ids, tokens, mask) of the side that is generated: the decoder where there are two."""
+        two = "decoder_input_ids" in self._names
+        side = "decoder_" if two else ""
+        ids = given.get(f"{side}input_ids")
+        ids = given.get("labels") if ids is None and two else ids
+        ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        tokens = ids if ids is not None else given.get(f"{side}inputs_embeds")
+        return ids, tokens, given.get(f"{side}attention_mask")
 
     def rows(self, count: int) -> tuple[int, int]:
         """(batch, tokens) that `count` flat rows stand for; one sequence when they are not this call's tokens."""
@@ -85,6 +108,8 @@ class Clock:
 
     def end(self) -> None:
         """The forward is over."""
+        if self.now is not None:
+            self.seconds += time.perf_counter() - self._started
         self.now = None
 
     def _watches(self, model: nn.Module, decode: bool) -> bool:
@@ -146,6 +171,7 @@ class Clock:
             self.first_ids = tuple(None if t is None else t.cpu().numpy() for t in self._first)  # type: ignore[assignment]
         self._first = None
         self._past, self.token_ids, self.valid_keys, self.now = (None, 0, None), None, None, None
+        self._masks.clear()
 
 
 def padding_of(mask: Tensor, length: int) -> Tensor | None:

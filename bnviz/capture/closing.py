@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
+from bnviz import quantities
 from bnviz.assemble import assemble
 from bnviz.errors import CaptureError, StoreError
 from bnviz.run import Run
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from .clock import Clock
     from .shelf import Shelf
+    from .writers import Writers
 
 
 def labels_record(labels: Any) -> xr.Dataset | None:
@@ -61,7 +63,8 @@ class Closing:
         told, known = facts["options"]["of_probes"], _attributes(model, plan, facts["model"])
         known["ops"]["alone"] = not set(declared) - {"ops", "memory", "host"}  # no hook's Python lies between operators
         self._attrs = {name: {**told.get(name, {}), **known.get(name, {})} for name in {**told, **known}}
-        self._model = type(model).__name__
+        self._plan, self._model = plan, type(model).__name__
+        self.writers: Callable[[], list[Writers | None]] = list
         self._folder: Path | None = None
         if options.path is not None:
             self._open(Path(options.path))
@@ -109,14 +112,18 @@ class Closing:
         """
         streaming = self._folder is not None
         self.write(shelf, notes)
-        records = self._records(shelf, tables)
+        records = self._records(shelf, _within(tables, shelf, notes))
         self._texts(records, clock)
         if not records or clock.forwards_watched == 0:
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
             raise CaptureError(self._why_empty(clock, notes))
         labels = labels_record(self._options.labels)
         if labels is not None:
             records["labels"] = labels
-        self._facts |= {"calls": clock.calls, "watched": clock.forwards_watched, "seconds": elapsed, "notes": notes}
+        notes += self._silent(shelf)
+        self._facts |= {"calls": clock.calls, "watched": clock.forwards_watched, "notes": notes}
+        self._facts |= {"seconds": clock.seconds, "capture_seconds": elapsed}
         run = Run(records, self._facts)
         if streaming and self._options.path is not None:
             try:
@@ -134,7 +141,38 @@ class Closing:
             records[record] = _table(values, self._declared[record])
         for record, data in records.items():
             data.attrs.update({"model": self._facts["model"], **self._attrs.get(record, {})})
+        if "activations" in records:
+            attrs = records["activations"].attrs
+            attrs["parameter_bytes"] = {**attrs["parameter_bytes"], **self._part_bytes()}
         return records
+
+    def _part_bytes(self) -> dict[str, list[int]]:
+        """Weights of the attention and the MLP of each block, by the residual writers that were found."""
+        found = self.writers()
+        return {
+            part: [w.sizes[w.parts.index(part)] if w is not None and part in w.parts else 0 for w in found]
+            for part in ("attention", "mlp")
+            if any(w is not None and part in w.parts for w in found)
+        }
+
+    def _silent(self, shelf: Shelf) -> list[str]:
+        """Sites that a probe would have looked at and that gave nothing: a sentence for each kind."""
+        places = {"activations": self._paths, "attention": self._attention_paths, "routing": self._router_paths}
+        said: list[str] = []
+        for record, paths in places.items():
+            given = {layer for _, layer, _ in shelf.rows.get(record, {})}
+            lost = [path for layer, path in paths.items() if layer not in given]
+            if given and lost:
+                said.append(
+                    f"{record}: {len(lost)} of {len(paths)} places gave nothing ({lost[0]}{', ...' * (len(lost) > 1)}): "
+                    f"they did not run inside a watched forward of {self._model}."
+                )
+        if "attention" in self._declared and self._plan.unknown:
+            many = len(self._plan.unknown)
+            said.append(
+                f"attention: {many} not read ({self._plan.unknown[0]}{'; ...' * (many > 1)}); bnviz.sites(model) lists them."
+            )
+        return said
 
     def _texts(self, records: dict[str, xr.Dataset], clock: Clock) -> None:
         """The words of the first step's tokens, when a tokenizer was given."""
@@ -162,17 +200,28 @@ class Closing:
         return f"Nothing was captured in {clock.forwards_watched} forwards of {self._model}. {' '.join(notes)}".strip()
 
 
+def _within(tables: Mapping[str, Mapping[str, Any]], shelf: Shelf, notes: list[str]) -> dict[str, Mapping[str, Any]]:
+    """Tables of whole-run probes that the budget still has room for."""
+    kept: dict[str, Mapping[str, Any]] = {}
+    for record, values in tables.items():
+        size = sum(np.asarray(v).nbytes for name, v in values.items() if name not in ("tables", "attrs", "coords"))
+        if shelf.held + size > shelf.ceiling:
+            notes.append(
+                f"{record}: {quantities.size(size)} were not kept, the budget has no room for them. Raise budget=."
+            )
+            continue
+        shelf.held += size
+        kept[record] = values
+    return kept
+
+
 def _attributes(model: nn.Module, plan: Plan, name: str) -> dict[str, dict[str, Any]]:
     """What diagnostics need to know of the model, by record; JSON-able."""
     blocks = [parameter_bytes(b.first) for _, b in plan.blocks]
-    attention = [parameter_bytes(m) for m, (s, _) in sorted(plan.attention.items(), key=lambda item: item[1][0].layer)]
     experts = [parameter_bytes(r.experts) // r.count for _, r in plan.routers]
     whole = parameter_bytes(model)
-    sizes: dict[str, list[int]] = {"block": blocks}
-    if len(attention) == len(blocks):
-        sizes |= {"attention": attention, "mlp": [max(b - a, 0) for b, a in zip(blocks, attention, strict=True)]}
     return {
-        "activations": {"parameter_bytes": sizes, "model_bytes": whole},
+        "activations": {"parameter_bytes": {"block": blocks}, "model_bytes": whole},
         "routing": {"expert_bytes": experts, "model_bytes": whole},
         "attention": {},
         "keys_values": {"model_bytes": whole},

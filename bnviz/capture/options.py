@@ -43,6 +43,8 @@ def make_probes(names: Sequence[str] | None, options: Mapping[str, Any]) -> dict
     """Probes by name, each with the options it knows; an option no probe knows is refused."""
     if isinstance(names, str):
         names = [names]
+    if names is not None and not names:
+        raise CaptureError(f"probes=[]: expected at least one name; valid: {', '.join(catalog.names('probes'))}.")
     classes = {n: catalog.load("probes", n) for n in (catalog.names("probes") if names is None else names)}
     classes = {n: c for n, c in classes.items() if names is not None or c.spec.default}
     takes = {n: set(inspect.signature(c).parameters) for n, c in classes.items()}

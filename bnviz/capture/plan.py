@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 
 from torch import nn
 
+from bnviz.errors import CaptureError
 from bnviz.observation import Site
 
 from .attention import reaches
@@ -90,6 +91,8 @@ def sites(model: nn.Module, *, attention: str | None = None) -> Plan:
     layer 0   0  Linear (item of Sequential '')
     layer 1   2  Linear (item of Sequential '')
     """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"sites: found a {type(model).__name__}, expected a torch.nn.Module; give the model itself.")
     plan = Plan(fused=fused_below(model))
     for number, block in enumerate(find_blocks(model)):
         plan.blocks.append((Site("block", block.path, number, "block", block.evidence), block))

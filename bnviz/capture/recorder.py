@@ -121,6 +121,7 @@ class Recorder:
         options: dict[str, Any] = {"probes": list(self._probes), "budget": str(self.options.budget)}
         options["of_probes"] = {name: told(probe) for name, probe in self._probes.items()}
         facts = provenance(self._model, self.options.name, options)
+        facts["found"] = {kind: plan.count(kind) for kind in ("block", "attention", "router")}
         self._closing = Closing(self._model, plan, facts, declared, self.options)
         labels_record(self.options.labels)  # refused before anything is attached
         self._started = time.perf_counter()
@@ -159,7 +160,7 @@ class Recorder:
         begin = self._model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
         stack.callback(begin.remove)
         if "block" in wanted or "sublayer" in wanted:
-            tap_blocks(plan, self._clock, self._emit, stack, inside="sublayer" in wanted)
+            self._closing.writers = tap_blocks(plan, self._clock, self._emit, stack, inside="sublayer" in wanted)
         if "attention" in wanted:
             tap_attention(plan, self._clock, self._emit, stack)
         if "router" in wanted:

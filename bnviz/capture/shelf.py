@@ -79,7 +79,7 @@ class Shelf:
                 raise SchemaError(
                     f"Probe {record!r} gave {name!r}, which it does not declare; declared: {', '.join(declared)}."
                 )
-        size = sum(v.numel() * v.element_size() for v in values.values())
+        size = sum(v.numel() * v.element_size() for v in values.values()) + self._layout_bytes(record, values)
         if self.full_at is not None or self.held + size > self.ceiling:
             self.full_at = context.step if self.full_at is None else self.full_at
             return False
@@ -87,6 +87,16 @@ class Shelf:
         kept = {name: _own(value) for name, value in values.items()}
         self._waiting.append(_Waiting(record, site, context, kept, dict(valid)))
         return True
+
+    def _layout_bytes(self, record: str, values: Mapping[str, Tensor]) -> int:
+        """Of the mask, `sequence` and `position` that come with each token-like axis."""
+        axes: dict[str, int] = {}
+        for name, value in values.items():
+            variable = self._declared[record][name]
+            dim = token_dim(variable)
+            if dim is not None:
+                axes[dim] = value.shape[0] * value.shape[1 + inner_dims(variable).index(dim)]
+        return 9 * sum(axes.values())
 
     def drain(self) -> None:
         """Bring what waits to the host and merge decode steps. Called between forwards: copying waits for the device."""

@@ -34,11 +34,18 @@ def tokens_first(value: Tensor) -> Tensor | None:
     return value.flatten(2).transpose(1, 2) if value.dim() == 4 else None
 
 
-def tap_blocks(plan: Plan, clock: Clock, emit: Emit, stack: contextlib.ExitStack, *, inside: bool) -> None:
-    """Show every block, and its verified residual writers when `inside`."""
+def tap_blocks(
+    plan: Plan, clock: Clock, emit: Emit, stack: contextlib.ExitStack, *, inside: bool
+) -> Callable[[], list[Writers | None]]:
+    """Show every block, and its verified residual writers when `inside`; returns what tells the writers of each block."""
     writers: dict[tuple[type, str], Writers | None] = {}
-    for site, block in plan.blocks:
-        BlockTap(site, block, clock, emit, writers, inside and not plan.fused(f"{site.path}.x")).attach(stack)
+    taps = [
+        BlockTap(site, block, clock, emit, writers, inside and not plan.fused(f"{site.path}.x"))
+        for site, block in plan.blocks
+    ]
+    for tap in taps:
+        tap.attach(stack)
+    return lambda: [writers.get(tap.key) for tap in taps]
 
 
 class BlockTap:
@@ -55,7 +62,7 @@ class BlockTap:
     ) -> None:
         self._site, self._block, self._clock, self._emit = site, block, clock, emit
         self._writers, self._inside = writers, inside and block.first is block.last
-        self._key = (type(block.first), str([n for n, _ in block.first.named_modules()]))
+        self.key = (type(block.first), str([n for n, _ in block.first.named_modules()]))
         self._before: Tensor | None = None
         self._version, self._in_place = -1, False
         self._search: Search | None = None
@@ -82,13 +89,13 @@ class BlockTap:
         self._version = _version(self._before)
         if not self._inside:
             return
-        if self._key not in self._writers:
+        if self.key not in self._writers:
             self._search = Search(self._block.first, tuple(self._before.shape))
-        elif not self._hooked and self._writers[self._key] is not None:
+        elif not self._hooked and self._writers[self.key] is not None:
             self._hook_writers()
 
     def _hook_writers(self) -> None:
-        found = self._writers[self._key]
+        found = self._writers[self.key]
         for path in dict.fromkeys(found.paths if found else ()):
             module = self._block.first.get_submodule(path)
             self._hooked.append(module.register_forward_hook(self._keep(path)))
@@ -114,10 +121,10 @@ class BlockTap:
                 self._in_place = True
                 return
             if search is not None:
-                self._writers[self._key], outputs = (
+                self._writers[self.key], outputs = (
                     search.found(before, after) if before.shape == after.shape else (None, [])
                 )
-                found = self._writers[self._key]
+                found = self._writers[self.key]
                 self._written = dict(zip(_calls(found), outputs, strict=False))
             self._show(before, after)
         finally:
@@ -126,12 +133,12 @@ class BlockTap:
             self._written.clear()
 
     def _show(self, before: Tensor, after: Tensor) -> None:
-        context = self._clock.now
         first, last = tokens_first(before.detach()), tokens_first(after.detach())
+        context = self._clock.seen(last.shape[1]) if last is not None else None
         if first is None or last is None or context is None:
             return
         self._emit(BlockSeen(self._site, context, first, last))
-        found = self._writers.get(self._key)
+        found = self._writers.get(self.key)
         if found is None or not set(_calls(found)) <= set(self._written) or len(set(found.parts)) != len(found.parts):
             return
         running = first
@@ -167,7 +174,7 @@ def tap_attention(plan: Plan, clock: Clock, emit: Emit, stack: contextlib.ExitSt
 
     def listener(module: nn.Module, call: Call) -> None:
         found = plan.attention.get(module)
-        context = clock.now
+        context = clock.seen(call.query.shape[-2])
         if found is None or context is None:
             return
         call, dropped = aligned(call, module, clock.cache, context.past)

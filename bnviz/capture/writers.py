@@ -35,12 +35,15 @@ class Writers:
         Which call of the module in a forward of the block: a dropout may serve both.
     parallel : bool
         All read the block's input (GPT-J, Falcon); else each reads the sum so far.
+    sizes : tuple of int
+        Bytes of the parameters of the modules that ended after the writer before and up to this one.
     """
 
     paths: tuple[str, ...]
     parts: tuple[str, ...]
     calls: tuple[int, ...]
     parallel: bool
+    sizes: tuple[int, ...]
 
 
 def stream(value: object) -> Tensor | None:
@@ -62,6 +65,7 @@ class Search:
 
     def __init__(self, block: nn.Module, shape: tuple[int, ...]) -> None:
         self._shape = tuple(shape)
+        self._ended: list[tuple[str, nn.Module]] = []
         self._outputs: list[tuple[str, Tensor]] = []
         self._inputs: list[Tensor] = []
         self._handles = [h for path, module in _candidates(block) for h in self._watch(path, module)]
@@ -73,6 +77,7 @@ class Search:
                 self._inputs.append(seen.detach())
 
         def after(_: nn.Module, __: object, output: object) -> None:
+            self._ended.append((path, module))
             seen = stream(output)
             if seen is not None and tuple(seen.shape) == self._shape:
                 self._outputs.append((path, seen.detach()))
@@ -87,6 +92,7 @@ class Search:
         self._handles.clear()
         self._outputs.clear()
         self._inputs.clear()
+        self._ended.clear()
 
     def found(self, before: Tensor, after: Tensor) -> tuple[Writers | None, list[Tensor]]:
         """The writers and their outputs, or None when the block is no sum of its descendants' outputs."""
@@ -120,7 +126,23 @@ class Search:
             x.shape == middle.shape and bool((x.float() - middle).norm() <= tolerance * middle.norm())
             for x in self._inputs
         )
-        return Writers(paths, tuple(_part(p, i) for i, p in enumerate(paths)), calls, len(chosen) > 1 and not reads)
+        parts, parallel = tuple(_part(p, i) for i, p in enumerate(paths)), len(chosen) > 1 and not reads
+        return Writers(paths, parts, calls, parallel, self._sizes(paths, calls))
+
+    def _sizes(self, paths: tuple[str, ...], calls: tuple[int, ...]) -> tuple[int, ...]:
+        """Bytes of parameters between the ends of the writers; what comes after the last belongs to the last."""
+        ends = [
+            [at for at, (p, _) in enumerate(self._ended) if p == path][call]
+            for path, call in zip(paths, calls, strict=True)
+        ]
+        sizes, counted = [0] * len(ends), set[int]()
+        for at, (_, module) in enumerate(self._ended):
+            part = next((i for i, end in enumerate(ends) if at <= end), len(ends) - 1)
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) not in counted:
+                    counted.add(id(parameter))
+                    sizes[part] += parameter.numel() * parameter.element_size()
+        return tuple(sizes)
 
 
 def _part(path: str, place: int) -> str:

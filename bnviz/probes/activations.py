@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bnviz.errors import CaptureError
 from bnviz.observation import BlockSeen
 from bnviz.reduce.block_stats import block_stats
 from bnviz.schema import Variable, probe
@@ -32,7 +33,12 @@ _CHANNELS = ("mean", "variance", "max_abs", "kurtosis", "zero_fraction", "outlie
         Variable("outlier_fraction", _CHANNEL, "1", "share of a channel's values that are outliers", optional=True),
         Variable("nonfinite", ("step", "kind", "layer"), "count", "values that are NaN or infinite", "add", True),
         Variable(
-            "activation", ("step", "layer", "sample", "feature"), "1", "block outputs of the first rows", optional=True
+            "activation",
+            ("step", "layer", "sample", "feature"),
+            "1",
+            "block outputs of the first rows",
+            optional=True,
+            option="sample=N",
         ),
     ),
     memory="16 B a token and 24 B a channel, for each block and sub-layer",
@@ -74,7 +80,7 @@ class Activations:
 
     def __init__(self, *, sample: int = 0) -> None:
         if sample < 0:
-            raise ValueError(f"Activations(sample={sample}): expected a number of rows, 0 or more.")
+            raise CaptureError(f"sample={sample}: expected a number of rows to keep, 0 or more.")
         self.sample = sample
 
     def observe(self, seen: BlockSeen) -> dict[str, Tensor]:

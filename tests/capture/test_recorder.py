@@ -322,3 +322,108 @@ def test_a_dropout_that_serves_both_sublayers_is_seen_twice(dropout: float) -> N
             expected = torch.cosine_similarity(before, after, dim=-1).flatten()
             found = record["cosine"].sel(kind=kind, layer=layer).values
             assert np.allclose(found, expected.numpy(), atol=1e-5), (layer, kind)
+
+
+def t5(attention: str) -> Any:
+    """A small encoder-decoder with random weights: it has position biases, cross attention and two texts."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        attn_implementation=attention,
+    )
+    return T5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_position_biases_are_in_the_attention(attention: str) -> None:
+    ids, mask = torch.arange(2, 26).reshape(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1, 9:] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.arange(2, 12).reshape(2, 5)}
+    with torch.no_grad():
+        told = t5("eager")(**given, output_attentions=True)
+        with bnviz.capture(t5(attention), probes=["attention", "activations"], strict=True) as recorder:
+            recorder._model(**given)
+    record = recorder.run["attention"].isel(step=0)
+    for layer, maps in ((0, told.encoder_attentions), (2, told.decoder_attentions)):
+        for at in range(2):
+            rows, kept = maps[at].double(), mask.bool() if layer == 0 else torch.ones(2, 5, dtype=torch.bool)
+            mass = [(rows[b][:, kept[b]] if layer == 0 else rows[b]).sum(1)[:, kept[b]] for b in range(2)]
+            found = record["mass"].sel(layer=layer + at).values
+            expected = torch.cat(mass, -1).numpy()
+            assert np.allclose(found[:, : expected.shape[1]], expected, atol=1e-5), layer + at
+    cosine = recorder.run["activations"]["cosine"].isel(step=0).sel(kind="block")
+    assert [int(np.isfinite(cosine.sel(layer=layer)).sum()) for layer in range(4)] == [21, 21, 10, 10]
+
+
+def test_a_decoder_that_generates_is_followed_and_the_silent_encoder_is_told() -> None:
+    model = t5("sdpa")
+    with torch.no_grad(), bnviz.capture(model, probes=["attention", "activations"], strict=True) as recorder:
+        model.generate(torch.arange(2, 26).reshape(2, 12), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    record = recorder.run["attention"]
+    assert list(record.phase.values) == ["prefill", "decode"]
+    assert list(record.layer.values) == [2, 3]
+    assert list(record.query_position.isel(step=1).values[:5]) == [1, 2, 3, 4, 5]
+    assert any(note.startswith("attention: 2 of 4 places gave nothing (encoder.block.0") for note in recorder.run.notes)
+    assert any("not read" in note for note in recorder.run.notes)  # cross attention
+
+
+def test_weights_of_the_parts_of_a_block_are_those_that_ran_for_them() -> None:
+    class Inline(nn.Module):
+        """Attention without a module of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.qkv, self.o = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+            self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+            x = x + self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            return x + self.mlp(x)
+
+    model = Body(Inline, 2)
+    with torch.no_grad(), bnviz.capture(model, probes=["activations"], strict=True) as recorder:
+        model(torch.randn(2, 5, 8))
+    sizes = recorder.run["activations"].attrs["parameter_bytes"]
+    attention, mlp = 4 * (32 + 16 * 48 + 48 + 16 * 16 + 16), 4 * (32 + 16 * 32 + 32 + 32 * 16 + 16)
+    assert sizes == {"block": [attention + mlp] * 2, "attention": [attention] * 2, "mlp": [mlp] * 2}
+
+
+def test_whole_run_records_keep_to_the_budget() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    with bnviz.capture(model, probes=["activations", "ops"], budget=700) as recorder:
+        model(torch.ones(1, 3))
+    assert "ops" not in recorder.run
+    assert any(note.startswith("ops: ") and "the budget has no room" in note for note in recorder.run.notes)
+
+
+def test_an_empty_streamed_capture_leaves_nothing(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    with pytest.raises(CaptureError, match="was not called"), bnviz.capture(model, path=tmp_path / "run.zarr"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_left_of_a_killed_capture_opens_by_both_names(tmp_path: Path) -> None:
+    model, path = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)), tmp_path / "run.zarr"
+    recorder = bnviz.capture(model, probes=["activations"], path=path).attach()
+    for _ in range(3):
+        model(torch.ones(2, 3))
+    for name in ("run.zarr", "run.zarr.partial"):
+        assert bnviz.open(tmp_path / name)["activations"].sizes["step"] == 2
+    recorder.detach()
+
+
+def test_what_is_no_model_and_no_probe_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"sites: found a int, expected a torch\.nn\.Module"):
+        bnviz.sites(3)  # type: ignore[arg-type]
+    with pytest.raises(CaptureError, match=r"probes=\[\]: expected at least one name; valid: activations"):
+        bnviz.capture(nn.Linear(2, 2), probes=[])

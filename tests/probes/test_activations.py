@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import bnviz
+from bnviz.errors import CaptureError
 from bnviz.observation import BlockSeen, Context, Site
 from bnviz.probes.activations import Activations
 
@@ -69,7 +70,7 @@ def test_only_blocks_give_samples():
 
 
 def test_a_negative_sample_is_refused():
-    with pytest.raises(ValueError, match=r"Activations\(sample=-1\): expected a number of rows"):
+    with pytest.raises(CaptureError, match="sample=-1: expected a number of rows"):
         Activations(sample=-1)
 
 
