@@ -184,12 +184,12 @@ def open(path: str | os.PathLike[str]) -> Run:
         No run is there, it was made by a newer bnviz, or it cannot be read.
     """
     target = Path(path)
+    if target.name.endswith(".partial") and target.is_dir():
+        return recover(target)
     if target.exists():
         return _read(target)
     if partial(target).is_dir():
         return recover(partial(target))
-    if target.name.endswith(".partial"):
-        return recover(target)
     raise StoreError(f"{target} does not exist; give the folder or .zip that run.save(...) or capture(path=...) wrote.")
 
 
