@@ -22,8 +22,9 @@ class Reading:
         Of it, watching left out.
     running, held : float
         Seconds of it, watching left out; `held` with the GIL.
-    asleep, watching : float
-        Seconds of it; `asleep` NaN where sleeping was sampled.
+    asleep, watching, waiting : float
+        Seconds of it: asleep (NaN where sleeping was sampled), in bnviz, and asleep while another thread ran for bnviz: it
+        waits for that one, and `asleep` is without.
     self_time, gil_time : arrays (function,)
         Seconds of each function in that thread; 0 for what watches.
     """
@@ -38,11 +39,14 @@ class Reading:
         def of(name: str) -> float:
             return float(result[name].values[at]) if threads else math.nan
 
-        self.asleep = of("asleep_time")
         table = [result[f"{what}_time_by_thread"].values for what in ("self", "gil")]
         own, held = (np.array(t[:, at] if threads else np.zeros(len(t)), np.float64) for t in table)
         watching = np.array([self.word("name", row) == OWN for row in range(len(own))], bool)
         self.watching = float(own[watching].sum())
+        elsewhere = float(table[0][watching].sum()) - self.watching
+        asleep = of("asleep_time")
+        self.waiting = min(asleep, elsewhere) if asleep >= 0 else 0.0
+        self.asleep = asleep - self.waiting
         own[watching] = held[watching] = 0.0
         self.self_time, self.gil_time = own, held
         self.running, self.held = float(own.sum()), float(held.sum())
@@ -54,9 +58,10 @@ class Reading:
         return "time" if self.attrs["idle"] else "running time"
 
     def share_watching(self) -> float:
-        """Of all it ran; NaN when it did not run."""
-        whole = self.running + self.watching
-        return self.watching / whole if whole > 0 else math.nan
+        """In bnviz or waiting for it, of that and all it ran; NaN when it did not run."""
+        spent = self.watching + self.waiting
+        whole = self.running + spent
+        return spent / whole if whole > 0 else math.nan
 
     @property
     def short_thread(self) -> str:
@@ -80,6 +85,8 @@ class Reading:
     def line(self, at: int) -> str:
         """`file:line` of a function's busiest line."""
         file, line = self.word("file", at), int(self._result["function_line"].values[at])
+        if line < 0:
+            return file
         return f"{file}:{line}" if not file.startswith("cell [") else f"{file} line {line}"
 
     def place(self, at: int, room: int = 150) -> str:

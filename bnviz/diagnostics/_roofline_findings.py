@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from bnviz.hardware.roof import BOUNDS, REASONS, bandwidth_at
-from bnviz.quantities import duration, factor, rate, share
+from bnviz.quantities import counted, duration, rate, share, significant
 from bnviz.schema import Finding, Saving, Severity
 
 IN_WORDS = {
@@ -136,25 +136,40 @@ def _below(rows: Rows, limit: float) -> list[Finding]:
             continue
         longest = int(np.flatnonzero(mine)[rows.time[mine].argmax()])
         product = rows.words("work")[longest] == "matmul"
-        shapes = rows.words("shapes")[longest]
-        at = f" at {shapes}" if shapes else ""
+        most = _most_at(rows, longest)
         found.append(
             Finding(
                 "roofline/below_roof",
-                f"{short(name)} takes {factor(_times_roof(rows, mine))} the time its work needs here: "
-                f"{share(spent / rows.whole)} of operator time, most{at}",
+                f"{short(name)} takes {significant(_times_roof(rows, mine))} times what its work needs here: "
+                f"{share(spent / rows.whole)} of operator time{most}",
                 _severity(gap / rows.whole),
                 rows.where(mine),
                 spent / rows.whole,
                 limit,
                 "1",
-                "Give it more rows: raise the batch, and capture again."
+                _more_work(name)
                 if product
                 else "Fuse it with its neighbours: model = torch.compile(model), and time both without the profiler.",
                 Saving(gap, "s", gap / rows.whole, _ABOVE),
             )
         )
     return found
+
+
+def _most_at(rows: Rows, row: int) -> str:
+    """At which shapes; nothing where they are not known."""
+    if rows.result["shapes"].values[row] < 0:
+        return ""
+    return f", most at {rows.words('shapes')[row]}" if rows.words("shapes")[row] else ", most on single numbers"
+
+
+def _more_work(name: str) -> str:
+    """What fills a product: by what its kernel is split over threads."""
+    if "attention" in name:
+        return "Attend to more at once: raise the batch, or join short sequences to longer ones, and capture again."
+    if "conv" in name:
+        return "Give it more images or longer signals at once: raise the batch, and capture again."
+    return "Give it more rows: raise the batch, and capture again."
 
 
 def _times_roof(rows: Rows, mine: np.ndarray) -> float:
@@ -213,7 +228,7 @@ def _overhead(rows: Rows, limit: float) -> Finding | None:
     calls = int(rows.result["calls"].values[mine].sum())
     return Finding(
         "roofline/overhead",
-        f"{share(spent / rows.whole)} of operator time is dispatch: {calls:,} calls too small to fill the machine "
+        f"{share(spent / rows.whole)} of operator time is dispatch: {counted(calls, 'call')} too small to fill the machine "
         f"(limit {share(limit)})",
         _severity(gap / rows.whole),
         rows.where(mine),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from bnviz.quantities import count, duration, share
+from bnviz.quantities import counted, duration, share
 from bnviz.schema import Finding, Judgement, Saving, Variable, diagnostic, stamp
 
 from ._call_tree import inclusive, merged, subtree
@@ -27,7 +27,7 @@ _EVENT = ("event",)
     gives=(
         Variable("function_name", _FUNCTION, "name", "Python function, most self time first; 'bnviz' is what watches"),
         Variable("function_file", _FUNCTION, "name", "its file"),
-        Variable("function_line", _FUNCTION, "id", "its line with the most self time"),
+        Variable("function_line", _FUNCTION, "id", "its line with the most self time; -1: none known"),
         Variable("self_time", _FUNCTION, "s", "time in the function itself, operators it calls included"),
         Variable("inclusive_time", _FUNCTION, "s", "time in it and in all Python it calls; recursion counts once"),
         Variable("gil_time", _FUNCTION, "s", "self time in which it held the GIL: Python, not an operator"),
@@ -160,6 +160,7 @@ def _functions(result: xr.Dataset, tree: _Tree, interval: float) -> np.ndarray:
     order = _order(own, whole)
     by_frame = np.bincount(tree.frame, tree.samples, minlength=len(tree.line))
     lines = np.zeros(number, np.int64)
+    by_frame[tree.line < 0] = -1  # not known: only where no other line is
     for frame in np.lexsort((-tree.line, by_frame)):  # the last written wins: most samples, then the smallest line
         lines[tree.function_of_frame[frame]] = tree.line[frame]
     for what, position in (("name", 0), ("file", 1)):
@@ -229,9 +230,10 @@ def judge(
     hot : float
         Share of it that one function must hold the GIL for to be named.
     asleep : float
-        Share of the wall time the thread sleeps that is worth a note.
+        Share of the wall time the thread sleeps that is worth a note; as long as other threads run for bnviz it is taken to
+        wait for them, which is no sleep of the model's.
     watching : float
-        Share of its running time spent in bnviz that is worth a note.
+        Share of its time spent in bnviz, or waiting for it, that is worth a note.
     enough : int
         Samples of the thread below which nothing is claimed: 50 leave an error of 14 % of a time.
 
@@ -248,7 +250,7 @@ def judge(
     threads = result.sizes["thread"]
     subtitle = (
         f"time by Python function, from sampled stacks · {seen.attrs.get('model') or 'model'} · "
-        f"{count(seen.attrs['samples'])} samples of {threads} thread{'s' * (threads != 1)} in {duration(seen.wall)}"
+        f"{counted(seen.attrs['samples'], 'sample')} of {counted(threads, 'thread')} in {duration(seen.wall)}"
     )
     caveats = _caveats(seen, enough)
     summary = f"Host time: {title}. {' '.join(f'{c}.' for c in caveats)}"
@@ -319,13 +321,14 @@ def _asleep(seen: Reading, limit: float) -> list[Finding]:
 
 def _watching(seen: Reading, limit: float) -> list[Finding]:
     part = seen.share_watching()
-    if not (part >= limit and seen.watching >= 10 * seen.interval):
+    spent = seen.watching + seen.waiting
+    if not (part >= limit and spent >= 10 * seen.interval):
         return []
+    waits = f", {share(seen.waiting / spent)} of it waiting for its helper" if seen.waiting else ""
     return [
         Finding(
             "host_time/watching",
-            f"bnviz itself takes {share(part)} of {seen.thread}'s {seen.time_words} (limit {share(limit)}); "
-            "it is one function in the drawing and in no other share",
+            f"bnviz itself takes {share(part)} of {seen.thread}'s time{waits} (limit {share(limit)}); it is in no other share",
             "note",
             {"thread": seen.thread},
             part,
@@ -371,6 +374,7 @@ def _caveats(seen: Reading, enough: int) -> tuple[str, ...]:
     failed = float(seen.attrs["failed_share"])
     if failed > 0.01:
         said.append(
-            f"{share(failed)} of the samples could not be read, as the stack changed meanwhile; times are low by that"
+            f"{share(failed)} of the samples could not be read whole, as the stack changed meanwhile; times are low by that "
+            "at most"
         )
     return tuple(said)

@@ -8,10 +8,11 @@ import numpy as np
 import xarray as xr
 
 from bnviz.errors import NotCaptured
-from bnviz.quantities import duration, share, size
+from bnviz.quantities import counted, duration, share, size
 from bnviz.schema import Finding, Judgement, Saving, Severity, Variable, diagnostic, stamp
 
 _KEPT = ("peak", "largest", "after_calls", "device", "allocated", "calls", "trained", "notes")
+_RECOMPUTED = "computed: activations of all blocks but the largest, their inputs not counted"
 _WORDS = {
     "parameter": "parameters",
     "buffer": "buffers",
@@ -101,7 +102,13 @@ def memory_timeline(memory: xr.Dataset) -> xr.Dataset:
 
 
 def judge(
-    result: xr.Dataset, *, activations: float = 0.3, optimizer: float = 0.3, growth: float = 0.05, calls: int = 4
+    result: xr.Dataset,
+    *,
+    activations: float = 0.3,
+    optimizer: float = 0.3,
+    growth: float = 0.05,
+    calls: int = 4,
+    large: float = 64 * 2.0**20,
 ) -> Judgement:
     """Names the peak, the largest category in it, and what would make it smaller.
 
@@ -115,6 +122,8 @@ def judge(
         Growth from the second to the last forward, as a share of the peak, from which on it is one.
     calls : int
         Forwards needed to speak of growth.
+    large : float
+        Bytes below which nothing is more than low, whatever its share: there is little to gain.
     """
     peak = float(result["total"].max()) if result.sizes.get("time") else 0.0
     if not peak:
@@ -125,12 +134,12 @@ def judge(
     phase = f" in the {event['phase']} pass" if event.get("phase") in ("forward", "backward") else ""
     if event.get("phase") == "optimizer":
         phase = " in the optimizer"
-    title = f"Memory peaks at {size(peak, 2)}{phase}: {share(table[largest] / peak)} is {_WORDS[largest]}"
+    title = f"Memory peaks at {size(peak)}{phase}: {share(table[largest] / peak)} is {_WORDS[largest]}"
     found = [
         _peak_finding(result, table, peak, event),
-        _activations(result, table, peak, activations),
-        _optimizer(result, table, peak, optimizer),
-        _growth(result, peak, growth, calls),
+        _activations(result, table, (peak, large), activations),
+        _optimizer(table, (peak, large), optimizer),
+        _growth(result, (peak, large), growth, calls),
     ]
     caveats = (
         "Only torch's allocator is seen: memory of libraries and of the allocator's own reserve is not in it",
@@ -151,7 +160,7 @@ def _subtitle(result: xr.Dataset) -> str:
     done = "training" if result.attrs.get("trained") else "inference"
     return (
         f"bytes by category over time · {result.attrs.get('model') or 'model'} on {device} · "
-        f"{result.attrs.get('calls', 0)} forwards, {done}"
+        f"{counted(result.attrs.get('calls', 0), 'forward')}, {done}"
     )
 
 
@@ -159,8 +168,20 @@ def _by_category(result: xr.Dataset, name: str) -> dict[str, float]:
     return {str(c): float(b) for c, b in zip(result["category"].values, result[name].values, strict=True)}
 
 
-def _severity(part: float) -> Severity:
+def _severity(held: float, peak: float, large: float) -> Severity:
+    part = held / peak if held >= large else 0.0
     return "high" if part >= 0.5 else "medium" if part >= 0.3 else "low"
+
+
+def _module(path: str) -> str:
+    """A module as a sentence names it: a path that is a number alone would read as one.
+
+    Examples
+    --------
+    >>> _module("3"), _module("blocks.3"), _module("")
+    ('module 3', 'blocks.3', 'the model itself')
+    """
+    return f"module {path}" if path.isdigit() else {"": "the model itself", "outside": "no module"}.get(path, path)
 
 
 def _holders(result: xr.Dataset, category: str | None, top: int = 3) -> tuple[list[str], list[float]]:
@@ -175,13 +196,12 @@ def _peak_finding(result: xr.Dataset, table: dict[str, float], peak: float, even
     names, held = _holders(result, None)
     largest = dict(next(iter(result.attrs.get("largest", [])), {}))
     after = f", as {event['op'].removeprefix('aten::')} runs" if event.get("op") else ""
-    most = f"; {names[0] or 'the model itself'} holds most, {size(held[0])}" if names else ""
+    most = f"; most is in {_module(names[0])}, {size(held[0])}" if names else ""
     advice = "Look at the largest blocks: run['memory'].attrs['largest']."
     if largest:
-        block = largest["op"].removeprefix("aten::") or largest["category"]
-        advice = (
-            f"Start with the largest block: {size(largest['bytes'])} of {block} in {largest['path'] or 'the model'}."
-        )
+        made = largest["op"].removeprefix("aten::")
+        block = f"made by {made}" if made else f"of {_WORDS.get(largest['category'], 'tensors')}"
+        advice = f"Start with the largest block: {size(largest['bytes'])} {block} in {_module(largest['path'])}."
     return Finding(
         "memory_timeline/peak",
         f"The peak is {size(peak)} at {duration(float(result['peak_time']))}{after}{most}",
@@ -193,58 +213,47 @@ def _peak_finding(result: xr.Dataset, table: dict[str, float], peak: float, even
     )
 
 
-def _activations(result: xr.Dataset, table: dict[str, float], peak: float, limit: float) -> Finding | None:
+def _activations(
+    result: xr.Dataset, table: dict[str, float], sizes: tuple[float, float], limit: float
+) -> Finding | None:
+    peak, large = sizes
     held = table.get("activation", 0.0)
     if not result.attrs.get("trained") or held < limit * peak:
         return None
-    names, sizes = _holders(result, "activation")
+    names, parts = _holders(result, "activation")
     where = [n for n in names if n not in ("", "outside")]
-    block = _container(result)
+    block, gain = _recomputed(result)
     target = f"the modules of {block}" if block else "the blocks"
-    gain, how = _recomputed(result, block)
-    listed = ", ".join(f"{n or 'the model'} {size(s)}" for n, s in zip(names, sizes, strict=True))
+    listed = ", ".join(f"{size(s)} in {_module(n)}" for n, s in zip(names, parts, strict=True))
     return Finding(
         "memory_timeline/activations",
         f"Activations kept for the backward pass are {share(held / peak)} of the peak (limit {share(limit)}): {listed}",
-        _severity(held / peak),
+        _severity(held, peak, large),
         {"path": where} if where else {},
         held / peak,
         limit,
         "1",
         f"Recompute instead: call {target} through torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).",
-        Saving(gain, "B", gain / peak, how) if gain > 0 else None,
+        Saving(gain, "B", gain / peak, _RECOMPUTED) if gain > 0 else None,
     )
 
 
-def _container(result: xr.Dataset) -> str:
-    """The list of repeated blocks that holds most activations: the path before the first number."""
+def _recomputed(result: xr.Dataset) -> tuple[str, float]:
+    """The list of blocks whose checkpointing frees most, and how much at most: all of its blocks but the one recomputed."""
     held = result["module_bytes"].sel(category="activation").values
-    found: dict[str, float] = {}
+    lists: dict[str, dict[str, float]] = {}
     for path, nbytes in zip(result["module"].values, held, strict=True):
         parts = str(path).split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        if at:
-            name = ".".join(parts[:at])
-            found[name] = found.get(name, 0.0) + float(nbytes)
-    return max(found, key=lambda n: found[n]) if found else ""
+        for at in (i for i, part in enumerate(parts) if part.isdigit()):
+            blocks = lists.setdefault(".".join(parts[:at]), {})
+            blocks[parts[at]] = blocks.get(parts[at], 0.0) + float(nbytes)
+    gains = {name: sum(blocks.values()) - max(blocks.values()) for name, blocks in lists.items()}
+    best = max(gains, key=lambda name: gains[name], default="")
+    return best, gains.get(best, 0.0)
 
 
-def _recomputed(result: xr.Dataset, block: str) -> tuple[float, str]:
-    """What checkpointing each block frees at most: activations of all blocks but the one being recomputed."""
-    held = result["module_bytes"].sel(category="activation").values
-    by_block: dict[str, float] = {}
-    depth = len(block.split(".")) + 1
-    for path, nbytes in zip(result["module"].values, held, strict=True):
-        if block and str(path).startswith(f"{block}."):
-            name = ".".join(str(path).split(".")[:depth])
-            by_block[name] = by_block.get(name, 0.0) + float(nbytes)
-    if len(by_block) < 2:
-        return 0.0, ""
-    gain = sum(by_block.values()) - max(by_block.values())
-    return gain, "computed: activations of all blocks but the largest, their inputs not counted"
-
-
-def _optimizer(result: xr.Dataset, table: dict[str, float], peak: float, limit: float) -> Finding | None:
+def _optimizer(table: dict[str, float], sizes: tuple[float, float], limit: float) -> Finding | None:
+    peak, large = sizes
     held, weights = table.get("optimizer", 0.0), table.get("parameter", 0.0)
     if held < limit * peak:
         return None
@@ -252,7 +261,7 @@ def _optimizer(result: xr.Dataset, table: dict[str, float], peak: float, limit: 
     return Finding(
         "memory_timeline/optimizer",
         f"Optimizer state is {share(held / peak)} of the peak (limit {share(limit)}){times}",
-        _severity(held / peak),
+        _severity(held, peak, large),
         {"path": ""},
         held / peak,
         limit,
@@ -262,8 +271,9 @@ def _optimizer(result: xr.Dataset, table: dict[str, float], peak: float, limit: 
     )
 
 
-def _growth(result: xr.Dataset, peak: float, limit: float, calls: int) -> Finding | None:
+def _growth(result: xr.Dataset, sizes: tuple[float, float], limit: float, calls: int) -> Finding | None:
     """What is held after each forward; the first one may still build what stays."""
+    peak, large = sizes
     after = np.asarray(result.attrs.get("after_calls", ()), float)
     if len(after) < calls:
         return None
@@ -273,8 +283,8 @@ def _growth(result: xr.Dataset, peak: float, limit: float, calls: int) -> Findin
         return None
     return Finding(
         "memory_timeline/growth",
-        f"What is held after a forward grows with each: {size(grown)} over {len(after) - 1} forwards",
-        "medium",
+        f"What is held after a forward grows with each: {size(grown)} over {counted(len(after) - 2, 'forward')}",
+        "medium" if grown >= large else "low",
         {"path": ""},
         grown / peak,
         limit,

@@ -207,6 +207,27 @@ def test_watching_is_left_out_of_what_is_said_of_the_model() -> None:
     assert "Too few samples" in judge(host_time(record([("MainThread", [OWN], 100, 0)]))).title
 
 
+def test_waiting_for_bnvizs_helper_is_no_sleep_of_the_model() -> None:
+    seen = [
+        ("MainThread", [RUN, STEP], 100, 0),
+        ("MainThread", [RUN, OWN], 20, 0),
+        ("bnviz-reduce_0", [LOAD, OWN], 80, 0),
+    ]
+    found = {f.code: f for f in judge(host_time(record(seen, wall=2.1))).findings}
+    assert set(found) == {"host_time/watching"}  # asleep: 0.9 s, but 0.8 s of it for the helper
+    assert found["host_time/watching"].value == pytest.approx(1.0 / 2.0)
+    assert "takes 50 % of MainThread's time, 80 % of it waiting for its helper" in found["host_time/watching"].sentence
+    found = {f.code: f for f in judge(host_time(record(seen, wall=4.0))).findings}
+    assert found["host_time/asleep"].value == pytest.approx(2.0 / 4.0)
+    assert set(codes(host_time(record(seen, wall=2.1, host_idle=True)))) == {"host_time/watching"}
+
+
+def test_a_line_that_is_not_known_is_not_written() -> None:
+    stacks = [("MainThread", [("f", "a.py", -1)], 90, 0), ("MainThread", [("f", "a.py", 4)], 2, 0)]
+    assert judge(host_time(record(stacks))).title.endswith("is in f (a.py:4)")
+    assert judge(host_time(record(stacks[:1]))).title.endswith("is in f (a.py)")
+
+
 def test_bnvizs_own_python_is_no_hot_function() -> None:
     assert "host_time/hot_function" not in codes(host_time(record([("MainThread", [OWN], 100, 100)], wall=1.0)))
 

@@ -44,8 +44,8 @@ def test_by_hand() -> None:
 
 
 def test_words() -> None:
-    said = judge(memory_timeline(record()))
-    assert said.title == "Memory peaks at 10 MiB in the backward pass: 70 % is activations"
+    said = judge(memory_timeline(record()), large=MIB)
+    assert said.title == "Memory peaks at 10.0 MiB in the backward pass: 70 % is activations"
     kept = next(f for f in said.findings if f.code == "memory_timeline/activations")
     assert kept.severity == "high" and kept.where["path"] == ["blocks.1.up", "blocks.0.up"]
     assert kept.saving is not None and kept.saving.amount == 3 * MIB  # all but the largest block
@@ -57,6 +57,33 @@ def test_words() -> None:
 def test_activations_of_inference_are_no_finding() -> None:
     codes = [f.code for f in judge(memory_timeline(record(trained=False))).findings]
     assert codes == ["memory_timeline/peak"]
+
+
+def test_little_memory_is_low_whatever_its_share() -> None:
+    found = {f.code: f.severity for f in judge(memory_timeline(record())).findings}
+    assert found["memory_timeline/activations"] == "low"
+
+
+def test_a_module_named_by_a_number_reads_as_no_number() -> None:
+    memory = record(peak=PEAK | {"path": "3"}).assign_coords(module=["3", "2", "outside"])
+    said = {f.code: f.sentence for f in judge(memory_timeline(memory)).findings}
+    assert said["memory_timeline/activations"].endswith("4.00 MiB in module 3, 3.00 MiB in module 2")
+    assert "most is in module 3, 5.00 MiB" in said["memory_timeline/peak"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "lists"),
+    [(["1.layers.0.up", "1.layers.1", "0"], "1.layers"), (["a.0.mlp.0", "a.1.mlp.0", "b"], "a"), (["2", "0", "x"], "")],
+)
+def test_the_blocks_to_recompute_are_those_that_free_most(modules: list[str], lists: str) -> None:
+    result = memory_timeline(record().assign_coords(module=modules))
+    kept = next(f for f in judge(result).findings if f.code == "memory_timeline/activations")
+    assert kept.saving is not None and kept.saving.amount == 3 * MIB
+    assert f"call the {f'modules of {lists}' if lists else 'blocks'} through" in kept.advice
+
+
+def test_one_forward_is_one() -> None:
+    assert "1 forward, training" in judge(memory_timeline(record())).subtitle
 
 
 def test_one_module_without_blocks_has_no_saving() -> None:

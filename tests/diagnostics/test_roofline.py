@@ -160,13 +160,34 @@ def test_unknown_work_is_said_with_its_share() -> None:
 def test_findings_name_what_a_perfect_kernel_would_save() -> None:
     said = judge(roofline(machine(FOUR)))
     below = next(f for f in said.findings if f.code == "roofline/below_roof")
-    assert "×3.00" in below.sentence and below.where == {"path": "b"}
+    assert "takes 3.00 times what its work needs" in below.sentence and below.where == {"path": "b"}
     assert below.saving is not None
     assert below.saving.amount == pytest.approx(0.1) and below.saving.share == pytest.approx(1 / 3)
     assert said.title == "50 % of operator time is below the roof, most of it a third of it"
     assert [f.saving.share for f in said.findings if f.saving] == sorted(
         (f.saving.share for f in said.findings if f.saving), reverse=True
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "end", "advice"),
+    [
+        ({"shapes": "", "op": "aten::mul", "work": "vector"}, "operator time, most on single numbers", "Fuse it"),
+        ({}, "operator time, most at 8×8", "Give it more rows"),
+        ({"op": "aten::_scaled_dot_product_flash_attention_for_cpu"}, "most at 8×8", "Attend to more at once"),
+        ({"op": "aten::convolution"}, "most at 8×8", "more images"),
+    ],
+)
+def test_what_is_below_its_roof_is_said_in_its_own_words(row: dict[str, Any], end: str, advice: str) -> None:
+    said = judge(roofline(machine([{"time": 1.0} | row])))
+    below = next(f for f in said.findings if f.code == "roofline/below_roof")
+    assert below.sentence.endswith(end) and advice in below.advice
+
+
+def test_a_pool_of_shapes_names_none() -> None:
+    rows = [{"time": 1.0, "shapes": str(i)} for i in range(3)]
+    below = [f for f in judge(roofline(machine(rows), rows=0)).findings if f.code == "roofline/below_roof"]
+    assert [f.sentence.rpartition(": ")[2] for f in below] == ["100 % of operator time"]
 
 
 def test_a_narrower_dtype_is_a_finding_only_where_it_is_faster() -> None:
