@@ -265,7 +265,7 @@ class Recorder:
         probe = self._probes.pop(name, None)
         sentence = str(error) if isinstance(error, BnvizError) else f"{type(error).__name__}: {error}"
         self.notes.append(
-            f"{name} stopped at call {max(self._clock.calls - 1, 0)}: {sentence} The model was not affected."
+            f"{name} stopped at call {max(self._clock.calls - 1, 0)}: {sentence.rstrip('.')}. The model was not affected."
         )
         unasked = (
             not self._named and isinstance(error, BnvizError) and probe is not None and "process" in probe.spec.uses
