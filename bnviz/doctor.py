@@ -131,7 +131,7 @@ def _py_spy() -> Check:
 
 def _jupyter() -> Check:
     if _version("jupyterlab") is None:
-        return _optional("jupyterlab", "jupyter", "no side panel")
+        return _optional("jupyterlab", "jupyter", "no magics, nothing live in a notebook")
     absent = [name for name in ("ipython", "ipywidgets", "anywidget") if _version(name) is None]
     if absent:
         return Check("jupyterlab", False, f"{', '.join(absent)} not installed; run: pip install 'bnviz[jupyter]'")

@@ -45,7 +45,7 @@ def unknown(what: str, name: str, choices: Iterable[str]) -> UnknownName:
     >>> print(unknown("probe", "atention", ["attention", "routing"]))
     Unknown probe 'atention'; did you mean 'attention'? Valid: attention, routing.
     """
-    valid = sorted(choices)
+    valid = sorted(set(choices))
     near = difflib.get_close_matches(str(name), valid, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return UnknownName(f"Unknown {what} {name!r}{hint} Valid: {', '.join(valid) or 'none'}.")

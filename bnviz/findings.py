@@ -10,22 +10,28 @@ from . import quantities
 from .schema import DIMENSIONS, SEVERITIES, Finding, Saving
 
 NOT_ESTIMATED = "saving not estimated"
+LARGE = 0.05
+"""The share of the run's whole from which a saving goes before severity."""
 
 
 def rank(findings: Iterable[Finding]) -> list[Finding]:
-    """Findings by estimated saving as a share of the run's whole, then by severity.
+    """Findings in the order to act on them.
 
-    One whose saving was not estimated comes after those of the same severity that have one; equals keep their order.
+    First those that save a twentieth (`LARGE`) of the run's whole or more, by that share. Then all others by severity, and
+    within one severity by their share: a `high` whose saving nobody can estimate stands above a `low` that saves 1 %. One
+    whose saving was not estimated comes after those of the same severity that have one; equals keep their order.
 
     Examples
     --------
-    >>> some = Finding("a/b", "Small", "low"), Finding("a/c", "Large", "low", saving=Saving(8, "B", 0.5, "computed"))
-    >>> [f.sentence for f in rank(some)]
-    ['Large', 'Small']
+    >>> def low(name, share): return Finding("a/b", name, "low", saving=Saving(8, "B", share, "computed"))
+    >>> [f.sentence for f in rank([low("1 %", 0.01), Finding("a/b", "high", "high"), low("9 %", 0.09)])]
+    ['9 %', 'high', '1 %']
     """
 
-    def key(finding: Finding) -> tuple[float, int, bool]:
-        return -share_of(finding), SEVERITIES.index(finding.severity), finding.saving is None
+    def key(finding: Finding) -> tuple[float, int, float, bool]:
+        share = share_of(finding)
+        ahead = share if share >= LARGE else 0.0
+        return -ahead, SEVERITIES.index(finding.severity), -share, finding.saving is None
 
     return sorted(findings, key=key)
 

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__, catalog
+from . import __version__, catalog, quantities
 from .figures import Drawn, draw
 from .findings import NOT_ESTIMATED, place, rank, saving_words, share_of
 from .overview import facts, six_numbers
@@ -307,7 +307,7 @@ def _not_run(part: _Part) -> str:
     )
     states = f'<ul class="states">{items}</ul>'
     if part.mark and not report.failures:
-        words = f"{len(lines)} questions this run does not answer"
+        words = f"{quantities.counted(len(lines), 'question')} this run does not answer"
         return f'<section class="block"><details><summary>{words}</summary>{states}</details></section>'
     return f'<section class="block"><h2>Not answered by this run</h2>{states}</section>'
 
@@ -339,5 +339,5 @@ def summary(report: Report) -> str:
     )
     more = len(report.findings) - SHOWN
     tail = f"<p>{more} more in <code>report.findings</code></p>" if more > 0 else ""
-    head = f"<p><b>What holds {escape(report.model)} back</b> · {len(report.outcomes)} diagnostics</p>"
+    head = f"<p><b>What holds {escape(report.model)} back</b> · {quantities.counted(len(report.outcomes), 'diagnostic')}</p>"
     return f"<div>{head}{f'<table>{rows}</table>' if rows else f'<p>{escape(nothing_found(report))}</p>'}{tail}</div>"

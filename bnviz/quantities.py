@@ -120,6 +120,17 @@ def count(value: float, digits: int = 3) -> str:
     return _scaled(value, "", _SI, 1000, digits)
 
 
+def counted(value: float, noun: str, plural: str = "") -> str:
+    """A count with what is counted, in the singular or in the plural: an s, unless `plural` says it.
+
+    Examples
+    --------
+    >>> counted(1, "diagnostic"), counted(0, "finding"), counted(12_345, "token")
+    ('1 diagnostic', '0 findings', '12.3 k tokens')
+    """
+    return f"{count(value)} {noun if value == 1 else plural or noun + 's'}"
+
+
 def ratio(value: float) -> str:
     """A ratio, a correlation: two digits after the point.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from . import catalog
 from .errors import BnvizError, NotCaptured, StoreError, unknown
 from .findings import place, rank, saving_words
+from .needs import NOT_APPLICABLE, holds, labels_record, lack, split
+from .quantities import counted
 from .schema import DiagnosticSpec, Finding, Judgement
 
 if TYPE_CHECKING:
-    import os
-
     import pandas as pd
     import xarray as xr
 
@@ -36,7 +37,7 @@ class Outcome:
 
 
 def diagnose(
-    run: Run,
+    run: Run | str | os.PathLike[str],
     *names: str,
     labels: Any = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -47,8 +48,8 @@ def diagnose(
 
     Parameters
     ----------
-    run : Run
-        What was captured.
+    run : Run or path-like
+        What was captured, or where it was saved.
     *names : str
         Diagnostics to run; none named: all whose records are there, and the report says which are not.
     labels : array (sample,), optional
@@ -70,9 +71,12 @@ def diagnose(
         The run is empty, or a diagnostic was named whose records the run does not hold.
     UnknownName
         No such diagnostic, or no such option of it.
+    StoreError
+        There is no run at the path.
     BnvizError
-        The labels do not fit the samples.
+        The labels do not fit the samples, or `run` is no run.
     """
+    run = _opened(run)
     if not run.kinds:
         raise NotCaptured(
             "This run is empty: no probe saw anything. Run the model inside bnviz.capture(model) and try again."
@@ -83,10 +87,10 @@ def diagnose(
             raise unknown("diagnostic", name, catalog.names("diagnostics"))
     records = {kind: run[kind] for kind in run.kinds}
     if labels is not None:
-        records["labels"] = _labels(labels, records)
+        records["labels"] = labels_record(labels, records)
     chosen = {name: catalog.load("diagnostics", name) for name in dict.fromkeys(names or catalog.names("diagnostics"))}
     ordered = sorted(chosen.values(), key=lambda d: (d.spec.order, d.spec.name))
-    absent = {d.spec.name: lack for d in ordered if (lack := _lack(d.spec, records))}
+    absent = {d.spec.name: why for d in ordered if (why := lack(d.spec, records, run.provenance))}
     if names and absent:
         raise NotCaptured(f"{next(iter(absent))}: {next(iter(absent.values()))}.")
     for name, some in given.items():
@@ -109,6 +113,20 @@ def diagnose(
     return Report(run, outcomes, failures=failures, absent=absent)
 
 
+def _opened(run: Any) -> Run:
+    """The run itself, or the one that was saved at a path."""
+    from .run import Run
+    from .run import open as open_run
+
+    if isinstance(run, (str, os.PathLike)):
+        return open_run(run)
+    if isinstance(run, Run):
+        return run
+    made = type(run).__name__
+    hint = "; give its .run" if hasattr(type(run), "run") else ""
+    raise BnvizError(f"diagnose takes a run or the path of a saved one, got a {made}{hint}.")
+
+
 class Report:
     """What the diagnostics of one run say, ranked.
 
@@ -123,7 +141,7 @@ class Report:
     failures : mapping of str to str
         Diagnostics that raised: name and "ErrorName: message".
     absent : mapping of str to str
-        Diagnostics whose records are not in the run: name and what to add.
+        Diagnostics whose records are not in the run: name and what to add, or that the model has nothing of the kind.
     """
 
     def __init__(
@@ -151,7 +169,7 @@ class Report:
 
     @property
     def findings(self) -> list[Finding]:
-        """All findings, by estimated saving as a share of the run's whole, then by severity."""
+        """All findings: what saves a twentieth of the run's whole or more first, then by severity (see `findings.rank`)."""
         return rank(finding for each in self.outcomes.values() for finding in each.judgement.findings)
 
     def _outcome(self, name: str) -> Outcome:
@@ -251,7 +269,8 @@ class Report:
 
     def __repr__(self) -> str:
         found = self.findings
-        lines = [f"Report on {self.model} · {len(self.outcomes)} diagnostics · {len(found)} findings"]
+        ran = counted(len(self.outcomes), "diagnostic")
+        lines = [f"Report on {self.model} · {ran} · {counted(len(found), 'finding')}"]
         for finding in found[:7]:
             at = place(finding.where)
             lines.append(
@@ -263,9 +282,16 @@ class Report:
         if not found and self.outcomes:
             lines.append(f"  {nothing_found(self)}")
         lines += [f"  {name} did not finish: {why}" for name, why in self.failures.items()]
-        if self.absent:
-            lines.append(f"  not captured for: {', '.join(self.absent)} (see .absent)")
+        for words, some in self._unanswered():
+            lines.append(f"  {words}: {', '.join(some)} (see .absent)")
         return "\n".join(lines)
+
+    def _unanswered(self) -> Iterator[tuple[str, list[str]]]:
+        """Diagnostics without their records, those that this model has nothing for apart."""
+        for words, applies in (("not captured for", True), ("not applicable to this model", False)):
+            some = [name for name, why in self.absent.items() if applies != why.startswith(NOT_APPLICABLE)]
+            if some:
+                yield words, some
 
     def _repr_html_(self) -> str:
         display = importlib.import_module("bnviz.jupyter.display")  # above this room: only a notebook asks for it
@@ -274,8 +300,8 @@ class Report:
 
 def nothing_found(report: Report) -> str:
     """The words of a report without findings."""
-    ran, records = len(report.outcomes), len(report.run.kinds)
-    return f"Nothing found above the limits. {ran} diagnostic{'s' * (ran != 1)} ran on {records} record{'s' * (records != 1)}"
+    ran, records = counted(len(report.outcomes), "diagnostic"), counted(len(report.run.kinds), "record")
+    return f"Nothing found above the limits. {ran} ran on {records}"
 
 
 def _row(finding: Finding) -> dict[str, Any]:
@@ -301,8 +327,8 @@ def _outcome(diagnostic: Any, records: Mapping[str, xr.Dataset], options: Mappin
     """Run one diagnostic and its judge, each with the options that are its own."""
     spec: DiagnosticSpec = diagnostic.spec
     judge = catalog.judge_of(diagnostic)
-    needed = {_split(need)[0] for need in spec.needs}
-    wanted = {_split(want)[0] for want in spec.wants if _holds(records, want)}
+    needed = {split(need)[0] for need in spec.needs}
+    wanted = {split(want)[0] for want in spec.wants if holds(records, want)}
     own, limits = _accepts(diagnostic), _accepts(judge)
     arguments = {name: records[name] for name in sorted(needed | wanted)}
     result = diagnostic(**arguments, **{k: v for k, v in options.items() if k in own})
@@ -321,60 +347,6 @@ def _check_options(diagnostic: Any, options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in valid:
             raise unknown(f"option of diagnostic {diagnostic.spec.name!r}:", name, valid)
-
-
-def _split(need: str) -> tuple[str, str]:
-    record, _, variable = need.partition(".")
-    return record, variable
-
-
-def _holds(records: Mapping[str, xr.Dataset], need: str) -> bool:
-    record, variable = _split(need)
-    return record in records and (
-        not variable or variable in records[record].variables
-    )  # one named as its dim is a coordinate
-
-
-def _lack(spec: DiagnosticSpec, records: Mapping[str, xr.Dataset]) -> str:
-    """What a diagnostic lacks and how to get it; empty when nothing is missing."""
-    lacking = [need for need in spec.needs if not _holds(records, need)]
-    if not lacking:
-        return ""
-    if any(_split(need)[0] == "labels" for need in lacking):
-        return "Not captured: labels. Pass labels=[...] to diagnose, one for each captured sample"
-    probes = sorted({_split(need)[0] for need in lacking if _split(need)[0] not in records})
-    if probes:
-        named = ", ".join(f'"{probe}"' for probe in probes)
-        return f"Not captured: {', '.join(lacking)}. Add probes=[{named}] and run again"
-    probe = "".join(part.title() for part in _split(lacking[0])[0].split("_"))
-    return f"Not captured: {', '.join(lacking)}. Ask the probe for it, see help(bnviz.probes.{probe}), and run again"
-
-
-def _labels(labels: Any, records: Mapping[str, xr.Dataset]) -> xr.Dataset:
-    """The record `labels` from an array of whole numbers or names."""
-    import numpy as np
-    import xarray as xr
-
-    values = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
-    if values.ndim != 1:
-        raise BnvizError(
-            f"labels has shape {values.shape}, expected one label for each captured sample, shape (sample,)."
-        )
-    samples = {
-        kind: record.sizes["sample"]
-        for kind, record in records.items()
-        if "sample" in record.sizes and kind != "labels"
-    }
-    for kind, count in samples.items():
-        if count != len(values):
-            raise BnvizError(
-                f"labels has {len(values)} entries, expected {count}: one for each sample of the record {kind!r}."
-            )
-    attrs: dict[str, Any] = {}
-    if not np.issubdtype(values.dtype, np.integer):
-        table, values = np.unique(values, return_inverse=True)
-        attrs["table"] = [str(entry) for entry in table]
-    return xr.Dataset({"label": ("sample", values.astype(np.int64))}, attrs=attrs)
 
 
 __all__: Sequence[str] = ("Outcome", "Report", "diagnose", "nothing_found")

@@ -107,6 +107,8 @@ class Variable:
         "add", "max" and "last" along a key axis that grows with the cache; "stack" is never merged.
     optional : bool
         May be absent (asked for by an option, or not defined for this model).
+    option : str
+        How a capture asks for it, as written in the call: "sample=N". Empty: it comes unasked.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Variable:
     doc: str
     merge: Merge = "stack"
     optional: bool = False
+    option: str = ""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

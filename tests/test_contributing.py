@@ -69,6 +69,18 @@ def test_its_own_test_passes_with_its_entry_points(package: Path) -> None:
     assert re.search(r"\b4 passed\b", said)
 
 
+def test_it_keeps_the_contracts_of_its_rooms(package: Path) -> None:
+    chosen = [f"{ROOT}/tests/contracts/test_{room}.py" for room in ("probes", "diagnostics", "views")]
+    options = ["-c", f"{ROOT}/pyproject.toml", "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-q", "-rA"]
+    said = python(package, "-m", "pytest", *options, "-k", "massive", *chosen)
+    for kept in (
+        "test_probes.py::test_outputs_gradients_and_state_are_bit_identical[massive]",
+        "test_diagnostics.py::test_the_result_is_as_declared[massive_tokens]",
+        "test_views.py::test_an_empty_result_draws_words[massive_tokens]",
+    ):
+        assert re.search(rf"PASSED \S*{re.escape(kept)}", said), said[-3000:]
+
+
 def test_every_room_finds_it(package: Path) -> None:
     code = f"""
 from bnviz import catalog

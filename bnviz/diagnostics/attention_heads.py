@@ -206,7 +206,7 @@ def judge(result: xr.Dataset, *, few: int = 16) -> Judgement:
     layers, heads = result.sizes["layer"], result.sizes["head"]
     subtitle = (
         f"share of attention by pattern · {attrs['model']}, {layers} × {heads} heads · {q.count(attrs['tokens'])} tokens, "
-        f"{attrs['steps']} step{'s' if attrs['steps'] != 1 else ''}"
+        f"{q.counted(attrs['steps'], 'step')}"
     )
     caveats = [
         "A role is what a head does on this text; limits "

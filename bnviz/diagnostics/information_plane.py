@@ -11,7 +11,7 @@ import xarray as xr
 
 from bnviz import catalog
 from bnviz.errors import SchemaError
-from bnviz.quantities import count, setting, significant
+from bnviz.quantities import counted, setting, significant
 from bnviz.schema import Judgement, Variable, diagnostic, stamp
 
 from ._layer_outputs import LayerOutputs, layer_outputs
@@ -220,7 +220,7 @@ def judge(result: xr.Dataset, *, loss: float = 0.25, label_loss: float = 0.1) ->
     scales = ", ".join(attrs.get("scales", {}).values())
     subtitle = (
         f"I(X;T) and I(T;Y) at {scales} · {model}, {result.sizes.get('layer', 0)} layers · "
-        f"{count(attrs.get('samples', 0))} samples, {count(result.sizes.get('step', 0))} steps"
+        f"{counted(attrs.get('samples', 0), 'sample')}, {counted(result.sizes.get('step', 0), 'step')}"
     )
     if "i_ty" not in result:
         subtitle = subtitle.replace("I(X;T) and I(T;Y)", "I(X;T)")

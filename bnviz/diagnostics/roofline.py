@@ -10,7 +10,7 @@ import xarray as xr
 from bnviz.errors import NotCaptured
 from bnviz.events import EventTable
 from bnviz.hardware.roof import BOUNDS, REASONS, Load, Verdict, judge_calls, level_of
-from bnviz.quantities import duration, share
+from bnviz.quantities import counted, duration, share
 from bnviz.schema import Finding, Judgement, Variable, diagnostic, stamp
 
 from ._roofline_findings import IN_WORDS, Rows, findings_of
@@ -315,8 +315,8 @@ def judge(
     threads = int(result.attrs.get("threads", 1))
     subtitle = (
         f"FLOP/s against FLOP/B, circles by share of time · {result.attrs.get('model') or 'model'} · "
-        f"{ceilings.get('name', 'this machine')}, {threads} thread{'s' if threads != 1 else ''} · "
-        f"{duration(whole)} in operators of {result.attrs.get('calls', 0)} forwards"
+        f"{ceilings.get('name', 'this machine')}, {counted(threads, 'thread')} · "
+        f"{duration(whole)} in operators of {counted(result.attrs.get('calls', 0), 'forward')}"
     )
     return Judgement(title, subtitle, _summary(result, whole, title, caveats), caveats, _ranked(found))
 

@@ -50,10 +50,10 @@ def _facts(run: Run) -> list[str]:
     given = run.provenance
     facts = [str(given["class"])] if given.get("class") and given.get("class") != run.model else []
     if "parameters" in given:
-        facts.append(f"{quantities.count(given['parameters'])} parameters")
+        facts.append(quantities.counted(given["parameters"], "parameter"))
     facts += [str(given[name]) for name in ("dtype", "device") if name in given]
     if "watched" in given:
-        facts.append(f"{quantities.count(given['watched'])} of {quantities.count(given['calls'])} forwards watched")
+        facts.append(f"{quantities.count(given['watched'])} of {quantities.counted(given['calls'], 'forward')} watched")
     if "seconds" in given:
         facts.append(quantities.duration(given["seconds"]))
     return [*facts, f"{quantities.size(run.nbytes)} of records"]

@@ -86,10 +86,14 @@ class BnvizMagics(Magics):  # type: ignore[misc]
             print("Nothing is watched. Attach a model: %bnviz attach MODEL")
             return
         seen = self.recorder.snapshot()
-        calls, held, time = seen["calls"], quantities.size(seen["held_bytes"]), quantities.duration(seen["elapsed"])
-        print(f"Watching {self._watched} for {time}: {quantities.count(calls)} calls, {held} kept.")
+        calls, held, time = (
+            quantities.counted(seen["calls"], "call"),
+            quantities.size(seen["held_bytes"]),
+            quantities.duration(seen["elapsed"]),
+        )
+        print(f"Watching {self._watched} for {time}: {calls}, {held} kept.")
         for record, rows in seen["rows"].items():
-            print(f"  {record:<12} {quantities.count(rows)} observations")
+            print(f"  {record:<12} {quantities.counted(rows, 'observation')}")
         for note in seen["notes"]:
             print(f"  note: {note}")
 

@@ -59,9 +59,7 @@ def test_a_named_diagnostic_without_its_record_says_what_to_add(run: Run) -> Non
     ):
         diagnose(run, "expert_toy")
     bare = Run({"attention": run["attention"], "activations": run["activations"].drop_vars("norm_out")}, {})
-    with pytest.raises(
-        NotCaptured, match=r"activations.norm_out. Ask the probe for it, see help\(bnviz.probes.Activations\)"
-    ):
+    with pytest.raises(NotCaptured, match=r'activations.norm_out. Capture again with probes=\["activations"\]\.'):
         diagnose(bare, "layer_size")
 
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnviz.findings import amount, place, rank, saving_words, share_of
-from bnviz.schema import SEVERITIES, Finding, Saving
+from bnviz.findings import LARGE, amount, place, rank, saving_words, share_of
+from bnviz.schema import SEVERITIES, Finding, Saving, Severity
 
 savings = st.none() | st.builds(
     Saving, st.floats(0, 1e12), st.sampled_from(["B", "s", "FLOP", "%"]), st.floats(0, 1), st.just("computed")
@@ -23,14 +23,27 @@ findings = st.builds(
 
 
 @given(st.lists(findings, max_size=12))
-def test_rank_is_by_share_then_severity_then_estimated_first(some: list[Finding]) -> None:
+def test_rank_is_by_large_share_then_severity_then_share_then_estimated_first(some: list[Finding]) -> None:
     ranked = rank(some)
     assert sorted(map(id, ranked)) == sorted(map(id, some))
     for a, b in pairwise(ranked):
-        assert share_of(a) >= share_of(b)
-        if share_of(a) == share_of(b):
-            assert SEVERITIES.index(a.severity) <= SEVERITIES.index(b.severity)
-            assert a.severity != b.severity or a.saving is not None or b.saving is None
+        if max(share_of(a), share_of(b)) >= LARGE:
+            assert share_of(a) >= share_of(b)
+        elif a.severity == b.severity:
+            assert share_of(a) >= share_of(b)
+            assert share_of(a) > share_of(b) or a.saving is not None or b.saving is None
+        else:
+            assert SEVERITIES.index(a.severity) < SEVERITIES.index(b.severity)
+
+
+def test_severity_is_not_drowned_by_small_savings() -> None:
+    def saves(severity: Severity, share: float) -> Finding:
+        return Finding("a/b", f"{severity} {share}", severity, saving=Saving(1, "B", share, "computed"))
+
+    grave, small, large = Finding("a/b", "grave", "high"), saves("low", 0.049), saves("low", 0.05)
+    assert rank([small, saves("note", 0.01), grave, saves("medium", 0.0), large]) == [
+        large, grave, saves("medium", 0.0), small, saves("note", 0.01),
+    ]  # fmt: skip
 
 
 @given(st.lists(findings, max_size=6))
