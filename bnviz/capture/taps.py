@@ -142,10 +142,11 @@ class BlockTap:
         if found is None or not set(_calls(found)) <= set(self._written) or len(set(found.parts)) != len(found.parts):
             return
         running = first
-        for (path, call), part in zip(_calls(found), found.parts, strict=True):
+        for (path, call), part, scale in zip(_calls(found), found.parts, found.scales, strict=True):
             written = tokens_first(self._written[path, call].detach())
             if written is None or written.shape != first.shape:
                 return
+            written = written if scale == 1.0 else scale * written
             reads = first if found.parallel else running
             site = Site("sublayer", f"{self._site.path}.{path}", self._site.layer, part, "verified residual writer")
             self._emit(BlockSeen(site, context, reads, reads + written))

@@ -1,8 +1,8 @@
 """Which modules of a block write to its residual stream: found by arithmetic in the first forward, not by name.
 
-Among the outputs of a block's descendants, the smallest set with output - input = sum of the set is taken; one of them is the
-attention, another the feed-forward part. A block that is not such a sum (post-norm, hyper-connections) has no verified writers
-and is watched as a whole.
+Among the outputs of a block's descendants, the smallest set with output - input = sum of the set is taken, or of the set scaled
+(Granite adds 0.22 of each); one of them is the attention, another the feed-forward part. A block that is no such sum (post-norm,
+hyper-connections) has no verified writers and is watched as a whole.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Writers:
         Which call of the module in a forward of the block: a dropout may serve both.
     parallel : bool
         All read the block's input (GPT-J, Falcon); else each reads the sum so far.
+    scales : tuple of float
+        What each output is multiplied by before it is added.
     sizes : tuple of int
         Bytes of the parameters of the modules that ended after the writer before and up to this one.
     """
@@ -43,6 +45,7 @@ class Writers:
     parts: tuple[str, ...]
     calls: tuple[int, ...]
     parallel: bool
+    scales: tuple[float, ...]
     sizes: tuple[int, ...]
 
 
@@ -99,12 +102,15 @@ class Search:
         delta = after.detach().float() - before.detach().float()
         candidates = self._outermost()
         tolerance = TOLERANCE if before.dtype == torch.float32 else 10 * TOLERANCE
-        scale = delta.norm()
-        for count in (2, 1, 3):
-            for chosen in itertools.combinations(candidates, count):
-                total = sum((y.float() for _, _, y in chosen[1:]), chosen[0][2].float())
-                if bool((total - delta).norm() <= tolerance * scale) and bool(scale > 0):
-                    return self._writers(before, chosen, tolerance), [y for _, _, y in chosen]
+        if not bool(delta.norm() > 0):
+            return None, []
+        some, thinned = _thin(delta), {id(y): _thin(y).float() for _, _, y in candidates}
+        for fitted in (_sum, _scaled):
+            for count in (2, 1, 3):
+                for chosen in itertools.combinations(candidates, count):
+                    scales = fitted(some, [thinned[id(y)] for _, _, y in chosen], tolerance)
+                    if scales is not None and _adds_up(delta, [y for _, _, y in chosen], scales, tolerance):
+                        return self._writers(before, chosen, tolerance, scales), [y for _, _, y in chosen]
         return None, []
 
     def _outermost(self) -> list[tuple[str, int, Tensor]]:
@@ -119,15 +125,17 @@ class Search:
             called[path] += 1
         return list(kept.values())
 
-    def _writers(self, before: Tensor, chosen: tuple[tuple[str, int, Tensor], ...], tolerance: float) -> Writers:
+    def _writers(
+        self, before: Tensor, chosen: tuple[tuple[str, int, Tensor], ...], tolerance: float, scales: tuple[float, ...]
+    ) -> Writers:
         paths, calls = tuple(p for p, _, _ in chosen), tuple(n for _, n, _ in chosen)
-        middle = before.detach().float() + chosen[0][2].float()
+        middle = before.detach().float() + scales[0] * chosen[0][2].float()
         reads = any(
             x.shape == middle.shape and bool((x.float() - middle).norm() <= tolerance * middle.norm())
             for x in self._inputs
         )
         parts, parallel = tuple(_part(p, i) for i, p in enumerate(paths)), len(chosen) > 1 and not reads
-        return Writers(paths, parts, calls, parallel, self._sizes(paths, calls))
+        return Writers(paths, parts, calls, parallel, scales, self._sizes(paths, calls))
 
     def _sizes(self, paths: tuple[str, ...], calls: tuple[int, ...]) -> tuple[int, ...]:
         """Bytes of parameters between the ends of the writers; what comes after the last belongs to the last."""
@@ -143,6 +151,38 @@ class Search:
                     counted.add(id(parameter))
                     sizes[part] += parameter.numel() * parameter.element_size()
         return tuple(sizes)
+
+
+def _thin(values: Tensor) -> Tensor:
+    """At most 64 tokens, spread evenly: a set that does not add up there does not add up."""
+    rows = values.reshape(-1, values.shape[-1])
+    return rows[:: max(1, -(-len(rows) // 64))]
+
+
+def _adds_up(delta: Tensor, terms: list[Tensor], scales: tuple[float, ...], tolerance: float) -> bool:
+    left = delta.clone()
+    for term, scale in zip(terms, scales, strict=True):
+        left.sub_(term.float(), alpha=scale)
+    return bool(left.norm() <= tolerance * delta.norm())
+
+
+def _sum(delta: Tensor, terms: list[Tensor], tolerance: float) -> tuple[float, ...] | None:
+    """Ones, when `delta` is the sum of the terms."""
+    total = sum(terms[1:], terms[0])
+    return (1.0,) * len(terms) if bool((total - delta).norm() <= tolerance * delta.norm()) else None
+
+
+def _scaled(delta: Tensor, terms: list[Tensor], tolerance: float) -> tuple[float, ...] | None:
+    """The positive factors with which the terms add up to `delta`; None when there are none."""
+    stacked = torch.stack([t.reshape(-1) for t in terms]).double()
+    flat = delta.reshape(-1).double()
+    products = stacked @ stacked.T
+    if bool(torch.linalg.matrix_rank(products, hermitian=True) < len(terms)):
+        return None
+    scales = torch.linalg.solve(products, stacked @ flat)
+    if not bool((scales > 0).all()) or bool((scales @ stacked - flat).norm() > tolerance * flat.norm()):
+        return None
+    return tuple(scales.tolist())
 
 
 def _part(path: str, place: int) -> str:

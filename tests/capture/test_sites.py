@@ -114,6 +114,25 @@ def test_residual_writers_are_verified(block: type[nn.Module], parallel: bool) -
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
+def test_scaled_residual_writers_are_verified() -> None:
+    class Scaled(PreNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 0.22 * self.attn(self.n1(x))
+            return x + 0.22 * self.mlp(self.n2(x))
+
+    torch.manual_seed(0)
+    module, x = Scaled(), torch.randn(2, 7, 16)
+    search = Search(module, (2, 7, 16))
+    y = module(x)
+    found, outputs = search.found(x, y)
+    search.close()
+    assert found is not None
+    assert found.paths == ("attn", "mlp")
+    assert not found.parallel
+    assert found.scales == pytest.approx((0.22, 0.22), rel=1e-4)
+    assert torch.allclose(x + 0.22 * (outputs[0] + outputs[1]), y, atol=1e-5)
+
+
 def test_a_post_norm_block_has_no_verified_writers() -> None:
     torch.manual_seed(0)
     module, x = PostNorm(), torch.randn(2, 7, 16)
