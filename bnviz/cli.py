@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .errors import BnvizError
+from .errors import BnvizError, StoreError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,7 +115,10 @@ def _write(stored: Path, target: Path, *, overwrite: bool) -> Path:
     from .report import diagnose
     from .run import open as open_run
 
-    report = diagnose(open_run(stored))
+    run = open_run(stored)
+    if target.exists() and not overwrite:
+        raise StoreError(f"{target} exists; name another file with -o, or add -f to replace it.")
+    report = diagnose(run)
     saved = report.save(target, overwrite=overwrite)
     print(report, file=sys.stderr)
     return saved

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from . import __version__, catalog, quantities
 from .figures import Drawn, draw
 from .findings import NOT_ESTIMATED, place, rank, saving_words, share_of
+from .needs import NOT_APPLICABLE
 from .overview import facts, six_numbers
 from .schema import Finding
 from .tables import Table, tables
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .report import Outcome, Report
 
 SHOWN = 7
+_GENERATOR = '<meta name="generator" content="bnviz '
 _NO_SCRIPT = "Figures need JavaScript. The findings and tables below do not"
 _MARK = {"high": "■", "medium": "▲", "low": "●", "note": "○"}
 _BUNDLES = ("bokeh", "bokeh-gl", "bokeh-widgets", "bokeh-tables")  # in the order they must load
@@ -59,6 +61,15 @@ def _parts(reports: Sequence[Report]) -> list[_Part]:
     return [_Part(report, f"part{i}-", run, _figures(report, f"part{i}-")) for i, (report, run) in made]
 
 
+def written_here(path: Path) -> bool:
+    """Whether a file is a report that bnviz wrote, by the line in its head that says so."""
+    try:
+        with path.open("rb") as file:
+            return _GENERATOR.encode() in file.read(4096)
+    except OSError:
+        return False
+
+
 def page(*reports: Report) -> str:
     """The whole file: one report, or several beside each other with one list of findings."""
     from .views import style
@@ -72,7 +83,7 @@ def page(*reports: Report) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="generator" content="bnviz {__version__}"><title>{escape(title)} · bnviz</title>
+{_GENERATOR}{__version__}"><title>{escape(title)} · bnviz</title>
 <style>{style.page_css(report=True)}</style></head><body>
 <div class="bar"><div><div id="status" role="status" aria-live="polite">{_NO_SCRIPT}</div>
 <button id="theme" type="button" hidden>Dark theme</button></div></div>
@@ -197,9 +208,8 @@ def _findings(parts: Sequence[_Part]) -> str:
 
     found = _ranked(parts)
     if not found:
-        ran = "".join(
-            f"<li>{escape(each.spec.question)}</li>" for part in parts for each in part.report.outcomes.values()
-        )
+        every = [each for part in parts for each in part.report.outcomes.values()]
+        ran = "".join(f"<li>{escape(each.judgement.question or each.spec.question)}</li>" for each in every)
         words = " ".join(nothing_found(part.report) for part in parts)
         body = f'<div class="nothing">{escape(words)}<ul>{ran}</ul></div>'
     else:
@@ -259,7 +269,7 @@ def _section(part: _Part, name: str, outcome: Outcome, *, half: bool) -> str:
     summary = judgement.summary or judgement.title
     kind, level = ("half" if half else "full"), (3 if part.mark else 2)
     return f"""<section id="{at}" class="{kind}" data-record="{escape(record)}" aria-labelledby="q-{at}">
-<h{level} class="question" id="q-{at}">{escape(spec.question)}</h{level}>
+<h{level} class="question" id="q-{at}">{escape(judgement.question or spec.question)}</h{level}>
 <h{level + 1} class="says" id="t-{at}">{escape(judgement.title)}</h{level + 1}>
 <p class="sub">{escape(judgement.subtitle)}</p><p class="spoken" id="s-{at}">{escape(summary)}</p>
 {shown}{f'<ul class="caveats">{caveats}</ul>' if caveats else ""}{_as_tables(outcome)}</section>"""
@@ -296,7 +306,10 @@ def _table(table: Table) -> str:
 def _not_run(part: _Part) -> str:
     """Diagnostics whose records are not there, with what to add; and those that failed. Folded where others answer beside it."""
     report = part.report
-    lines = [("hatched", catalog.load("diagnostics", name).spec.question, why) for name, why in report.absent.items()]
+    lines = [
+        ("" if why.startswith(NOT_APPLICABLE) else "hatched", catalog.load("diagnostics", name).spec.question, why)
+        for name, why in report.absent.items()
+    ]
     lines += [
         ("failed", _title_of(name), f"○ {why}. The others were not affected") for name, why in report.failures.items()
     ]

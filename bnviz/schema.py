@@ -205,6 +205,8 @@ class Judgement:
     caveats : tuple of str
         Lines under the figure; they survive export.
     findings : tuple of Finding
+    question : str
+        Stands in place of the diagnostic's own question, where that cannot be asked of this result.
     """
 
     title: str
@@ -212,6 +214,7 @@ class Judgement:
     summary: str = ""
     caveats: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
+    question: str = ""
 
     def __post_init__(self) -> None:
         if len(self.title) > 90:

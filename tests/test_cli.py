@@ -15,6 +15,7 @@ import bnviz
 from bnviz import doctor
 from bnviz.cli import main
 from bnviz.doctor import Check, lines, look
+from bnviz.page import written_here
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_report(stored: Path, tmp_path: Path, capsys: Any) -> None:
     assert said.err.startswith("Report on ")
     assert target.read_text().lstrip().lower().startswith("<!doctype html>")
     assert main(["report", str(stored), "-o", str(target)]) == 2
-    assert "exists" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"bnviz: {target} exists; name another file with -o, or add -f to replace it.\n"
     assert main(["report", str(stored), "-o", str(target), "--force"]) == 0
 
 
@@ -68,6 +69,27 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["demo", "there"]) == 0
     assert main(["demo"]) == 0
     assert asked == ["there", "demo"]
+
+
+def test_the_demo_leaves_what_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("bnviz.demo.tour.STOPS", ())  # nothing may be run before it is refused
+    file, folder = tmp_path / "afile", tmp_path / "mine"
+    file.write_text("x")
+    assert main(["demo", str(file)]) == 2
+    assert "afile is a file, and the demo writes a folder" in capsys.readouterr().err
+    folder.mkdir()
+    (folder / "report.html").write_text("<!doctype html><title>my thesis</title>")
+    assert main(["demo", str(folder)]) == 2
+    said = capsys.readouterr()
+    assert "was not written by bnviz and is left alone" in said.err
+    assert said.out == ""
+    assert "my thesis" in (folder / "report.html").read_text()
+
+
+def test_a_report_of_ours_is_known(stored: Path, tmp_path: Path) -> None:
+    ours = bnviz.diagnose(stored).save(tmp_path / "ours.html")
+    assert written_here(ours)
+    assert not written_here(tmp_path / "no.html")
 
 
 def test_what_goes_wrong_is_one_sentence(tmp_path: Path, capsys: Any) -> None:

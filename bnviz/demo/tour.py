@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnviz.quantities import count, duration, size
+from bnviz.errors import StoreError
+from bnviz.quantities import counted, duration, size
 
 from .models import MODELS, load
 from .texts import text
@@ -36,7 +37,7 @@ def main(folder: str | os.PathLike[str] = "demo", *, say: Say = print) -> Path:
     ----------
     folder : path-like
         Gets `report.html`, the runs (`*.zarr`) and `trace/`, which TensorBoard and Perfetto open. What an earlier demo left
-        there is replaced.
+        there is replaced; a `report.html` that is not one of ours is not.
     say : callable
         Given each line of progress.
 
@@ -44,9 +45,14 @@ def main(folder: str | os.PathLike[str] = "demo", *, say: Say = print) -> Path:
     -------
     Path
         The report.
+
+    Raises
+    ------
+    StoreError
+        `folder` is a file, or holds a `report.html` of somebody else; nothing was run.
     """
     start = time.perf_counter()
-    home = Path(folder)
+    home = _free(Path(folder))
     say(ABOUT)
     reports: list[Report] = []
     for number, (what, watch) in enumerate(STOPS, 1):
@@ -55,17 +61,32 @@ def main(folder: str | os.PathLike[str] = "demo", *, say: Say = print) -> Path:
         run.save(home / f"{run.model.replace(' ', '-')}.zarr", overwrite=True)
         report = _diagnose(run)
         reports.append(report)
-        say(f"[{number}/{len(STOPS)}] {what}: {len(report.names)} diagnostics, {duration(time.perf_counter() - begun)}")
+        ran = counted(len(report.names), "diagnostic")
+        say(f"[{number}/{len(STOPS)}] {what}: {ran}, {duration(time.perf_counter() - begun)}")
         if "ops" in run:
             run.export_tensorboard(home / "trace", worker=run.model)
     target = reports[0].save(home / "report.html", beside=reports[1:], overwrite=True)
-    found = sum(f.severity != "note" for report in reports for f in report.findings)
-    say(f"{count(found)} findings in {duration(time.perf_counter() - start)}, the first of each model:")
+    found = sum(len(report.findings) for report in reports)
+    say(f"{counted(found, 'finding')} in {duration(time.perf_counter() - start)}, the first of each model:")
     for report in reports:
         if report.findings:
             say(f"  {report.model}: {report.findings[0].sentence}")
     say(f"Open {target} ({size(target.stat().st_size)}); it needs no network.")
     return target
+
+
+def _free(home: Path) -> Path:
+    """The folder, when the demo may write there."""
+    from bnviz.page import written_here
+
+    target = home / "report.html"
+    if home.exists() and not home.is_dir():
+        raise StoreError(f"{home} is a file, and the demo writes a folder; name another: bnviz demo FOLDER.")
+    if target.exists() and not written_here(target):
+        raise StoreError(
+            f"{target} was not written by bnviz and is left alone; name another folder: bnviz demo FOLDER."
+        )
+    return home
 
 
 def _diagnose(run: Run) -> Report:

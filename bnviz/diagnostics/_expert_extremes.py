@@ -105,7 +105,7 @@ def _over(layers: Layers, at: int, over: list[int]) -> Finding:
         layers.place(at, over),
         float(loads.max()),
         layers.hot,
-        advice=_COPY,
+        advice=_COPY if len(over) == 1 else _COPY_EACH,
     )
 
 
@@ -119,12 +119,13 @@ def _over_everywhere(layers: Layers, places: _Places) -> Finding:
         layers.everywhere(places),
         float(loads.max()),
         layers.hot,
-        advice=_COPY,
+        advice=_COPY_EACH,
     )
 
 
 _DROP = "Drop or merge what stays idle on your own text, then measure the loss."
 _COPY = "Give it a device of its own or a second copy where experts run in parallel."
+_COPY_EACH = "Give each a device of its own or a second copy where experts run in parallel."
 
 
 def _saving(layers: Layers, places: _Places) -> Saving:

@@ -36,6 +36,16 @@ _ADVICE: Mapping[str, str] = MappingProxyType(
         "diffuse": "Replace its attention by the mean of the values once and compare the loss.",
     }
 )
+_ADVICE_MANY: Mapping[str, str] = MappingProxyType(
+    {
+        "previous_token": "Keep them when pruning heads: induction heads later on read what they write.",
+        "echo": "Keep the whole cache for them (RazorAttention, arXiv:2407.15891) and shrink other heads first.",
+        "induction": "Keep the whole cache for them (RazorAttention, arXiv:2407.15891) and shrink other heads first.",
+        "sink": "Mask them one at a time and compare the loss: a head that rests does little on this text.",
+        "local": "Give them a window of recent keys plus the sinks (DuoAttention, arXiv:2410.10819) and compare the loss.",
+        "diffuse": "Replace their attention by the mean of the values, one head at a time, and compare the loss.",
+    }
+)
 
 
 @diagnostic(
@@ -268,7 +278,7 @@ def _finding(result: xr.Dataset, name: str) -> Finding:
             "path": [str(paths[i]) for _, i, _ in shown],
         }
         first = f"{len(found)} heads, most of all layer {layers[row]} head {head},"
-    says = _SAYS[name] if len(found) == 1 else _many(_SAYS[name])
+    says, advice = (_SAYS[name], _ADVICE[name]) if len(found) == 1 else (_many(_SAYS[name]), _ADVICE_MANY[name])
     return Finding(
         code=f"attention_heads/{name}",
         sentence=f"{first} {says} ({q.share(value, count)}, limit {q.share(limit)})",
@@ -276,7 +286,7 @@ def _finding(result: xr.Dataset, name: str) -> Finding:
         where=where,
         value=value,
         limit=limit,
-        advice=_ADVICE[name],
+        advice=advice,
     )
 
 

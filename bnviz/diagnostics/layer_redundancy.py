@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from bnviz.errors import NotCaptured
-from bnviz.quantities import count, share, significant
+from bnviz.quantities import counted, share, significant
 from bnviz.schema import Finding, Judgement, Saving, Variable, diagnostic, stamp
 
 _PLACE = ("kind", "layer")
@@ -35,8 +35,8 @@ _NAMED = {"block": "Block", "attention": "Attention of layer", "mlp": "MLP of la
         Variable("relative_change_upper", _PLACE, "1", "upper quartile of the relative change", optional=True),
         Variable("norm_out_median", _PLACE, "norm", "median norm of the residual stream after", optional=True),
         Variable("rank", _PLACE, "1", "place by influence within its kind, 1 least; NaN undefined"),
-        Variable("tokens", _PLACE, "count", "tokens the numbers are over"),
-        Variable("undefined", _PLACE, "count", "tokens left out because a vector was zero"),
+        Variable("tokens", _PLACE, "count", "tokens, or rows of a batch without tokens, that the numbers are over"),
+        Variable("undefined", _PLACE, "count", "tokens or rows left out because a vector was zero"),
         Variable("parameter_bytes", _PLACE, "B", "weights of the part", optional=True),
     ),
     order=30,
@@ -61,7 +61,7 @@ def layer_redundancy(activations: xr.Dataset, *, step: int | None = None, skip: 
     -------
     Dataset
         Variables as declared, over (kind, layer). NaN: the kind was not seen in that layer, or the part changes the
-        width of its input.
+        width of its input. `attrs["rows"]`: "token" where the blocks hold an attention, else "row".
 
     Raises
     ------
@@ -106,7 +106,7 @@ def layer_redundancy(activations: xr.Dataset, *, step: int | None = None, skip: 
         result[name] = (_PLACE, _each(cosine, np.quantile, at))
     result["rank"] = (_PLACE, np.array([_rank(row) for row in result["block_influence"].values]))
     result["tokens"] = (_PLACE, np.isfinite(cosine).sum((-1, -2)))
-    result["undefined"] = (_PLACE, _undefined(cosine, used))
+    result["undefined"] = (_PLACE, _undefined(cosine, _seen(activations, used)))
     if "relative_change" in activations:
         change = _rows(activations["relative_change"], used)
         result["relative_change_median"] = (_PLACE, _each(change, np.median))
@@ -115,7 +115,8 @@ def layer_redundancy(activations: xr.Dataset, *, step: int | None = None, skip: 
     if "norm_out" in activations:
         result["norm_out_median"] = (_PLACE, _each(_rows(activations["norm_out"], used), np.median))
     _weights(result, activations.attrs)
-    result.attrs |= {"model": str(activations.attrs.get("model", "")), "skip": skip}
+    rows = "token" if "attention" in _kinds(result) else "row"
+    result.attrs |= {"model": str(activations.attrs.get("model", "")), "skip": skip, "rows": rows}
     return stamp(result, layer_redundancy.spec.gives)  # type: ignore[attr-defined]
 
 
@@ -147,10 +148,17 @@ def _each(table: np.ndarray, reduce: Callable[..., Any], *options: float) -> np.
     return found
 
 
-def _undefined(cosine: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """(kind, layer): used tokens without a cosine in steps where the place has one for others."""
+def _seen(record: xr.Dataset, used: np.ndarray) -> np.ndarray:
+    """(kind, layer, step, token): used tokens that the place saw; a decoder does not see those of its encoder."""
+    if "norm_out" in record:
+        return np.asarray(np.isfinite(_rows(record["norm_out"], used)))
+    return np.broadcast_to(used, (record.sizes["kind"], record.sizes["layer"], *used.shape))
+
+
+def _undefined(cosine: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """(kind, layer): tokens seen without a cosine in steps where the place has one for others."""
     defined = np.isfinite(cosine)
-    missing = np.where(defined.any(-1), used.sum(-1) - defined.sum(-1), 0)
+    missing = np.where(defined.any(-1), (seen & ~defined).sum(-1), 0)
     return np.asarray(missing.sum(-1))
 
 
@@ -196,15 +204,22 @@ def judge(result: xr.Dataset, *, influence: float = 0.1) -> Judgement:
     title = _title(result, least, influence)
     tokens = int(result["tokens"].max()) if result["tokens"].size else 0
     subtitle = (
-        f"1 − mean cosine of before and after · {result.attrs.get('model') or 'model'}, {result.sizes.get('layer', 0)} layers"
-        f" · {count(tokens)} tokens"
+        f"1 − mean cosine of before and after · {result.attrs.get('model') or 'model'}, "
+        f"{counted(result.sizes.get('layer', 0), 'layer')} · {counted(tokens, _what(result))}"
     )
     caveats = _caveats(result)
     whole = {at[1] for kind, at in least.items() if kind == "block" and _value(result, *at) < influence}
     if any(at[1] in whole and _value(result, *at) < influence for kind, at in least.items() if kind != "block"):
         caveats += ("A block holds its attention and MLP: their savings overlap and do not add up",)
     summary = f"Layer redundancy: {title}. {' '.join(f'{c}.' for c in caveats)}"
-    return Judgement(title, subtitle, summary, caveats, findings)
+    compared = any(np.isfinite(row).sum() > 1 for row in result["block_influence"].values)
+    asked = "" if compared else "How much does what keeps the shape of its input change it?"
+    return Judgement(title, subtitle, summary, caveats, findings, asked)
+
+
+def _what(result: xr.Dataset) -> str:
+    """What a vector belongs to: a token, or a row of the batch where nothing says that there are tokens."""
+    return str(result.attrs.get("rows", "row"))
 
 
 def _kinds(result: xr.Dataset) -> list[str]:
@@ -281,10 +296,10 @@ def _caveats(result: xr.Dataset) -> tuple[str, ...]:
     said = ["Influence ranks; what skipping costs must be measured, and the order can differ on other text"]
     undefined = int(result["undefined"].max()) if result["undefined"].size else 0
     if undefined:
-        said.append(f"Up to {count(undefined)} tokens of a layer have a zero vector and no cosine; they are left out")
+        said.append(f"A zero vector has no cosine: up to {counted(undefined, _what(result))} of a layer left out")
     few = int(result["tokens"].where(result["tokens"] > 0).min().fillna(0)) if result["tokens"].size else 0
     if 0 < few < 100:
-        said.append(f"Only {count(few)} tokens: quartiles are rough")
-    if result.attrs.get("skip"):
-        said.append(f"The first {result.attrs['skip']} positions of every sequence are left out")
+        said.append(f"Only {counted(few, _what(result))}: quartiles are rough")
+    if skip := int(result.attrs.get("skip", 0)):
+        said.append(f"The first {'position' if skip == 1 else f'{skip} positions'} of every sequence left out")
     return tuple(said)

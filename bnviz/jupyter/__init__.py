@@ -16,8 +16,15 @@ __all__ = ["View", "load", "unload"]
 
 def __getattr__(name: str) -> Any:
     if name == "View":
-        from .widget import View
+        from bnviz.errors import missing
 
+        try:
+            from .widget import View
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in ("anywidget", "traitlets", "ipywidgets"):
+                raise
+            raise missing(package, "jupyter", "a live view in a cell") from None
         return View
     raise AttributeError(f"module 'bnviz.jupyter' has no attribute {name!r}; it has: {', '.join(__all__)}.")
 

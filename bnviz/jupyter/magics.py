@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from IPython.core.error import UsageError
@@ -101,7 +102,12 @@ class BnvizMagics(Magics):  # type: ignore[misc]
         report = bnviz.diagnose(self._run(asked.run))
         if asked.file is None:
             return report
-        written = report.save(asked.file, overwrite=True)  # a cell is run again and again
+        from bnviz.page import written_here
+
+        target = Path(asked.file)
+        if target.exists() and not written_here(target):
+            raise UsageError(f"{target} was not written by bnviz and is left alone; name another file.")
+        written = report.save(target, overwrite=True)  # a cell is run again and again
         print(f"{written} · {quantities.size(written.stat().st_size)}")
         return None
 

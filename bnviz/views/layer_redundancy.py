@@ -57,7 +57,7 @@ def _place(result: xr.Dataset) -> tuple[np.ndarray, list[str]]:
 def _influences(result: xr.Dataset, *, compact: bool) -> list[Bars]:
     """One strip a kind, in the order of the result."""
     layers, paths = _place(result)
-    strips = []
+    what, strips = f"{result.attrs.get('rows', 'row')}s", []
     for row, kind in enumerate(str(k) for k in result["kind"].values):
         value = result["block_influence"].values[row]
         if not np.isfinite(value).any():
@@ -74,15 +74,14 @@ def _influences(result: xr.Dataset, *, compact: bool) -> list[Bars]:
             (f"influence of {_KINDS.get(kind, kind)}", "@text"),
             ("quartiles", "@quartiles"),
             ("from the least", "@order"),
-            ("tokens", "@seen"),
+            (what, "@seen"),
         ]
         if "parameter_bytes" in result:
             more["weights"] = [size(float(b)) for b in result["parameter_bytes"].values[row]]
-            hover[-1] = ("tokens, weights", "@seen, @weights")
+            hover[-1] = (f"{what}, weights", "@seen, @weights")
         text = [significant(float(v), 2) for v in value]
-        name = f"influence of {_KINDS.get(kind, kind)}: 1 − mean cosine" + (
-            "" if compact else "; line: quartiles over tokens"
-        )
+        name = f"influence of {_KINDS.get(kind, kind)}: 1 − mean cosine"
+        name += "" if compact else f"; line: quartiles over {what}"
         strips.append(Bars(name, layers, paths, value, text, hover, low, high, label=rank == 1, more=more))
     return strips
 

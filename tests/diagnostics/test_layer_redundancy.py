@@ -61,7 +61,22 @@ def test_zero_vectors_are_left_out_and_counted():
     result = layer_redundancy(record(np.array([[[[np.nan, 0.5, 1.0], [0.5, 0.5, 0.5]]]])))
     assert result["cosine"].values.tolist() == [[0.75, 0.5]]
     assert result["undefined"].values.tolist() == [[1, 0]]
-    assert any("Up to 1 tokens of a layer have a zero vector" in c for c in judge(result).caveats)
+    assert "A zero vector has no cosine: up to 1 row of a layer left out" in judge(result).caveats
+
+
+def test_what_a_layer_did_not_see_is_not_a_zero_vector():
+    cosine = np.array([[[[0.5, 0.5, 0.5, 0.5], [0.25, np.nan, np.nan, np.nan]]]])  # as in an encoder and its decoder
+    norm = np.array([[[[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, np.nan, np.nan]]]])
+    result = layer_redundancy(record(cosine, norm_out=norm))
+    assert result["undefined"].values.tolist() == [[0, 1]]
+    assert result["tokens"].values.tolist() == [[4, 1]]
+
+
+def test_rows_are_called_tokens_where_there_is_attention():
+    cosine = np.full((1, 2, 2, 3), 0.5)
+    assert "3 tokens" in judge(layer_redundancy(record(cosine, ("block", "attention")))).subtitle
+    assert "3 rows" in judge(layer_redundancy(record(cosine, ("block", "mlp")))).subtitle
+    assert "2 layers · 1 row" in judge(layer_redundancy(record(cosine[:, :1, :, :1]))).subtitle
 
 
 def test_the_first_positions_of_every_sequence_can_be_left_out():
@@ -71,7 +86,8 @@ def test_the_first_positions_of_every_sequence_can_be_left_out():
     skipped = layer_redundancy(data, skip=1)
     assert float(skipped["cosine"][0, 0]) == pytest.approx(0.75)
     assert int(skipped["tokens"][0, 0]) == 2
-    assert "The first 1 positions of every sequence are left out" in judge(skipped).caveats
+    assert "The first position of every sequence left out" in judge(skipped).caveats
+    assert "The first 2 positions of every sequence left out" in judge(skipped.assign_attrs(skip=2)).caveats
 
 
 def test_the_end_of_a_shorter_step_is_not_a_zero_vector():
@@ -161,9 +177,10 @@ def test_nothing_below_the_limit_is_said_so():
 
 
 def test_one_layer_has_no_order():
-    assert (
-        judge(layer_redundancy(record(np.array([[[[0.2]]]])))).title == "Block 0 is the only one seen: influence 0.80"
-    )
+    said = judge(layer_redundancy(record(np.array([[[[0.2]]]]))))
+    assert said.title == "Block 0 is the only one seen: influence 0.80"
+    assert said.question == "How much does what keeps the shape of its input change it?"
+    assert judge(layer_redundancy(record(np.array([[[[0.2], [0.3]]]])))).question == ""
 
 
 def test_all_tokens_zero_is_undefined_and_not_least():

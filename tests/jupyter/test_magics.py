@@ -16,6 +16,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 import bnviz
+from bnviz.errors import MissingDependency
 from bnviz.jupyter import arguments, complete
 
 MODEL = """
@@ -205,9 +206,11 @@ def test_report_is_shown_or_written(watching: InteractiveShell, tmp_path: Any) -
     assert target.stat().st_size > 100_000
     assert said.stdout.startswith(str(target))
     assert "KiB" in said.stdout
-    target.write_text("as it was")
-    ran(watching, f"%bnviz report {target}")
+    ran(watching, f"%bnviz report {target}")  # its own is replaced
     assert target.stat().st_size > 100_000
+    target.write_text("as it was")
+    assert "was not written by bnviz and is left alone" in slip(watching, f"%bnviz report {target}")
+    assert target.read_text() == "as it was"
     assert "is not named as a web page" in slip(watching, f"%bnviz report {tmp_path / 'out.pdf'}")
 
 
@@ -293,3 +296,15 @@ def test_loading_is_light() -> None:
     seconds, loaded = done.stdout.strip().split(" ", 1)
     assert float(seconds) < 0.5
     assert loaded == "[]"
+
+
+@pytest.mark.parametrize("package", ["anywidget", "traitlets"])
+def test_a_live_view_without_its_package_says_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bnviz.jupyter
+
+    monkeypatch.delitem(sys.modules, "bnviz.jupyter.widget", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        MissingDependency, match=rf"needs '{package}', which is not installed; run: pip install 'bnviz\[jupyter\]'"
+    ):
+        bnviz.jupyter.View  # noqa: B018
