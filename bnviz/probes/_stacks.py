@@ -15,6 +15,7 @@ from typing import Any
 from bnviz.errors import BnvizError
 
 OWN = "bnviz"
+_OWN_THREADS = "bnviz-"
 UNKNOWN = -1  # a line that is not known
 _LAST_LINE = 10**7
 _THREAD = re.compile(r'^Thread (\w+)(?: "(.*)")?$')
@@ -53,14 +54,16 @@ class Tree:
 
     def add(self, thread: str, stack: Iterable[Frame], count: int, *, gil: bool) -> None:
         """Count `count` samples of `stack`, outermost frame first."""
+        stack = list(stack)
+        if not stack:
+            return
         at = self._threads.setdefault(thread, len(self._threads))
         if at == len(self.threads):
             self.threads.append(thread)
         row = -1
         for one in stack:
             row = self._child(at, row, one)
-        if row >= 0:
-            (self.gil if gil else self.samples)[row] += count
+        (self.gil if gil else self.samples)[row] += count
 
     def _child(self, thread: int, parent: int, one: Frame) -> int:
         frame = self._frames.setdefault(one, len(self._frames))
@@ -117,8 +120,14 @@ def grow(tree: Tree, text: str, *, gil: bool, cells: Mapping[str, int] | None = 
             found = [frames[i] if 0 <= i < len(frames) else None for i in stack]
             readable = [f.frame for f in found if f is not None and f.frame is not None]
             wrong += count * (len(readable) < len(found) or any(f.damaged for f in found if f is not None))
-            if len(readable) == len(found):
-                tree.add(name, clean(readable, cells or {}), count, gil=gil)
+            if len(readable) < len(found):
+                continue
+            cleaned = clean(readable, cells or {})
+            if name.startswith(
+                _OWN_THREADS
+            ):  # of a thread of ours what counts is when it works, not where it waits for work
+                cleaned = [f for f in cleaned if f[0] == OWN]
+            tree.add(name, cleaned, count, gil=gil)
     return wrong
 
 

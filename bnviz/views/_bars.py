@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from bokeh.core.properties import value
-from bokeh.models import ColumnDataSource
+from bokeh.models import ColumnDataSource, FixedTicker, LinearAxis
 
 from . import style
 
@@ -28,7 +27,7 @@ class Stacks:
     lengths : array (row, part)
         From 0.
     texts : sequence of str (row,)
-        Written at the end of each bar.
+        Written right of the bars.
     """
 
     names: Sequence[str]
@@ -42,34 +41,37 @@ class Stacks:
 def stacked_bars(stacks: Stacks, *, title: str, compact: bool = False) -> Any:
     """Bars from 0, longest parts where they come in `stacks`, no axis: the values are written."""
     rows = _distinct(stacks.names)
-    ends = stacks.lengths.cumsum(1)
-    longest = float(ends[:, -1].max()) if ends.size else 1.0
+    longest = float(stacks.lengths.sum(1).max()) if stacks.lengths.size else 1.0
     plot = style.figure(
         width=400 if compact else 760,
         height=22 * len(rows) + 34,
         grid="",
-        y_range=list(reversed(rows)),
-        x_range=(0, longest * (1.9 if compact else 1.35)),
+        y_range=(len(rows) - 0.5, -0.5),
+        x_range=(0, longest * 1.02 or 1.0),
         title=title,
     )
     plot.xaxis.visible = False
-    plot.yaxis.major_tick_line_color = None
+    _words(plot.yaxis[0], rows, "muted")
     for part in range(len(stacks.parts)):
         if (stacks.lengths[:, part] > 0).any():
             _part(plot, stacks, part, rows)
-    ending = ColumnDataSource({"y": rows, "x": ends[:, -1].astype(np.float32), "text": list(stacks.texts)})
-    plot.text(
-        "x",
-        "y",
-        text="text",
-        source=ending,
-        x_offset=6,
-        text_baseline="middle",
-        text_color=style.LIGHT["ink"],
-        text_font_size=style.SIZE["tick"],
-        text_font=value(style.FONT),
-    )
+    # an axis takes the room its words need on a page of any width; text at the ends of the bars would be cut
+    values = LinearAxis(axis_line_color=None, major_label_text_font=style.FONT)
+    values.update(major_label_text_font_size=style.SIZE["tick"], major_label_standoff=0)
+    _words(values, list(stacks.texts), "ink")
+    plot.add_layout(values, "right")
     return plot
+
+
+def _words(axis: Any, words: list[str], colour: str) -> None:
+    """One text a row in the place of numbers."""
+    axis.update(
+        ticker=FixedTicker(ticks=list(range(len(words)))),
+        major_label_overrides=dict(enumerate(words)),
+        major_label_text_color=style.LIGHT[colour],
+        major_tick_line_color=None,
+        minor_tick_line_color=None,
+    )
 
 
 def _part(plot: Any, stacks: Stacks, part: int, rows: list[str]) -> None:
@@ -78,7 +80,8 @@ def _part(plot: Any, stacks: Stacks, part: int, rows: list[str]) -> None:
     right = stacks.lengths[:, : part + 1].sum(1)[drawn]
     source = ColumnDataSource(
         {
-            "y": [r for r, d in zip(rows, drawn, strict=True) if d],
+            "y": np.flatnonzero(drawn).astype(np.int32),
+            "name": [r for r, d in zip(rows, drawn, strict=True) if d],
             "left": (right - stacks.lengths[drawn, part]).astype(np.float32),
             "right": right.astype(np.float32),
             "path": [p for p, d in zip(stacks.paths, drawn, strict=True) if d],
@@ -99,7 +102,7 @@ def _part(plot: Any, stacks: Stacks, part: int, rows: list[str]) -> None:
     )
     if any(stacks.paths):
         style.tap(bars, plot)
-    plot.add_tools(style.hover(bars, [("", "@y"), ("", "@text")]))
+    plot.add_tools(style.hover(bars, [("", "@name"), ("", "@text")]))
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

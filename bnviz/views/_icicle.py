@@ -14,7 +14,7 @@ from bnviz.quantities import count, duration, share
 
 from . import style
 from ._key import key
-from ._source_lines import clip, line, word
+from ._source_lines import OWN, clip, line, word
 
 RECTANGLES = 300
 DEEPEST = 24
@@ -75,7 +75,10 @@ def icicle(result: xr.Dataset) -> Any:
 
 
 def boxes_of(result: xr.Dataset) -> Iterator[Box]:
-    """Every chain of calls with its place: threads side by side, callees under their caller, longest first."""
+    """Every chain of calls with its place: threads side by side, callees under their caller, longest first.
+
+    Threads of bnviz's own are left out.
+    """
     function, parent, thread = (
         result[f"call_{n}"].values.astype(int).tolist() for n in ("function", "parent", "thread")
     )
@@ -85,8 +88,9 @@ def boxes_of(result: xr.Dataset) -> Iterator[Box]:
         if time[row] > 0:
             below.setdefault((parent[row], thread[row] if parent[row] < 0 else -1), []).append(row)
     left = 0.0
+    helpers = _helpers(result)
     for at, whole in enumerate(result["running_time"].values.astype(float).tolist()):
-        if whole <= 0:
+        if whole <= 0 or at in helpers:
             continue
         yield Box(-1, at, 0, left, whole)
         waiting = [(-1, at, 1, left)]
@@ -99,12 +103,20 @@ def boxes_of(result: xr.Dataset) -> Iterator[Box]:
         left += whole
 
 
+def _helpers(result: xr.Dataset) -> set[int]:
+    """Threads in which bnviz alone ran; none where no other thread is."""
+    table = result["self_time_by_thread"].values
+    model = np.array([word(result, "file", at) != OWN for at in range(len(table))], bool)
+    others = table[model].sum(0) > 0
+    return set(np.flatnonzero(~others).tolist()) if others.any() else set()
+
+
 def _kind(result: xr.Dataset, box: Box) -> str:
     if box.function < 0:
         return "thread"
     file = word(result, "file", box.function)
     top = file.partition("/")[0]
-    if file == "bnviz":
+    if file == OWN:
         return "bnviz"
     if top == "torch":
         return "torch"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import xarray as xr
 
+OWN = "bnviz"
+
 
 def word(result: xr.Dataset, what: str, at: int) -> str:
     """Name or file of function `at` of a result of `host_time`."""
@@ -14,15 +16,16 @@ def word(result: xr.Dataset, what: str, at: int) -> str:
 def line(result: xr.Dataset, at: int) -> str:
     """`file:line` of its busiest line; for what watches, what that is."""
     file = word(result, "file", at)
-    return (
-        f"{file}:{int(result['function_line'].values[at])}" if file != "bnviz" else "hooks and probes of this capture"
-    )
+    number = int(result["function_line"].values[at])
+    if file == OWN:
+        return "hooks and probes of this capture"
+    return f"{file}:{number}" if number >= 0 else file
 
 
 def place(result: xr.Dataset, at: int, room: int) -> str:
     """`name  file.py:line` in about `room` characters; the name gives way first, in its middle."""
     name, where = word(result, "name", at), line(result, at).rpartition("/")[2]
-    if word(result, "file", at) == "bnviz":
+    if word(result, "file", at) == OWN:
         return "bnviz itself"
     if len(name) + len(where) + 2 <= room:
         return f"{name}  {where}"

@@ -6,18 +6,19 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from bokeh.models import ColumnDataSource, FixedTicker
+from bokeh.models import ColumnDataSource
 
-from bnviz.quantities import count, duration, share
+from bnviz.quantities import count, counted, duration, share
 from bnviz.schema import view
 
 from . import style
 from ._icicle import icicle
 from ._key import key
-from ._source_lines import line, place, word
+from ._source_lines import OWN, line, place, word
 
 SHOWN = 15
 ENOUGH = 50
+_ROW = 32  # pixels
 _HELD, _FREE = "blue", "sky"
 _KEY = (
     (_HELD, "solid", "itself, holding the GIL: Python"),
@@ -40,47 +41,65 @@ def host_time(result: xr.Dataset, *, compact: bool = False) -> Any:
     Returns
     -------
     bokeh.models.UIElement
-        At most 15 functions and 300 rectangles; what is left out is said. Hollow bars: fewer samples than tell anything.
+        At most 15 functions and 300 rectangles; what is left out is said, and what bnviz itself took. Hollow bars: fewer
+        samples than tell anything.
     """
     if not result.sizes.get("function", 0) or not int(result.attrs.get("samples", 0)):
         return style.empty(
             f"No Python was seen running in {duration(float(result.attrs.get('wall', 0.0)))} of sampling."
         )
-    shown = 8 if compact else SHOWN
-    parts = [key(_KEY), _bars(result, shown, compact)]
-    left = int((result["self_time"].values > 0).sum()) - shown
-    if left > 0:
-        rest = float(result["self_time"].values[shown:].sum())
-        parts.append(style.note_text(f"{count(left)} more functions took {duration(rest)} together."))
+    rows = _rows(result)
+    shown = rows[: 8 if compact else SHOWN]
+    parts = [key(_KEY), _bars(result, shown, compact)] if len(shown) else []
+    parts += [style.note_text(said) for said in _left_out(result, rows[len(shown) :])]
     if not compact:
         parts.append(icicle(result))
     return style.column(*parts)
 
 
-def _bars(result: xr.Dataset, shown: int, compact: bool) -> Any:
+def _rows(result: xr.Dataset) -> np.ndarray:
+    """Functions that were seen, most time of their own first; not what watches, which is in no share either."""
+    seen = np.flatnonzero(result["inclusive_time"].values > 0)
+    return np.array([at for at in seen.tolist() if word(result, "file", at) != OWN], np.int64)
+
+
+def _left_out(result: xr.Dataset, rest: np.ndarray) -> list[str]:
+    """What has no bar, in words."""
+    own = result["self_time"].values
+    left = rest[own[rest] > 0]
+    said = (
+        [f"{counted(len(left), 'more function')} took {duration(float(own[left].sum()))} together."]
+        if len(left)
+        else []
+    )
+    watching = sum(float(t) for at, t in enumerate(own) if word(result, "file", at) == OWN)
+    if watching > 0:
+        said.append(f"bnviz itself took {duration(watching)}: it has no bar, and is in no share.")
+    return said
+
+
+def _bars(result: xr.Dataset, shown: np.ndarray, compact: bool) -> Any:
+    """A row a function: its time and name in a line, its bars below that; so a narrow page has room for both."""
     source = ColumnDataSource(_columns(result, shown))
-    number = len(source.data["row"])
+    number = len(shown)
     solid = int(result.attrs.get("samples", 0)) >= ENOUGH
     plot = style.figure(
-        height=44 + 22 * number,
+        height=44 + _ROW * number,
         width=360 if compact else 760,
         x="time, s",
         grid="x",
-        x_range=(0, 1.25 * max(float(np.max(source.data["whole"])), 1e-9)),
+        x_range=(0, 1.02 * max(float(np.max(source.data["whole"])), 1e-9)),
         y_range=(number - 0.5, -0.5),
     )
-    plot.yaxis.ticker = FixedTicker(ticks=list(range(number)))
-    named = [place(result, at, 22 if compact else 44) for at in range(number)]
-    plot.yaxis.major_label_overrides = dict(enumerate(named))
-    plot.yaxis.update(major_tick_line_color=None, major_label_text_color=style.LIGHT["ink"], axis_line_color=None)
+    plot.yaxis.visible = False
     outline = {"fill_color": style.LIGHT["surface"], "fill_alpha": 0.0, "line_color": style.LIGHT["faint"]}
-    whole = plot.hbar("row", right="whole", height=0.8, source=source, **outline)
+    whole = plot.hbar("below", right="whole", height=0.44, source=source, **outline)
     for left, right, colour in (("none", "held", _HELD), ("held", "own", _FREE)):
         filled = {"fill_color": style.LIGHT[colour], "line_color": None}
         hollow = {"fill_color": None, "line_color": style.LIGHT["faint"], "line_dash": "dashed"}
-        plot.hbar("row", left=left, right=right, height=0.5, source=source, **(filled if solid else hollow))
+        plot.hbar("below", left=left, right=right, height=0.28, source=source, **(filled if solid else hollow))
     words = {"text_font": style.FONT, "text_font_size": style.SIZE["tick"], "text_color": style.LIGHT["ink"]}
-    plot.text("whole", "row", "text", source=source, x_offset=5, text_baseline="middle", **words)
+    plot.text("none", "row", "title", source=source, x_offset=2, y_offset=-2, text_baseline="bottom", **words)
     plot.add_tools(style.hover(whole, _HOVER))
     style.tap(whole, plot)
     return plot
@@ -96,22 +115,24 @@ _HOVER = [
 ]
 
 
-def _columns(result: xr.Dataset, shown: int) -> dict[str, Any]:
-    """One row a function, those with most time of their own."""
-    at = np.arange(min(shown, result.sizes["function"]))
-    at = at[result["inclusive_time"].values[at] > 0]
+def _columns(result: xr.Dataset, at: np.ndarray) -> dict[str, Any]:
+    """One row a function."""
     own, held, whole = (result[f"{what}_time"].values[at] for what in ("self", "gil", "inclusive"))
     samples = result["self_samples"].values[at]
     every = max(int(result.attrs.get("samples", 0)), 1)
     by_thread = result["self_time_by_thread"].values[at]
     threads = [str(t) for t in result["thread_name"].attrs.get("table", ())]
     return {
-        "row": at.astype(np.int32),
+        "row": np.arange(len(at), dtype=np.int32),
+        "below": np.arange(len(at), dtype=np.float32) + np.float32(0.2),
         "none": np.zeros(len(at), np.float32),
         "own": own.astype(np.float32),
         "held": np.minimum(held, own).astype(np.float32),
         "whole": np.maximum(whole, own).astype(np.float32),
-        "text": [_both(float(t), float(w)) for t, w in zip(own, whole, strict=True)],
+        "title": [
+            f"{_both(float(t), float(w))} · {place(result, i, 34)}"
+            for t, w, i in zip(own, whole, at.tolist(), strict=True)
+        ],
         "name": [word(result, "name", i) for i in at.tolist()],
         "shown_own": [duration(float(t)) for t in own],
         "shown_held": [duration(float(t)) for t in held],

@@ -13,6 +13,7 @@ from bnviz.schema import view
 
 from . import style
 from ._bars import Stacks, stacked_bars
+from ._key import key
 
 # bottom to top: what stays is below what comes and goes
 WORDS = {
@@ -28,6 +29,7 @@ WORDS = {
 _MODULES = 12
 _VISIBLE = 1e-3  # share of the peak below which a category is no mark
 _ROOM = 0.09  # a band this high, as a share of the peak, has room for its name
+_WIDE = 0.014  # and so long, as a share of the time, for each letter
 
 
 @view(of="memory_timeline")
@@ -48,7 +50,11 @@ def memory_timeline(result: xr.Dataset, *, compact: bool = False) -> Any:
     """
     if not result.sizes.get("time") or not float(result["total"].max()):
         return style.empty("No memory to draw: torch held none while the model was watched.")
-    parts = [_timeline(result, compact=compact), _categories(result, compact=compact)]
+    parts = [
+        *_timeline(result, compact=compact),
+        style.note_text(_at_peak(result)),
+        _categories(result, compact=compact),
+    ]
     if not compact and result.sizes.get("module"):
         parts.append(_modules(result))
     return style.column(*parts)
@@ -67,7 +73,8 @@ def _unit(most: float, names: tuple[str, ...], step: float) -> tuple[str, float]
     return names[power], step**power
 
 
-def _timeline(result: xr.Dataset, *, compact: bool) -> Any:
+def _timeline(result: xr.Dataset, *, compact: bool) -> list[Any]:
+    """The steps; before them a key of the bands that have no room for their name."""
     names = _names(result)
     peak = float(result["total"].max())
     unit, scale = _unit(peak, ("B", "KiB", "MiB", "GiB", "TiB"), 1024.0)
@@ -84,6 +91,7 @@ def _timeline(result: xr.Dataset, *, compact: bool) -> Any:
         y_range=(0, peak / scale * 1.14),
         x_range=(float(moments[0]), float(moments[-1]) or 1.0),
         tools="pan,xbox_zoom,reset,save",
+        frame_align=False,
     )
     columns: dict[str, Any] = {"time": moments.astype(np.float32), "total": tops[-1].astype(np.float32)}
     columns |= {f"top_{c}": top.astype(np.float32) for c, top in zip(names, tops, strict=True)}
@@ -100,18 +108,20 @@ def _timeline(result: xr.Dataset, *, compact: bool) -> Any:
     )
     rows = [("at", f"@time{{0.[00]}} {tick}"), ("held", f"@total{{0,0.[00]}} {unit}")]
     plot.add_tools(style.hover(line, rows, mode="vline", line_policy="prev"))
-    _band_names(plot, names, held, tops, moments, peak / scale)
-    _peak(plot, result, (per, scale), peak, brief=compact)
-    return plot
+    named = _band_names(plot, (names, held, tops), moments, peak / scale)
+    _peak(plot, result, (per, scale), peak)
+    left = [WORDS[c] for c in names if c not in named]
+    return [*([key((colour, "solid", word) for word, colour in left)] if left else []), plot]
 
 
 def _band_names(
-    plot: Any, names: list[str], held: np.ndarray, tops: np.ndarray, moments: np.ndarray, peak: float
-) -> None:
-    """The name of each band where it is thickest for long enough to hold it."""
+    plot: Any, bands: tuple[list[str], np.ndarray, np.ndarray], moments: np.ndarray, peak: float
+) -> set[str]:
+    """The name of each band where it is thickest for long enough to hold it; which have theirs."""
+    named: set[str] = set()
     width = np.diff(moments, append=moments[-1])
     span = float(moments[-1] - moments[0]) or 1.0
-    for c, band, top in zip(names, held, tops, strict=True):
+    for c, band, top in zip(*bands, strict=True):
         thick = band >= _ROOM * peak
         best, run, start = 0.0, 0.0, 0
         where = -1
@@ -119,8 +129,9 @@ def _band_names(
             run, start = (run + w, start if run else i) if enough else (0.0, i)
             if run > best:
                 best, where = run, (start + i) // 2
-        if best < 0.12 * span:
+        if best < _WIDE * len(WORDS[c][0]) * span:
             continue
+        named.add(c)
         middle = float(top[where] - band[where] / 2)
         text = style.label(plot, float(moments[where]), middle, WORDS[c][0], text_align="center", x_offset=0)
         text.update(
@@ -129,16 +140,11 @@ def _band_names(
             background_fill_alpha=0.85,
             padding=2,
         )
+    return named
 
 
-def _peak(plot: Any, result: xr.Dataset, units: tuple[float, float], peak: float, *, brief: bool) -> None:
+def _peak(plot: Any, result: xr.Dataset, units: tuple[float, float], peak: float) -> None:
     at = float(result["peak_time"]) * 1e6 / units[0]
-    event = dict(result.attrs.get("peak", {}))
-    operator = str(event.get("op", "")).removeprefix("aten::")
-    place = str(event.get("path") or "")
-    words = f"peak {size(peak)}"
-    if not brief:
-        words += (f" · {operator}" if operator else "") + (f" in {place}" if place else "")
     plot.scatter([at], [peak / units[1]], size=7, fill_color=style.LIGHT["ink"], line_color=style.LIGHT["surface"])
     start, end = float(plot.x_range.start), float(plot.x_range.end)
     right = at > start + 0.5 * (end - start)
@@ -146,11 +152,22 @@ def _peak(plot: Any, result: xr.Dataset, units: tuple[float, float], peak: float
         plot,
         at,
         peak / units[1],
-        words,
+        f"peak {size(peak)}",
         text_align="right" if right else "left",
         x_offset=-8 if right else 8,
         y_offset=8,
     )
+
+
+def _at_peak(result: xr.Dataset) -> str:
+    """What ran at the peak, below the drawing: a path may be longer than a page is wide."""
+    event = dict(result.attrs.get("peak", {}))
+    operator, place = str(event.get("op", "")).removeprefix("aten::"), str(event.get("path") or "")
+    moment = duration(float(result["peak_time"]))
+    if not operator:
+        return f"The peak is at {moment}."
+    where = "" if place == "outside" else f" in {f'module {place}' if place.isdigit() else place or 'the model itself'}"
+    return f"The peak is at {moment}, as {operator} runs{where}."
 
 
 def _categories(result: xr.Dataset, *, compact: bool) -> Any:
@@ -180,7 +197,7 @@ def _modules(result: xr.Dataset) -> Any:
     paths = [str(result["module"].values[i]) for i in top]
     peak = float(result["total"].max())
     stacks = Stacks(
-        [p if len(p) <= 40 else f"…{p[-39:]}" for p in paths],
+        [p if len(p) <= 32 else f"…{p[-31:]}" for p in paths],
         [p if p != "outside" else "" for p in paths],
         [WORDS[c][0] for c in names],
         [WORDS[c][1] for c in names],

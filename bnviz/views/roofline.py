@@ -8,11 +8,12 @@ import numpy as np
 import xarray as xr
 from bokeh.models import ColumnDataSource
 
-from bnviz.quantities import count, duration, rate, share, significant
+from bnviz.quantities import count, counted, duration, rate, share, significant
 from bnviz.schema import view
 
 from . import style
 from ._bars import Stacks, stacked_bars
+from ._room import Room
 
 WORDS = {
     "compute": ("compute-bound", "blue"),
@@ -53,8 +54,7 @@ def roofline(result: xr.Dataset, *, compact: bool = False) -> Any:
     parts: list[Any] = []
     if drawn.placed.any():
         parts.append(_roofs(drawn, compact=compact))
-        if drawn.idle >= 0.005 or drawn.small:
-            parts.append(style.note_text(_left_out(drawn)))
+        parts.append(style.note_text(_reading(drawn)))
     parts.append(_by_bound(drawn, compact=compact))
     if not compact:
         parts.append(_by_operator(drawn))
@@ -96,7 +96,7 @@ class _Operators:
         return {
             "x": self.intensity[rows].astype(np.float32),
             "y": self.rate[rows].astype(np.float64),
-            "size": np.clip(70 * np.sqrt(self.share[rows]), 5, 48).astype(np.float32),
+            "size": _size(self.share[rows]).astype(np.float32),
             "path": [str(p) for p in self.words("op_path")[rows]],
             "name": [f"{n} {s}".strip() for n, s in zip(self.name[rows], shapes, strict=True)],
             "place": [
@@ -108,16 +108,20 @@ class _Operators:
             ],
             "work": [f"{significant(float(i))} FLOP/B" for i in self.intensity[rows]],
             "spent": [
-                f"{duration(float(t))}, {share(float(s), 1000)} of the time, {count(float(c))} calls"
+                f"{duration(float(t))}, {share(float(s), 1000)} of the time, in {counted(float(c), 'call')} at these shapes"
                 for t, s, c in zip(self.time[rows], self.share[rows], r["calls"].values[rows], strict=True)
             ],
             "verdict": verdict,
         }
 
 
-def _left_out(drawn: _Operators) -> str:
+def _reading(drawn: _Operators) -> str:
+    """What a circle is, and what has none."""
+    said = "A circle is one operator at one set of shapes; the bars below sum over all of its shapes."
+    if drawn.idle < 0.005 and not drawn.small:
+        return said
     small = f"; {count(drawn.small)} with less than {share(_LEAST, 1000)} of the time each" if drawn.small else ""
-    return f"Not drawn above: operators that compute nothing, {share(drawn.idle)} of the time{small}."
+    return f"{said} Not drawn: operators that compute nothing, {share(drawn.idle)} of the time{small}."
 
 
 def _short(name: str) -> str:
@@ -143,8 +147,10 @@ def _roofs(drawn: _Operators, *, compact: bool) -> Any:
         x_range=(low, high),
         y_range=(max(float(y.min()) / 5, 1.0), max([float(y.max()), *tops]) * 3),
         tools="pan,box_zoom,reset,save",
+        frame_align=False,
     )
-    _lines(plot, drawn, low, high)
+    room = _room(plot, drawn, compact=compact)
+    _lines(plot, drawn, room)
     marks = []
     for name, (_, colour) in WORDS.items():
         rows = np.flatnonzero(drawn.placed & (drawn.bound == name))[:_MARKS]
@@ -173,8 +179,22 @@ def _roofs(drawn: _Operators, *, compact: bool) -> Any:
         ("spent", "@spent"),
     ]
     plot.add_tools(style.hover(marks, rows_shown))
-    _names(plot, drawn, few=compact)
+    _names(plot, drawn, room, few=compact)
     return plot
+
+
+def _room(plot: Any, drawn: _Operators, *, compact: bool) -> Room:
+    """The frame with its marks, as narrow as a page may make it: what is free there is free on a wide one."""
+    x, y = (plot.x_range.start, plot.x_range.end), (plot.y_range.start, plot.y_range.end)
+    room = Room(x, y, 260, 220 if compact else 275)
+    for i in np.flatnonzero(drawn.placed)[:_MARKS]:
+        room.take(room.pixel(float(drawn.intensity[i]), float(drawn.rate[i])), float(_size(drawn.share[i])) / 2)
+    return room
+
+
+def _size(part: Any) -> Any:
+    """Diameter of a circle, by its share of the time."""
+    return np.clip(70 * np.sqrt(part), 5, 48)
 
 
 def _peaks(drawn: _Operators) -> list[tuple[str, float]]:
@@ -184,63 +204,56 @@ def _peaks(drawn: _Operators) -> list[tuple[str, float]]:
     return sorted(found, key=lambda pair: -pair[1])
 
 
-def _lines(plot: Any, drawn: _Operators, low: float, high: float) -> None:
+def _lines(plot: Any, drawn: _Operators, room: Room) -> None:
     """Measured ceilings: copies from memory and from cache as slopes, products as flat roofs; each with its name."""
+    low, high = float(plot.x_range.start), float(plot.x_range.end)
     peaks = _peaks(drawn)
-    top = peaks[0][1] if peaks else np.inf
+    top = peaks[0][1] if peaks else float(plot.y_range.end)
     for dtype, peak in peaks:
         plot.line([low, high], [peak, peak], line_color=style.LIGHT["ink"], line_width=1.5)
+        room.stroke(room.pixel(low, peak), room.pixel(high, peak))
         text = f"{dtype} products {rate(peak, 'FLOP/s')}"
-        style.label(plot, high, peak, text, text_align="right", text_baseline="bottom", x_offset=-4, y_offset=2)
+        how = room.beside(room.pixel(high, peak), text, 2.0, ("above left",)) or {"text_align": "right"}
+        style.label(plot, high, peak, text, **how)
+    slopes = _slopes(drawn)
+    ends = {}
+    for name, slope in slopes.items():
+        start, end = max(low, float(plot.y_range.start) / slope), min(high, top / slope)
+        colour = style.LIGHT["ink" if name == "memory" else "muted"]
+        plot.line([start, end], [slope * start, slope * end], line_color=colour, line_width=1.5)
+        ends[name] = room.pixel(start, slope * start), room.pixel(end, slope * end)
+        room.stroke(*ends[name])
+    for name, slope in slopes.items():
+        text = f"{name} {rate(slope, 'B/s')}"
+        (across, _), how = room.along(*ends[name], text)
+        at = room.value(across)
+        style.label(plot, at, slope * at, text, text_color=style.LIGHT["muted"], **how)
+
+
+def _slopes(drawn: _Operators) -> dict[str, float]:
+    """Bandwidths worth a line: of memory, and of the fastest cache where that is much faster."""
     bandwidth = [(float(s), float(w)) for s, w in drawn.ceilings.get("bandwidth", ())]
     if not bandwidth:
-        return
-    slopes = {"memory": bandwidth[-1][1]}
-    if max(w for _, w in bandwidth) > 1.5 * slopes["memory"]:
-        slopes["cache"] = max(w for _, w in bandwidth)
-    for name, slope in slopes.items():
-        end = min(high, top / slope)
-        colour = style.LIGHT["ink" if name == "memory" else "muted"]
-        plot.line([low, end], [slope * low, slope * end], line_color=colour, line_width=1.5)
-        lowest = float(plot.y_range.start)
-        at = max(low * 1.15, 1.4 * lowest / slope)
-        over = (
-            {"text_baseline": "bottom", "y_offset": 6} if name == "cache" else {"text_baseline": "top", "y_offset": -6}
-        )
-        style.label(plot, at, slope * at, f"{name} {rate(slope, 'B/s')}", text_color=style.LIGHT["muted"], **over)
+        return {}
+    memory, fastest = bandwidth[-1][1], max(w for _, w in bandwidth)
+    return {"memory": memory} | ({"cache": fastest} if fastest > 1.5 * memory else {})
 
 
-def _names(plot: Any, drawn: _Operators, *, few: bool) -> None:
+def _names(plot: Any, drawn: _Operators, room: Room, *, few: bool) -> None:
     """Direct labels of the operators that take most time, one a name, where there is room for it."""
-    order = [i for i in np.argsort(-drawn.time, kind="stable") if drawn.placed[i]]
-    taken: list[tuple[float, float]] = []
     named: set[str] = set()
-    span = np.log10([plot.x_range.end / plot.x_range.start, plot.y_range.end / plot.y_range.start])
-    for i in order:
+    for i in np.argsort(-drawn.time, kind="stable"):
         name = str(drawn.name[i])
-        short = name if len(name) <= 28 else f"{name[:27]}…"
-        at = (float(np.log10(drawn.intensity[i]) / span[0]), float(np.log10(drawn.rate[i]) / span[1]))
-        crowded = any(abs(at[0] - x) < 0.22 and abs(at[1] - y) < 0.06 for x, y in taken)
-        if drawn.share[i] < _WORTH:
+        if drawn.share[i] < _WORTH or len(named) >= (3 if few else _NAMED):
             return
-        if name in named or crowded:
+        if name in named or not drawn.placed[i]:
             continue
-        offset = int(np.clip(35 * np.sqrt(drawn.share[i]), 3, 24)) + 3
-        right = np.log10(drawn.intensity[i] / plot.x_range.start) / span[0] > 0.72
-        style.label(
-            plot,
-            float(drawn.intensity[i]),
-            float(drawn.rate[i]),
-            f"{short} {share(float(drawn.share[i]))}",
-            x_offset=-offset if right else offset,
-            text_align="right" if right else "left",
-            background_fill_color=style.LIGHT["surface"],
-            background_fill_alpha=0.6,
-        )
-        named.add(name)
-        taken.append(at)
-        if len(named) >= (3 if few else _NAMED):
-            return
+        x, y = float(drawn.intensity[i]), float(drawn.rate[i])
+        short = name if len(name) <= 24 else f"{name[:23]}…"
+        how = room.beside(room.pixel(x, y), short, float(_size(drawn.share[i])) / 2 + 4)
+        if how:
+            style.label(plot, x, y, short, **how)
+            named.add(name)
 
 
 def _by_bound(drawn: _Operators, *, compact: bool) -> Any:
@@ -257,7 +270,7 @@ def _by_bound(drawn: _Operators, *, compact: bool) -> Any:
         table,
         [f"{share(spent[n] / whole)} · {duration(spent[n])}" for n in order],
     )
-    return stacked_bars(stacks, title="share of operator time, by what bounds it", compact=compact)
+    return stacked_bars(stacks, title="operator time by what bounds it", compact=compact)
 
 
 def _by_operator(drawn: _Operators) -> Any:
@@ -273,7 +286,7 @@ def _by_operator(drawn: _Operators) -> Any:
         mine = np.flatnonzero(drawn.name == n)
         paths.append(str(drawn.words("op_path")[mine[drawn.time[mine].argmax()]]))
     stacks = Stacks(
-        [n if len(n) <= 34 else f"{n[:33]}…" for n in top],
+        [n if len(n) <= 28 else f"{n[:27]}…" for n in top],
         paths,
         [WORDS[b][0] for b in bounds],
         [WORDS[b][1] for b in bounds],
@@ -281,5 +294,5 @@ def _by_operator(drawn: _Operators) -> Any:
         [f"{share(spent[n] / whole)} · {duration(spent[n])}" for n in top],
     )
     left = len(names) - len(top)
-    title = "share of operator time, by operator" + (f" ({left} more)" if left > 0 else "")
+    title = "operator time by operator" + (f" ({left} more)" if left > 0 else "")
     return stacked_bars(stacks, title=title)

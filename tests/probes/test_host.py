@@ -77,6 +77,20 @@ def test_threads_of_one_name_stay_apart() -> None:
     assert tree.threads == ["worker (1)", "worker (2)", "thread 3"]
 
 
+def test_of_the_helper_what_counts_is_its_work() -> None:
+    start, worker = ("run", "/usr/lib/threading.py", 2), ("_worker", "/usr/lib/concurrent/futures/thread.py", 81)
+    tree, busy = Tree(), ("quiet", "/site/bnviz/reduce/_alone.py", 30)
+    grow(
+        tree,
+        speedscope({'Thread 3 "bnviz-reduce_0"': [[start, worker], [start, worker, busy]], MAIN: [[TOP]]}),
+        gil=False,
+    )
+    assert rows(tree) == {("bnviz-reduce_0", "bnviz"): (1, 0), ("MainThread", "<module>"): (1, 0)}
+    tree = Tree()
+    grow(tree, speedscope({'Thread 3 "bnviz-reduce_0"': [[start, worker]]}), gil=False)
+    assert tree.threads == []
+
+
 def test_what_starts_a_thread_is_left_out() -> None:
     start = [("_bootstrap", "/usr/lib/threading.py", 1), ("run", "/usr/lib/threading.py", 2)]
     assert clean([*start, LOAD], {}) == [LOAD]

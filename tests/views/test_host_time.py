@@ -61,8 +61,30 @@ def test_bars_hold_own_time_in_its_two_parts_and_time_with_callees() -> None:
     np.testing.assert_allclose(data["own"], [0.8, 0.2, 0.1], rtol=1e-6)
     np.testing.assert_allclose(data["held"], [0.4, 0.1, 0.05], rtol=1e-6)
     np.testing.assert_allclose(data["whole"], [0.8, 1.0, 0.1], rtol=1e-6)
-    assert list(data["text"]) == ["800 ms", "200 ms of 1.0 s", "100 ms"]
+    titles = ["800 ms · Net.step  net.py:10", "200 ms of 1.0 s · <module>  run.py:3", "100 ms · load  d.py:1"]
+    assert list(data["title"]) == titles
     assert data["threads"][2] == "b 100 ms"
+
+
+def test_what_watches_has_no_bar_and_its_helper_no_place_in_the_tree() -> None:
+    own = ("bnviz", "bnviz", 0)
+    seen = result([*SMALL, ("MainThread", [TOP, own], 300), ("bnviz-reduce_0", [own], 200)], wall=8.0)
+    drawing = host_time(seen)
+    assert list(sources(drawing, "held")[0].data["name"]) == ["Net.step", "<module>", "load"]
+    assert "bnviz itself took 5.00 s: it has no bar, and is in no share." in words(drawing)
+    names = [n for s in sources(drawing, "bottom") for n in s.data["name"]]
+    assert "MainThread" in names and "bnviz" in names and "bnviz-reduce_0" not in names
+
+
+def test_a_record_of_watching_alone_is_drawn() -> None:
+    drawing = host_time(result([("MainThread", [("bnviz", "bnviz", 0)], 90)]))
+    assert not sources(drawing, "held")
+    assert "bnviz itself took 900 ms" in words(drawing)
+
+
+def test_a_line_that_is_not_known_is_not_written() -> None:
+    drawing = host_time(result([("MainThread", [("f", "a/net.py", -1)], 60)]))
+    assert list(sources(drawing, "held")[0].data["title"]) == ["600 ms · f  net.py"]
 
 
 def test_a_callee_lies_under_its_caller_and_threads_side_by_side() -> None:
