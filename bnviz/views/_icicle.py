@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from bokeh.models import ColumnDataSource
+from bokeh.models import ColumnDataSource, InlineStyleSheet
 
 from bnviz.quantities import count, duration, share
 
@@ -52,6 +52,7 @@ def icicle(result: xr.Dataset) -> Any:
         grid="",
         x_range=(0, end),
         y_range=(depth - 0.5, -0.5),
+        sizing_mode="fixed",  # its words are cut to their boxes: on a narrow page it scrolls
     )
     plot.yaxis.visible = False
     drawn = []
@@ -65,13 +66,20 @@ def icicle(result: xr.Dataset) -> Any:
         )
     )
     kinds = {_kind(result, b) for b in boxes}
-    parts = [key((colour, "pale", kind) for kind, colour in _KINDS if kind in kinds), plot]
+    parts = [key((colour, "pale", kind) for kind, colour in _KINDS if kind in kinds), _scrolling(plot)]
     if len(every) > len(boxes):
         deep = f", down to {DEEPEST} calls deep" if any(b.depth >= DEEPEST for b in every) else ""
         parts.append(
             style.note_text(f"Drawn are {count(len(boxes))} of {count(len(every))} chains of calls, the longest{deep}.")
         )
     return style.column(*parts)
+
+
+def _scrolling(plot: Any) -> Any:
+    """A drawing of a fixed width in a place that scrolls where the page is narrower."""
+    frame = style.column(plot)
+    frame.stylesheets = [InlineStyleSheet(css=":host { overflow-x: auto; max-width: 100%; }")]
+    return frame
 
 
 def boxes_of(result: xr.Dataset) -> Iterator[Box]:

@@ -37,6 +37,7 @@ class Room:
         self._low, self._width, self._height = (x[0], y[0]), width, height
         self._scale = width / float(np.log10(x[1] / x[0])), height / float(np.log10(y[1] / y[0]))
         self._taken: list[Box] = []
+        self._words: list[Box] = []
 
     def pixel(self, x: float, y: float) -> Point:
         """Where a value is, from the lower left corner."""
@@ -62,9 +63,17 @@ class Room:
         for side in sides:
             box, options = _beside(at, text, gap, side)
             if self.hits(box) == 0:
-                self._taken.append(box)
+                self._words.append(box)
                 return options
         return {}
+
+    def anywhere(self, at: Point, text: str, gap: float) -> dict[str, Any]:
+        """How to set a label that ends at a point, above it or below it, where it meets least."""
+        box, options = min(
+            (_beside(at, text, gap, s) for s in ("above left", "below left")), key=lambda b: self.hits(b[0])
+        )
+        self._words.append(box)
+        return options
 
     def along(self, start: Point, end: Point, text: str) -> tuple[Point, dict[str, Any]]:
         """Where on a rising line to set its name, and how: above it or below it, where it meets least."""
@@ -76,15 +85,18 @@ class Room:
                 over = len(self._taken) * (box[3] > end[1])  # above its end it would read as another line's
                 found.append((self.hits(box) + over, rank, point, box, options))
         _, _, point, box, options = min(found, key=lambda f: f[:2])
-        self._taken.append(box)
+        self._words.append(box)
         return point, options
 
     def hits(self, box: Box) -> int:
-        """How many things a box meets; the edge of the frame is worse than all of them."""
+        """How many marks a box meets; other words, and the edge of the frame, are worse than all of them."""
         left, bottom, right, top = box
         inside = left >= 0 and bottom >= 0 and right <= self._width and top <= self._height
-        met = sum(left < r and right > x and bottom < t and top > y for x, y, r, t in self._taken)
-        return met if inside else met + len(self._taken) + 1
+        marks, words = (
+            sum(left < r and right > x and bottom < t and top > y for x, y, r, t in boxes)
+            for boxes in (self._taken, self._words)
+        )
+        return marks + (words + (not inside)) * (len(self._taken) + 1)
 
 
 def _beside(at: Point, text: str, gap: float, side: str) -> tuple[Box, dict[str, Any]]:
@@ -99,6 +111,6 @@ def _beside(at: Point, text: str, gap: float, side: str) -> tuple[Box, dict[str,
     up = side.startswith("above")
     bottom = y + gap if up else y - gap - high
     options = {"text_baseline": "bottom" if up else "top", "y_offset": gap if up else -gap}
-    align = {"above left": "right", "below right": "left"}.get(side, "center")
+    align = {"above left": "right", "below left": "right", "below right": "left"}.get(side, "center")
     left = {"right": x - wide, "left": x, "center": x - wide / 2}[align]
     return (left, bottom, left + wide, bottom + high), options | {"text_align": align, "x_offset": 0}

@@ -186,7 +186,7 @@ def _roofs(drawn: _Operators, *, compact: bool) -> Any:
 def _room(plot: Any, drawn: _Operators, *, compact: bool) -> Room:
     """The frame with its marks, as narrow as a page may make it: what is free there is free on a wide one."""
     x, y = (plot.x_range.start, plot.x_range.end), (plot.y_range.start, plot.y_range.end)
-    room = Room(x, y, 260, 220 if compact else 275)
+    room = Room(x, y, 220, 220 if compact else 275)
     for i in np.flatnonzero(drawn.placed)[:_MARKS]:
         room.take(room.pixel(float(drawn.intensity[i]), float(drawn.rate[i])), float(_size(drawn.share[i])) / 2)
     return room
@@ -198,9 +198,15 @@ def _size(part: Any) -> Any:
 
 
 def _peaks(drawn: _Operators) -> list[tuple[str, float]]:
-    """Peaks of the dtypes in use, highest first."""
-    used = set(drawn.words("dtype")[drawn.placed])
-    found = [(d, float(p)) for d, p in drawn.ceilings.get("flops", {}).items() if d in used and p and np.isfinite(p)]
+    """Peaks of the dtypes that products are computed in, highest first; not of one in which next to nothing is."""
+    products = drawn.placed & (drawn.words("work") == "matmul")
+    spent = {
+        d: float(drawn.share[products & (drawn.words("dtype") == d)].sum()) for d in drawn.ceilings.get("flops", {})
+    }
+    least = _WORTH * max(spent.values(), default=0.0)
+    found = [
+        (d, float(p)) for d, p in drawn.ceilings.get("flops", {}).items() if spent[d] > least and p and np.isfinite(p)
+    ]
     return sorted(found, key=lambda pair: -pair[1])
 
 
@@ -213,8 +219,7 @@ def _lines(plot: Any, drawn: _Operators, room: Room) -> None:
         plot.line([low, high], [peak, peak], line_color=style.LIGHT["ink"], line_width=1.5)
         room.stroke(room.pixel(low, peak), room.pixel(high, peak))
         text = f"{dtype} products {rate(peak, 'FLOP/s')}"
-        how = room.beside(room.pixel(high, peak), text, 2.0, ("above left",)) or {"text_align": "right"}
-        style.label(plot, high, peak, text, **how)
+        style.label(plot, high, peak, text, **room.anywhere(room.pixel(high, peak), text, 2.0))
     slopes = _slopes(drawn)
     ends = {}
     for name, slope in slopes.items():
@@ -224,7 +229,7 @@ def _lines(plot: Any, drawn: _Operators, room: Room) -> None:
         ends[name] = room.pixel(start, slope * start), room.pixel(end, slope * end)
         room.stroke(*ends[name])
     for name, slope in slopes.items():
-        text = f"{name} {rate(slope, 'B/s')}"
+        text = f"{name} {rate(slope, 'B/s', 2)}"
         (across, _), how = room.along(*ends[name], text)
         at = room.value(across)
         style.label(plot, at, slope * at, text, text_color=style.LIGHT["muted"], **how)
