@@ -29,40 +29,54 @@ class Table:
 
 
 def tables(result: xr.Dataset, limit: int = LIMIT) -> list[Table]:
-    """The variables of `result`, those with the same dims side by side; at most `limit` rows, the largest first.
+    """The variables of `result`, those with the same dims side by side; small tables first, at most `limit` rows of each.
 
     Parameters
     ----------
     result : Dataset
         Stamped: `attrs["units"]` of each variable says how its numbers are written.
     limit : int
-        Rows of one table. A longer one keeps the rows with the largest first variable and says so.
+        Rows of one table. A longer one keeps the rows with the largest first variable and says so; of each method, estimator
+        or other name along its first dimension the same number, because their values need not be comparable.
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, array in result.data_vars.items():
         groups.setdefault(tuple(str(d) for d in array.dims), []).append(str(name))
-    made = [_table(result, dims, names, limit) for dims, names in groups.items()]
+    made = [_table(result, dims, groups[dims], limit) for dims in sorted(groups, key=lambda dims: _rows(result, dims))]
     return [table for table in made if table.rows]
+
+
+def _rows(result: xr.Dataset, dims: tuple[str, ...]) -> int:
+    return int(np.prod([result.sizes[d] for d in dims], dtype=np.int64))
 
 
 def _table(result: xr.Dataset, dims: tuple[str, ...], names: Sequence[str], limit: int) -> Table:
     shape = tuple(result.sizes[d] for d in dims)
-    total = int(np.prod(shape, dtype=np.int64))
+    total = _rows(result, dims)
     chosen, note = np.arange(total), ""
     if total > limit:
-        first = result[names[0]].values.ravel()
-        if np.issubdtype(first.dtype, np.number) and first.dtype.kind in "iuf":
-            order = np.argsort(-np.where(np.isfinite(first), first, -np.inf), kind="stable")
-            chosen, which = order[:limit], f"those with the largest {_words(names[0])} first"
-        else:
-            chosen, which = chosen[:limit], "the first ones"
-        note = f"{limit} of {quantities.count(total)} rows, {which}"
+        chosen, which = _largest(result, names[0], limit)
+        note = f"{quantities.count(len(chosen))} of {quantities.count(total)} rows, {which}"
     at = np.unravel_index(chosen, shape) if dims else ()
     columns = [_coordinate(result, dim, index) for dim, index in zip(dims, at, strict=True)]
     columns += [_written(result[name], chosen) for name in names]
     heads = [_words(dim) for dim in dims] + [_head(result[name]) for name in names]
     numeric = [_is_number(result, dim) for dim in dims] + [result[name].dtype.kind in "iufb" for name in names]
     return Table(tuple(heads), tuple(zip(*columns, strict=True)), tuple(numeric), note)
+
+
+def _largest(result: xr.Dataset, name: str, limit: int) -> tuple[np.ndarray, str]:
+    """Rows of a long table that are shown, and which these are in words."""
+    array = result[name]
+    first = str(array.dims[0])
+    if array.dtype.kind not in "iuf":
+        return np.arange(limit), "the first ones"
+    parts = array.sizes[first] if not _is_number(result, first) else 1
+    values = np.where(np.isfinite(array.values), array.values, -np.inf).reshape(parts, -1)
+    order = np.argsort(-values, axis=1, kind="stable")[:, : max(1, limit // parts)]
+    rows = (order + np.arange(parts)[:, None] * values.shape[1]).ravel()
+    each = f" of each {_words(first)}" if parts > 1 else ""
+    return rows, f"those with the largest {_words(name)}{each} first"
 
 
 def _words(name: str) -> str:

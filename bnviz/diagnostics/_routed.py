@@ -40,7 +40,7 @@ def select(record: xr.Dataset, step: int | None, phase: str | None) -> tuple[xr.
 def _is_prompt(record: xr.Dataset) -> np.ndarray:
     if "phase" not in record.coords:
         return np.ones(record.sizes["step"], bool)
-    return np.isin(record["phase"].values.astype(str), PROMPT)
+    return np.array([str(phase) in PROMPT for phase in record["phase"].values], bool)
 
 
 def in_use(record: xr.Dataset) -> np.ndarray:

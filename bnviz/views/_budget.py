@@ -39,11 +39,11 @@ def methods(result: xr.Dataset) -> list[str]:
 
 
 def colour(result: xr.Dataset, method: str) -> str:
-    """The same for a method in every drawing of one result; grey for the null."""
+    """Name of its colour, the same for a method in every drawing of one result; grey for the null."""
     if method == NULL:
-        return style.LIGHT["faint"]
+        return "faint"
     others = sorted(str(m) for m in result["method"].values if m != NULL)
-    return style.SERIES[others.index(method) % len(style.SERIES)]
+    return list(style.CATEGORY)[others.index(method) % len(style.CATEGORY)]
 
 
 def words(result: xr.Dataset) -> list[str]:

@@ -14,7 +14,10 @@ from ._plane_paths import Path, columns
 SERIES_MOST = 6
 """Layers told apart by colour and dotted at every step; more are coloured by depth and dotted at their last."""
 
-_LETTER, _AXIS = 7, 60  # pixels: of a letter of a name, and of a panel that its y axis takes
+LETTER = 7
+"""Pixels of a letter of a name."""
+_AXIS = 60  # pixels of a panel that its y axis takes
+_NARROW = 320  # pixels of a panel on the narrowest page: names must not lie on one another there
 
 
 def draw(plot: Any, result: xr.Dataset, estimator: int, drawn: list[Path]) -> None:
@@ -119,7 +122,7 @@ def name_ends(plot: Any, drawn: list[Path], ceiling: float) -> None:
     reach, level = -np.inf, 0
     for group in groups(drawn, 0.085 * plot.x_range.end, 0.075 * plot.y_range.end):
         x, text = float(np.mean([path.x[-1] for path in group])), called(group)
-        wide = len(text) * _LETTER * plot.x_range.end / (plot.width - _AXIS)  # of the text, in data units
+        wide = len(text) * LETTER * plot.x_range.end / (_NARROW - _AXIS)  # of the text, in data units
         crowded = np.isfinite(ceiling) and x + wide / 2 > ceiling
         left = ceiling - wide if crowded else x - wide / 2
         level = 1 - level if left < reach else 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable
 from typing import Any
 
 from bokeh.core.properties import value
 from bokeh.models import (
     Column,
+    Div,
     Glyph,
     GlyphRenderer,
     GridBox,
@@ -21,10 +23,13 @@ from bokeh.models import (
     Widget,
 )
 
-from ._tokens import FONT, MONO, UI_FONT
+from ._tokens import FONT, LIGHT, MONO, SIZE, UI_FONT
 
 PLACES = frozenset({"layer", "head", "kv_head", "expert", "token", "path"})
 _WRAP = ":host { flex-wrap: wrap; }"
+_BESIDE = 0.8  # of its width a drawing needs beside another; where that is not there, they stand under one another
+_TITLE = f":host {{ font: {SIZE['label']}/1.4 {UI_FONT}; color: var(--bnv-ink, {LIGHT['ink']}); }}"
+_TITLE_ROOM = 20  # pixels a title takes of its figure
 _WIDGET = f"""
 :host {{ --base-font: {UI_FONT}; --color: var(--bnv-ink, #212121); --background-color: var(--bnv-surface, #ffffff);
   --border-color: var(--bnv-rule, #bdbdbd); --divider-color: var(--bnv-grid, #e6e6e6); --hover-color: var(--bnv-raised, #f5f5f5);
@@ -32,6 +37,9 @@ _WIDGET = f"""
   --inactive-bg: var(--bnv-raised, #f5f5f5); --placeholder-color: var(--bnv-muted, #5f5f5f);
   --icon-color: var(--bnv-muted, #5f5f5f); --highlight-color: var(--bnv-accent, #0b57d0);
   --input-focus-border-color: var(--bnv-accent, #0b57d0); color: var(--bnv-ink, #212121); }}
+select.bk-input:not([multiple]) {{ background-image: linear-gradient(45deg, transparent 50%, var(--bnv-muted, #5f5f5f) 50%),
+    linear-gradient(135deg, var(--bnv-muted, #5f5f5f) 50%, transparent 50%);
+  background-size: 5px 5px, 5px 5px; background-position: right 13px center, right 8px center; background-repeat: no-repeat; }}
 .noUi-target {{ background: var(--bnv-grid, #e6e6e6); border-color: var(--bnv-grid, #e6e6e6); box-shadow: none; }}
 .noUi-handle {{ background: var(--bnv-surface, #ffffff); border-color: var(--bnv-accent, #0b57d0); box-shadow: none; }}
 .noUi-handle:focus-visible {{ outline: 2px solid var(--bnv-accent, #0b57d0); outline-offset: 2px; }}
@@ -41,8 +49,9 @@ _WIDGET = f"""
 def settle(root: LayoutDOM) -> LayoutDOM:
     """Finish a drawing for a page: `root` itself, changed in place.
 
-    Layouts and figures without a sizing mode take the width they are given, up to their own; rows wrap; a click on a mark
-    whose data has an address selects it, and what is not selected stays as it is.
+    Layouts and figures without a sizing mode take the width they are given, up to their own; rows wrap before what is in them
+    gets too narrow to read; the title of a figure in a column becomes words above it, which wrap too; a click on a mark whose
+    data has an address selects it, and what is not selected stays as it is.
     """
     from .style import tap
 
@@ -59,7 +68,33 @@ def settle(root: LayoutDOM) -> LayoutDOM:
             if model.sizing_mode is None:
                 model.update(sizing_mode="stretch_width", max_width=model.max_width or model.width)
             _selectable(model, tap)
+    for model in root.references():
+        if isinstance(model, Column):
+            model.children = [_titled(child) for child in model.children]
+        if isinstance(model, Row):
+            _keep_readable(model)
     return root
+
+
+def _titled(child: Any) -> Any:
+    """A figure with its title in words above it: in the canvas it would be cut at the edge of a narrow page."""
+    if not isinstance(child, Plot) or child.title is None or not child.title.text:
+        return child
+    words = Div(
+        text=html.escape(str(child.title.text)), sizing_mode="stretch_width", stylesheets=[InlineStyleSheet(css=_TITLE)]
+    )
+    child.title.text = ""
+    if child.height:
+        child.height -= _TITLE_ROOM
+    return Column(children=[words, child], sizing_mode="stretch_width", spacing=0)
+
+
+def _keep_readable(row: Row) -> None:
+    """A least width for the drawings of a row: one that stretches would shrink to nothing rather than wrap."""
+    for child in row.children:
+        if isinstance(child, Plot) and child.sizing_mode == "stretch_width":
+            least = round(_BESIDE * extent(child)[0])
+            child.styles = {"min-width": f"min({least}px, 100%)"} | dict(child.styles or {})
 
 
 def _wraps(row: Row) -> bool:

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from bokeh.models import FixedTicker, UIElement
+from bokeh.models import ColumnDataSource, FixedTicker, UIElement
 
 from bnviz.quantities import count, setting
 from bnviz.schema import view
 
 from . import style
-from ._plane_marks import SERIES_MOST, called, draw, groups, name_ends, null_bars, whiskers
-from ._plane_paths import drawn_steps, moments, paths
+from ._plane_marks import LETTER, SERIES_MOST, called, draw, groups, name_ends, null_bars, whiskers
+from ._plane_paths import Path, drawn_steps, moments, paths
 
 _INPUT, _LABEL = "I(X;T)", "I(T;Y)"
 
@@ -98,7 +98,7 @@ def _timeline(result: xr.Dataset, estimator: int, width: int) -> Any:
     drawn, last = paths(result, estimator, "step", "i_xt"), result.sizes["step"] - 1
     ceiling = float(result.attrs.get("input_ceiling", np.nan))
     most = max([ceiling if np.isfinite(ceiling) else 0.0, *(float(p.y.max()) for p in drawn if len(p.y)), 1e-9])
-    room = 1.04 if len(drawn) > SERIES_MOST else 1.22 if width > 500 else 1.34  # for the names at the ends
+    named = [] if len(drawn) > SERIES_MOST else groups(drawn, float("inf"), 0.09 * 1.12 * most)
     evenly = "" if last < 2 else ", watched ones evenly spaced"
     plot = style.figure(
         width=width,
@@ -106,22 +106,33 @@ def _timeline(result: xr.Dataset, estimator: int, width: int) -> Any:
         x=f"{what}{evenly}",
         y=f"{_INPUT}, bit ({_scale(result, estimator)})",
         title=f"{result['estimator'].values[estimator]}: what is kept of the input",
-        x_range=(-0.04 * max(1, last), room * max(1, last)),
+        x_range=(-0.04 * max(1, last), 1.04 * max(1, last)),
         y_range=(0, 1.12 * most),
+        min_border_right=max(
+            [4, *(12 + LETTER * len(called(group)) for group in named)]
+        ),  # the names stand in the border
     )
-    ticks = sorted({round(place) for place in np.linspace(0, last, min(last + 1, 7))})
+    ticks = sorted({round(place) for place in np.linspace(0, last, min(last + 1, 5))})
     plot.xaxis.ticker = FixedTicker(ticks=ticks)
     plot.xaxis.major_label_overrides = {tick: names[tick] for tick in ticks}
     if np.isfinite(ceiling):
         style.limit_line(plot, ceiling, f"log2 {result.attrs['samples']} = {setting(ceiling)} bit")
     draw(plot, result, estimator, drawn)
-    if len(drawn) <= SERIES_MOST:
-        for group in groups(drawn, float("inf"), 0.09 * plot.y_range.end):
-            middle = float(np.mean([path.y[-1] for path in group]))
-            at_line = np.isfinite(ceiling) and abs(middle - ceiling) < 0.06 * plot.y_range.end
-            under: dict[str, Any] = {"text_baseline": "top", "y_offset": -3} if at_line else {}
-            style.label(plot, group[0].x[-1], ceiling if at_line else middle, called(group), x_offset=8, **under)
+    _end_names(plot, named, ceiling)
     return plot
+
+
+def _end_names(plot: Any, named: list[list[Path]], ceiling: float) -> None:
+    """Names at the ends of their lines; as glyphs, because labels end at the frame and these stand in the border."""
+    for group in named:
+        middle = float(np.mean([path.y[-1] for path in group]))
+        at_line = np.isfinite(ceiling) and abs(middle - ceiling) < 0.06 * plot.y_range.end
+        data = {"x": [group[0].x[-1]], "y": [ceiling if at_line else middle], "text": [called(group)]}
+        plot.text(
+            "x", "y", "text", source=ColumnDataSource(data), x_offset=8, y_offset=3 if at_line else 0,
+            text_baseline="top" if at_line else "middle", text_font={"value": style.FONT},
+            text_font_size=style.SIZE["label"], text_color=style.LIGHT["ink"], level="overlay",
+        )  # fmt: skip
 
 
 def _ceilings(plot: Any, result: xr.Dataset, *, label: float, inputs: float) -> None:

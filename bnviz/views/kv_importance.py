@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from bokeh.models import ColumnDataSource, CustomJS, FixedTicker, NumeralTickFormatter, Span, UIElement
+from bokeh.models import (
+    ColumnDataSource,
+    CustomJS,
+    Div,
+    FixedTicker,
+    InlineStyleSheet,
+    NumeralTickFormatter,
+    Span,
+    UIElement,
+)
 
 from bnviz import quantities as q
 from bnviz.schema import view
@@ -17,8 +27,15 @@ from ._budget import NULL, colour, methods, nothing_to_draw, slider, start
 _MOVE = """
 const at = cb_obj.value;
 mark.location = budgets[at];
-for (const [i, source] of sources.entries())
-  source.data = {x: [budgets[at]], y: [kept[i][at]], end: [1], place: [places[i][at]], text: [texts[i][at]], stroke: ['━']};
+for (const [i, source] of sources.entries()) source.data = {x: [budgets[at]], y: [kept[i][at]]};
+names.text = lists[at];
+"""
+_NAMES = f"""
+:host {{ font: {style.SIZE["label"]}/1.7 {style.UI_FONT}; color: var(--bnv-ink, {style.LIGHT["ink"]});
+  font-variant-numeric: tabular-nums; max-width: 100%; }}
+.bnviz-names {{ display: grid; grid-template-columns: 18px max-content max-content; gap: 0 8px; align-items: center; }}
+.bnviz-names i {{ height: 0; border-top: 2px solid; }}
+.bnviz-names b {{ font-weight: 400; text-align: right; }}
 """
 
 
@@ -26,8 +43,8 @@ for (const [i, source] of sources.entries())
 def kv_importance(result: xr.Dataset, *, compact: bool = False) -> UIElement:
     """Share of attention mass kept against the share of keys kept, one line a score, random dashed.
 
-    The names at the right are in the order of the chosen budget, with what each keeps there; the slider moves the budget and
-    says what it is in tokens and bytes. A score is worth as much as its distance to `random`.
+    The names beside it (below it on a narrow page) are in the order of the chosen budget, with what each keeps there; the
+    slider moves the budget and says what it is in tokens and bytes. A score is worth as much as its distance to `random`.
 
     Parameters
     ----------
@@ -47,51 +64,48 @@ def kv_importance(result: xr.Dataset, *, compact: bool = False) -> UIElement:
     names, at = methods(result), start(result)
     kept = result["mass_kept_mean"].sel({"method": names}).values
     plot = style.figure(
-        width=760,
+        width=400 if compact else 560,
         height=240 if compact else 300,
         x="share of keys kept",
         y="share of attention mass kept",
         grid="xy",
         x_range=(0, 1),
         y_range=(0, 1.04),
-        min_border_right=112 if compact else 168,
+        min_border_right=16,  # half of the last tick's words
     )
     plot.xaxis.ticker = plot.yaxis.ticker = FixedTicker(ticks=[0, 0.25, 0.5, 0.75, 1])
     plot.xaxis.formatter = plot.yaxis.formatter = NumeralTickFormatter(format="0 %")
-    places = _places(kept)
-    texts = [[name if compact else f"{name}  {q.share(v)}" for v in row] for name, row in zip(names, kept, strict=True)]
-    sources = [_line(plot, result, name, kept[i], places[i][at], texts[i][at], at) for i, name in enumerate(names)]
+    sources = [_line(plot, result, name, kept[i], at) for i, name in enumerate(names)]
     budgets = [float(b) for b in result["budget"].values]
     mark = Span(location=budgets[at], dimension="height", line_color=style.LIGHT["accent"], line_width=1.5)
     plot.add_layout(mark)
     control, line = slider(result)
-    moved = {
-        "mark": mark,
-        "sources": sources,
-        "budgets": budgets,
-        "kept": _finite(kept),
-        "places": _finite(places),
-        "texts": texts,
-    }
+    lists = [_list(result, names, column) for column in kept.T]
+    sheet = InlineStyleSheet(css=_NAMES)
+    named = Div(text=lists[at], width=190, stylesheets=[sheet], name="bnviz-names")
+    moved: dict[str, Any] = {"mark": mark, "sources": sources, "budgets": budgets, "kept": _finite(kept)}
+    moved |= {"names": named, "lists": lists}
     control.js_on_change("value", CustomJS(args=moved, code=_MOVE))
-    return style.column(style.row(control, line), plot)
+    return style.column(style.row(control, line), style.row(plot, named, spacing=16))
 
 
 def _finite(values: np.ndarray) -> list[list[float | None]]:
     return [[float(v) if np.isfinite(v) else None for v in row] for row in values]
 
 
-def _places(kept: np.ndarray) -> np.ndarray:
-    """(method, budget) heights of the names: in order of what they keep, evenly spaced from the top."""
-    order = np.argsort(np.argsort(-np.nan_to_num(kept), axis=0, kind="stable"), axis=0)
-    return np.asarray(1.0 - order * min(0.09, 0.9 / max(1, len(kept))))
+def _list(result: xr.Dataset, names: list[str], kept: np.ndarray) -> str:
+    """The methods by what they keep at one budget, most first, each with the stroke of its line."""
+    rows = []
+    for at in np.argsort(-np.nan_to_num(kept), kind="stable"):
+        hue, dash = colour(result, names[at]), "dashed" if names[at] == NULL else "solid"
+        stroke = f"<i style='border-top-color:var(--bnv-{hue}, {style.LIGHT[hue]});border-top-style:{dash}'></i>"
+        rows.append(f"{stroke}<span>{html.escape(names[at])}</span><b>{q.share(float(kept[at]))}</b>")
+    return f"<div class='bnviz-names'>{''.join(rows)}</div>"
 
 
-def _line(
-    plot: Any, result: xr.Dataset, name: str, kept: np.ndarray, place: float, text: str, at: int
-) -> ColumnDataSource:
-    """One method: its line, its marks with a hover, and its name at the right; returns the source that the slider moves."""
-    hue, null = colour(result, name), name == NULL
+def _line(plot: Any, result: xr.Dataset, name: str, kept: np.ndarray, at: int) -> ColumnDataSource:
+    """One method: its line, and its marks with a hover; returns the source of the mark that the slider moves."""
+    hue, null = style.LIGHT[colour(result, name)], name == NULL
     budgets = result["budget"].values
     least = result["mass_kept_least"].sel({"method": name}).values
     tokens, taken = result["tokens_kept"].values, result["bytes_kept"].values
@@ -122,24 +136,6 @@ def _line(
             ],
         )
     )
-    return _chosen(plot, {"x": float(budgets[at]), "y": float(kept[at]), "place": float(place), "text": text}, hue)
-
-
-def _chosen(plot: Any, where: dict[str, Any], hue: str) -> ColumnDataSource:
-    """The mark of one method at the chosen budget, and its name in the right border."""
-    chosen = ColumnDataSource({name: [value] for name, value in where.items()} | {"end": [1.0], "stroke": ["━"]})
+    chosen = ColumnDataSource({"x": [float(budgets[at])], "y": [float(kept[at])]})
     plot.scatter("x", "y", source=chosen, size=9, fill_color=hue, line_color=style.LIGHT["surface"], line_width=1.5)
-    for column, offset, ink in (("stroke", 8, hue), ("text", 26, style.LIGHT["ink"])):
-        plot.text(
-            "end",
-            "place",
-            column,
-            source=chosen,
-            x_offset=offset,
-            text_font={"value": style.FONT},
-            text_font_size=style.SIZE["label"],
-            text_color=ink,
-            text_baseline="middle",
-            level="overlay",  # not clipped to the frame: the names stand in the border
-        )
     return chosen

@@ -127,11 +127,11 @@ def _matrix(source: ColumnDataSource, names: list[str], compact: bool) -> Any:
     )
     for axis in (plot.xaxis, plot.yaxis):
         axis.ticker = FixedTicker(ticks=list(range(count)))
-        axis.major_label_overrides = {i: name.replace("_", " ") for i, name in enumerate(names)}
         axis.axis_line_color = axis.major_tick_line_color = None
         axis.major_label_text_color = style.LIGHT["ink"]
-    if any(len(name) > 9 for name in names):
-        plot.xaxis.major_label_overrides = {i: name.replace("_", "\n") for i, name in enumerate(names)}
+    # numbers have room above the columns of any page; names, beside each other, would not
+    plot.xaxis.major_label_overrides = {i: str(i + 1) for i in range(count)}
+    plot.yaxis.major_label_overrides = {i: f"{name.replace('_', ' ')}  {i + 1}" for i, name in enumerate(names)}
     colours = style.mapper("diverge", -1, 1)
     cells = plot.rect(
         "x", "y", 0.94, 0.94, source=source, fill_color={"field": "value", "transform": colours}, line_color=None

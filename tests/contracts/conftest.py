@@ -54,6 +54,14 @@ def runs(experts_run: Run, net_run: Run) -> tuple[Run, Run]:
     return experts_run, net_run
 
 
+@pytest.fixture(scope="session")
+def reopened(runs: tuple[Run, Run], tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """The same runs, written to disk and read again."""
+    folder = tmp_path_factory.mktemp("runs")
+    one, two = (bnviz.open(run.save(folder / f"{at}.zarr")) for at, run in enumerate(runs))
+    return one, two
+
+
 def record_for(need: str, runs: tuple[Run, ...]) -> Any:
     """The record that holds "record.variable" in one of the runs."""
     record, _, variable = need.partition(".")

@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 
 from bnviz import catalog
+from bnviz.run import Run
 from bnviz.schema import DIMENSIONS, UNITS, Judgement
 
 
@@ -57,6 +58,18 @@ def test_inputs_are_not_changed(diagnostic_name: str, runs: Any) -> None:
     diagnostic(**needed)
     for name, data in needed.items():
         xr.testing.assert_identical(data, before[name])
+
+
+def test_a_run_that_was_saved_says_the_same(
+    diagnostic_name: str, results: dict[str, Any], reopened: tuple[Run, Run]
+) -> None:
+    from .conftest import record_for
+
+    diagnostic = catalog.load("diagnostics", diagnostic_name)
+    needed = {n.partition(".")[0]: record_for(n, reopened) for n in (*diagnostic.spec.needs, *diagnostic.spec.wants)}
+    again = diagnostic(**{name: data for name, data in needed.items() if data is not None})
+    judge = catalog.judge_of(diagnostic)
+    assert repr(judge(again)) == repr(judge(results[diagnostic_name]))
 
 
 def test_the_judge_speaks(diagnostic_name: str, results: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ def test_variables_of_the_same_dims_stand_side_by_side() -> None:
         },
         {"layer": [4, 9]},
     )
-    first, second = tables(data)
+    second, first = tables(data)
     assert first.heads == ("layer", "bytes kept", "entropy, bit", "valid")
     assert first.rows == (("4", "2.00 KiB", "1.23", "yes"), ("9", "–", "0", "no"))
     assert first.numeric == (True, True, True, True)
@@ -37,6 +37,25 @@ def test_a_long_table_keeps_the_largest_and_says_so() -> None:
     (table,) = tables(xr.Dataset({"share_kept": unit(xr.DataArray(values, dims=("layer", "head")), "1")}), limit=3)
     assert [row[:2] for row in table.rows] == [("99", "198"), ("99", "197"), ("99", "196")]
     assert table.note == "3 of 20.0 k rows, those with the largest share kept first"
+
+
+def test_a_long_table_gives_each_name_its_rows() -> None:
+    score = xr.DataArray([[100.0, 300.0, 200.0], [0.1, 0.2, 0.3]], dims=("method", "key"))
+    data = xr.Dataset({"score": unit(score, "1")}, {"method": ["sums", "shares"]})
+    (table,) = tables(data, limit=4)
+    assert [row[:2] for row in table.rows] == [("sums", "1"), ("sums", "2"), ("shares", "2"), ("shares", "1")]
+    assert table.note == "4 of 6 rows, those with the largest score of each method first"
+
+
+def test_small_tables_come_first() -> None:
+    data = xr.Dataset(
+        {
+            "score": unit(xr.DataArray(np.zeros((3, 9)), dims=("method", "key")), "1"),
+            "kept": unit(xr.DataArray(np.zeros((3, 2)), dims=("method", "budget")), "1"),
+        },
+        {"method": ["a", "b", "c"]},
+    )
+    assert [table.heads for table in tables(data)] == [("method", "budget", "kept"), ("method", "key", "score")]
 
 
 def test_names_are_looked_up_and_stay_text() -> None:
