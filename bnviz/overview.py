@@ -29,7 +29,10 @@ def six_numbers(report: Report) -> list[tuple[str, str]]:
         ("saved by the largest finding", quantities.share(largest) if largest else None),
         ("parameters", _count(facts.get("parameters"))),
         _shape(sizes),
-        ("tokens in a step", _count(max((sizes.get(d, 0) for d in ("token", "query", "key")), default=0) or None)),
+        (
+            f"{_rows(facts)} in a step",
+            _count(max((sizes.get(d, 0) for d in ("token", "query", "key")), default=0) or None),
+        ),
         ("of the model watched", _time(facts.get("seconds"))),
         ("steps", _count(sizes.get("step") if sizes.get("step", 0) > 1 else None)),
         ("records kept", quantities.size(sum(report.run[kind].nbytes for kind in report.run.kinds))),
@@ -86,6 +89,11 @@ def _shape(sizes: Mapping[str, int]) -> tuple[str, str | None]:
         if sizes.get(dim):
             return f"layers × {word}", f"{sizes['layer']} × {sizes[dim]}"
     return "layers", str(sizes["layer"])
+
+
+def _rows(facts: Mapping[str, Any]) -> str:
+    """What the token axis holds: rows of a batch where the model has no attention."""
+    return "rows" if dict(facts.get("found") or {}).get("attention") == 0 else "tokens"
 
 
 def _count(value: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,19 @@ def test_the_curve_holds_what_the_diagnostic_measured() -> None:
     measured = {tuple(np.round(row, 5)) for row in result["mass_kept_mean"].values}
     assert {tuple(np.round(np.asarray(c["y"], float), 5)) for c in curves} == measured
     assert "KiB" in curves[0]["bytes"][0]
+
+
+def test_names_stand_in_the_order_of_the_chosen_budget() -> None:
+    result = importance()
+    drawing = draw("kv_importance", result)
+    (names,) = [d for d in drawing.select({"type": Div}) if d.name == "bnviz-names"]
+    at = next(s for s in drawing.select({"type": Slider}) if s.name == "bnviz-budget").value
+    shown = re.findall(r"<span>([^<]+)</span><b>([^<]+)</b>", names.text)
+    kept = result["mass_kept_mean"].isel(budget=at)
+    assert [name for name, _ in shown] == [
+        str(m) for m in kept["method"].values[np.argsort(-kept.values, kind="stable")]
+    ]
+    assert shown[0][1] == f"{100 * float(kept.max()):.0f} %"
 
 
 def test_the_strip_keeps_the_tokens_that_half_of_the_heads_keep() -> None:

@@ -211,6 +211,27 @@ def test_settle_finishes_a_drawing_made_elsewhere() -> None:
     json_item(root)
 
 
+def test_a_title_in_a_column_becomes_words_that_wrap() -> None:
+    plot = style.figure(height=200, title="a <long> title that a narrow page would cut")
+    root = style.column(plot)
+    for _ in range(2):  # the second time there is nothing to do
+        style.settle(root)
+        (titled,) = root.children
+        words, drawn = titled.children
+        assert words.text == "a &lt;long&gt; title that a narrow page would cut"
+        assert drawn is plot
+        assert (plot.title.text, plot.height) == ("", 180)
+    json_item(root)
+
+
+def test_what_stretches_in_a_row_wraps_before_it_is_too_narrow() -> None:
+    wide, fixed = style.figure(width=500, title="panel"), style.figure(width=90, sizing_mode="fixed")
+    style.settle(style.row(wide, fixed))
+    assert wide.styles == {"min-width": "min(400px, 100%)"}
+    assert not fixed.styles
+    assert wide.title.text == "panel"
+
+
 def test_settle_twice_adds_nothing() -> None:
     plot = style.figure()
     cells(plot)
