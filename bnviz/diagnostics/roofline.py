@@ -355,7 +355,7 @@ def _caveats(result: xr.Dataset, whole: float, age: float, coverage: float) -> t
     attrs = result.attrs
     ceilings = (attrs.get("ceilings") or [{}])[0]
     found = [
-        f"Ceilings were measured in this process; steady within {share(float(ceilings.get('spread', 0.0)))}",
+        f"Ceilings are the best of several runs in this process, at most {share(float(ceilings.get('spread', 0.0)))} ahead of the next",
         *Rows(result).reasons(whole),
     ]
     recorded = float(attrs.get("recorded", 0.0))

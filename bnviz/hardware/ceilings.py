@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 COPY_SIZES = (MIB // 8, MIB, 8 * MIB, 32 * MIB, 128 * MIB)  # working sets: half is read, half written
 PRODUCT_SIZES = (256, 512, 1024)
-SHARE = 0.05  # seconds for one measure
+BUDGET = 0.3  # seconds for all rounds
+LEAST, MOST = 4, 40  # rounds
+TURN = 0.002  # seconds of a trial in one round
+SLOW = 0.01  # seconds of a product beyond which no larger one is tried
 _PAGE = 4096
 
 
@@ -85,8 +88,8 @@ def measure_ceilings(
     """The limits of a device, measured once a process for each number of threads and set of dtypes.
 
     One thread is timed with the clock of the thread, which a busy machine does not disturb (spread 2 % at a load of 15 where
-    wall time has 40 %); several threads with the wall clock, and the best of several repeats is kept. DRAM is shared by all,
-    whatever the clock.
+    wall time has 40 %); several threads with the wall clock. All measures take turns in short rounds and the best of each is
+    kept, so that what runs beside meets some rounds of all rather than all of some. DRAM is shared by all, whatever the clock.
 
     Parameters
     ----------
@@ -101,7 +104,8 @@ def measure_ceilings(
     -------
     Ceilings
 
-    Cost: 0.3 s for one dtype and one thread; 256 MiB of memory meanwhile, less where less is free.
+    Cost: 0.5 s at one thread, 1 s at several: these are measured beside one, as what one reaches several do at least. 256 MiB
+    of memory meanwhile, less where less is free.
 
     Source: the roofline model, Williams, Waterman, Patterson 2009 (doi 10.1145/1498765.1498785).
 
@@ -124,7 +128,19 @@ def _measured(device: str, dtypes: tuple[str, ...], threads: int) -> Ceilings:
 
         return measure_cuda(device, dtypes)
     with _threads(threads):
-        return _measure_cpu(dtypes, threads)
+        found = _measure_cpu(dtypes, threads)
+    return found if threads == 1 else _at_least(found, _measured(device, dtypes, 1))
+
+
+def _at_least(many: Ceilings, one: Ceilings) -> Ceilings:
+    """Ceilings of several threads: what one reaches is a bound, which a busy machine hides when they wait for one another."""
+    bandwidth = dict(one.bandwidth)
+    return replace(
+        many,
+        flops={d: max(f, one.flops.get(d, f)) for d, f in many.flops.items()},
+        special=max(many.special, one.special),
+        bandwidth=tuple((s, max(w, bandwidth.get(s, w))) for s, w in many.bandwidth),
+    )
 
 
 @contextlib.contextmanager
@@ -142,33 +158,78 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class Trial:
+    """One thing that is timed again and again; `best` in seconds of one run, NaN before the first round."""
+
+    def __init__(self, run: Callable[[], object], loops: int) -> None:
+        self.run, self.loops, self.took = run, loops, list[float]()
+
+    @property
+    def best(self) -> float:
+        return min(self.took, default=math.nan)
+
+    @property
+    def spread(self) -> float:
+        """Relative distance of the second best from the best; 0 of fewer than two."""
+        first, second = sorted(self.took)[:2] if len(self.took) > 1 else (1.0, 1.0)
+        return second / first - 1
+
+
 class Clock:
-    """Best of several repeats, and how far the second best was."""
+    """Many short rounds over all trials, the best of each kept: something else that runs meanwhile meets some rounds, not all.
 
-    def __init__(self, now: Callable[[], float], budget: float = SHARE) -> None:
-        self.now, self.budget, self.spread = now, budget, 0.0
+    Parameters
+    ----------
+    now : callable
+        Seconds.
+    budget : float
+        Seconds of wall time for all rounds together; at least `LEAST` rounds unless they take twice as long, one in any case,
+        and `MOST` at most.
+    """
 
-    def best(self, run: Callable[[], object], *, repeats: int = 3) -> float:
-        """Seconds of one `run`, after one that warms up; short ones are run often."""
+    def __init__(self, now: Callable[[], float], budget: float = BUDGET) -> None:
+        self.now, self.budget, self.trials = now, budget, list[Trial]()
+
+    def add(self, run: Callable[[], object]) -> Trial:
+        """A trial, warmed up; what is short is run often in each of its rounds."""
         run()
         begin = self.now()
         run()
         once = max(self.now() - begin, 1e-7)
-        loops = max(1, min(1000, int(2e-4 / once)))
-        found: list[float] = []
-        spent = 0.0
-        while len(found) < repeats or (spent < self.budget and len(found) < 12):
-            begin = self.now()
-            for _ in range(loops):
-                run()
-            took = max(self.now() - begin, 1e-9)
-            found.append(took / loops)
-            spent += took
-            if spent > 4 * self.budget and len(found) > 1:
-                break
-        found.sort()
-        self.spread = max(self.spread, found[1] / found[0] - 1)
-        return found[0]
+        trial = Trial(run, max(1, min(1000, int(2e-4 / once))))
+        trial.took.append(once)
+        self.trials.append(trial)
+        return trial
+
+    def rounds(self) -> None:
+        """Time all trials in turn until the time is used up."""
+        begin = time.perf_counter()
+        for number in range(MOST):
+            if number >= LEAST and time.perf_counter() - begin > self.budget:
+                return
+            for trial in self.trials:
+                if number and time.perf_counter() - begin > 2 * self.budget:
+                    return
+                self._turn(trial)
+
+    def _turn(self, trial: Trial) -> None:
+        """Some runs at once: on a busy machine the first waits for threads that sleep, and the next finds them awake."""
+        spent, wanted = 0.0, 1 if trial.best > TURN else 2
+        while wanted > 0 or spent < TURN / 2:
+            trial.took.append(self._time(trial))
+            spent += trial.took[-1] * trial.loops
+            wanted -= 1
+
+    def _time(self, trial: Trial) -> float:
+        run, begin = trial.run, self.now()
+        for _ in range(trial.loops):
+            run()
+        return max(self.now() - begin, 1e-9) / trial.loops
+
+    @property
+    def spread(self) -> float:
+        """Of the trial that was least steady."""
+        return max((trial.spread for trial in self.trials), default=0.0)
 
 
 def _measure_cpu(dtypes: tuple[str, ...], threads: int) -> Ceilings:
@@ -177,23 +238,28 @@ def _measure_cpu(dtypes: tuple[str, ...], threads: int) -> Ceilings:
     begin, delay = time.perf_counter(), _run_delay()
     clock = Clock(time.thread_time if threads == 1 else time.perf_counter)
     with torch.inference_mode():
-        bandwidth, fault = _bandwidth(clock)
-        flops = {dtype: _products(clock, getattr(torch, dtype)) for dtype in dtypes if hasattr(torch, dtype)}
-        special = _special(clock)
+        copies, fault = _copies(clock)
+        products = {dtype: _products(clock, getattr(torch, dtype)) for dtype in dtypes if hasattr(torch, dtype)}
+        x = torch.linspace(-1, 1, 1 << 16)
+        out = torch.empty_like(x)
+        special = clock.add(lambda: torch.exp(x, out=out))
+        clock.rounds()
         dispatch = _dispatch(time.thread_time)
     took = time.perf_counter() - begin
     contention = (_run_delay() - delay) / 1e9 / took
     notes = []
     if threads > 1 and contention > 0.02:
-        notes.append("Several threads were timed on a busy machine: their ceilings are too low.")
+        notes.append("Several threads were timed on a busy machine: their ceilings may be too low.")
+    flops = {d: max((2.0 * n**3 / t.best for n, t in found), default=math.nan) for d, found in products.items()}
+    bandwidth = tuple((size, size / trial.best) for size, trial in copies)
     return Ceilings(
-        "cpu", cpu_name(), threads, flops, special, bandwidth, cache_levels(), dispatch, fault, contention,
+        "cpu", cpu_name(), threads, flops, x.numel() / special.best, bandwidth, cache_levels(), dispatch, fault, contention,
         clock.spread, time.time(), took, tuple(notes),
     )  # fmt: skip
 
 
-def _bandwidth(clock: Clock) -> tuple[tuple[tuple[int, float], ...], float]:
-    """Copy bandwidth by working set, and seconds for a byte that is touched first."""
+def _copies(clock: Clock) -> tuple[list[tuple[int, Trial]], float]:
+    """Copies by working set, and seconds for a byte that is touched first."""
     import torch
 
     largest = next(s for s in reversed(COPY_SIZES) if s <= max(COPY_SIZES[0], _free_memory() // 8))
@@ -203,39 +269,32 @@ def _bandwidth(clock: Clock) -> tuple[tuple[tuple[int, float], ...], float]:
     target = torch.empty_like(source).fill_(0.0)
     first = time.thread_time() - begin
     faults = _faults() - faults
-    found = []
-    for size in (s for s in COPY_SIZES if s <= largest):
-        a, b = source[: size // 8], target[: size // 8]
-        found.append((size, size / clock.best(lambda a=a, b=b: b.copy_(a))))  # type: ignore[misc]
-    again = clock.best(lambda: (source.add_(1.0), target.fill_(0.0)), repeats=2)
+    again = math.inf
+    for _ in range(3):
+        begin = time.thread_time()
+        source.add_(1.0)
+        target.fill_(0.0)
+        again = min(again, time.thread_time() - begin)
     fault = max(0.0, first - again) / (faults * _PAGE) if faults * _PAGE > largest // 2 else 0.0
-    return tuple(found), fault
+    parts = [(size, source[: size // 8], target[: size // 8]) for size in COPY_SIZES if size <= largest]
+    return [(size, clock.add(lambda a=a, b=b: b.copy_(a))) for size, a, b in parts], fault  # type: ignore[misc]
 
 
-def _products(clock: Clock, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some matrix products; larger ones are left out where one is slow already."""
+def _products(clock: Clock, dtype: torch.dtype) -> list[tuple[int, Trial]]:
+    """Matrix products by size; larger ones are left out where one is slow already, all where the dtype has none."""
     import torch
 
-    best = 0.0
+    found: list[tuple[int, Trial]] = []
     for n in PRODUCT_SIZES:
         a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
         out = torch.empty_like(a)
         try:
-            took = clock.best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
+            found.append((n, clock.add(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))))  # type: ignore[misc]
         except (RuntimeError, NotImplementedError):
-            return math.nan
-        best = max(best, 2.0 * n**3 / took)
-        if took > SHARE:
+            return []
+        if found[-1][1].best > SLOW:
             break
-    return best
-
-
-def _special(clock: Clock) -> float:
-    import torch
-
-    x = torch.linspace(-1, 1, 1 << 16)
-    out = torch.empty_like(x)
-    return x.numel() / clock.best(lambda: torch.exp(x, out=out))
+    return found
 
 
 def _dispatch(now: Callable[[], float]) -> float:
