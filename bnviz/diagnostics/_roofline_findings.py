@@ -79,7 +79,7 @@ class Rows:
             "no rule": "have no rule for their work",
             "faster than its roof": "were faster than their roof: a ceiling or a rule is wrong there",
             "busy machine": "run so long that a busy machine interrupted their median",
-            "too few repeats": f"were called fewer than {needed} times at these shapes",
+            "too few repeats": f"were called fewer than {counted(needed, 'time')} at these shapes",
             "no ceiling": "compute in a dtype whose peak was not measured",
         }
         return [

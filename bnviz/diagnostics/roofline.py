@@ -354,8 +354,9 @@ def _summary(result: xr.Dataset, whole: float, title: str, caveats: tuple[str, .
 def _caveats(result: xr.Dataset, whole: float, age: float, coverage: float) -> tuple[str, ...]:
     attrs = result.attrs
     ceilings = (attrs.get("ceilings") or [{}])[0]
+    ahead = share(float(ceilings.get("spread", 0.0)))
     found = [
-        f"Ceilings are the best of several runs in this process, at most {share(float(ceilings.get('spread', 0.0)))} ahead of the next",
+        f"Ceilings are the best of several runs in this process, at most {ahead} ahead of the next",
         *Rows(result).reasons(whole),
     ]
     recorded = float(attrs.get("recorded", 0.0))
