@@ -58,8 +58,8 @@ def host_time(result: xr.Dataset, *, compact: bool = False) -> Any:
 
 
 def _rows(result: xr.Dataset) -> np.ndarray:
-    """Functions that were seen, most time of their own first; not what watches, which is in no share either."""
-    seen = np.flatnonzero(result["inclusive_time"].values > 0)
+    """Functions with time of their own, most first; not what watches, which is in no share either."""
+    seen = np.flatnonzero(result["self_time"].values > 0)
     return np.array([at for at in seen.tolist() if word(result, "file", at) != OWN], np.int64)
 
 
