@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ ids = torch.randint(0, 64, (2, 24))
 
 
 @pytest.fixture
-def shell() -> Iterator[InteractiveShell]:
+def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
+    monkeypatch.delattr(builtins, "_", raising=False)  # a doctest leaves one, and IPython then keeps none of its own
     made = InteractiveShell.instance(colors="nocolor")
     made.run_line_magic("load_ext", "bnviz")
     yield made
