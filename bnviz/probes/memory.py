@@ -100,7 +100,8 @@ def timeline(held: Blocks) -> tuple[np.ndarray, np.ndarray]:
     when = np.concatenate([held.born, held.died])
     which = np.concatenate([held.category, held.category])
     seen = when < np.iinfo(np.int64).max
-    sign, when, which = sign[seen], np.maximum(when[seen], 0), which[seen]
+    sign, which = sign[seen], which[seen]
+    when = np.where(when[seen] < 0, 0, np.maximum(when[seen], 1))  # row 0 is before the first event, also one at 0 ns
     moments, slot = np.unique(np.concatenate([[0], when]), return_inverse=True)
     change = np.zeros((len(moments), len(CATEGORIES)), np.int64)
     np.add.at(change, (slot[1:], which), sign)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 import bnviz
 from bnviz.errors import SchemaError
-from bnviz.probes.memory import Memory, thin
+from bnviz.probes.memory import Memory, thin, timeline
 
 ROWS, WIDTH, HIDDEN = 32, 16, 64
 ACTIVATION = 4 * ROWS * HIDDEN
@@ -170,3 +171,15 @@ def test_thinning_keeps_the_peak_the_ends_and_the_order(series: list[tuple[int, 
 def test_nothing_recorded_and_bad_options() -> None:
     with pytest.raises(SchemaError, match="points=2, expected at least 3"):
         Memory(points=2)
+
+
+def test_the_first_row_is_before_the_first_event() -> None:
+    held = SimpleNamespace(
+        nbytes=np.array([100, 40]),
+        born=np.array([np.iinfo(np.int64).min, 0]),
+        died=np.array([0, np.iinfo(np.int64).max]),
+        category=np.array([0, 1]),
+    )
+    moments, levels = timeline(held)  # type: ignore[arg-type]
+    assert moments.tolist() == [0, 1]
+    assert levels[:, :2].tolist() == [[100, 0], [0, 40]]
