@@ -30,6 +30,9 @@ _MARKS = 2000
 _LEAST = 0.001  # share of time from which on an operator is drawn
 _WORTH = 0.02  # and named
 
+# a name that lies on a line hides it: the line goes on, the name would not be read
+_GROUND = {"background_fill_color": style.LIGHT["surface"], "background_fill_alpha": 0.9}
+
 
 @view(of="roofline")
 def roofline(result: xr.Dataset, *, compact: bool = False) -> Any:
@@ -219,7 +222,7 @@ def _lines(plot: Any, drawn: _Operators, room: Room) -> None:
         plot.line([low, high], [peak, peak], line_color=style.LIGHT["ink"], line_width=1.5)
         room.stroke(room.pixel(low, peak), room.pixel(high, peak))
         text = f"{dtype} products {rate(peak, 'FLOP/s')}"
-        style.label(plot, high, peak, text, **room.anywhere(room.pixel(high, peak), text, 2.0))
+        style.label(plot, high, peak, text, **_GROUND, **room.anywhere(room.pixel(high, peak), text, 2.0))
     slopes = _slopes(drawn)
     ends = {}
     for name, slope in slopes.items():
@@ -232,7 +235,7 @@ def _lines(plot: Any, drawn: _Operators, room: Room) -> None:
         text = f"{name} {rate(slope, 'B/s', 2)}"
         (across, _), how = room.along(*ends[name], text)
         at = room.value(across)
-        style.label(plot, at, slope * at, text, text_color=style.LIGHT["muted"], **how)
+        style.label(plot, at, slope * at, text, text_color=style.LIGHT["muted"], **_GROUND, **how)
 
 
 def _slopes(drawn: _Operators) -> dict[str, float]:
