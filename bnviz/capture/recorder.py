@@ -21,7 +21,7 @@ from .options import Options, make_probes, told
 from .plan import Plan, sites
 from .provenance import provenance
 from .shelf import Shelf, budget_bytes
-from .taps import tap_attention, tap_blocks, tap_routers
+from .taps import Watch, tap_attention, tap_blocks, tap_routers
 
 
 def capture(model: nn.Module, *, probes: Sequence[str] | None = None, **options: Any) -> Recorder:
@@ -159,12 +159,13 @@ class Recorder:
             )
         begin = self._model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
         stack.callback(begin.remove)
+        watch = Watch(self._clock, self._emit, self._instruments.own)
         if "block" in wanted or "sublayer" in wanted:
-            self._closing.writers = tap_blocks(plan, self._clock, self._emit, stack, inside="sublayer" in wanted)
+            self._closing.writers = tap_blocks(plan, watch, stack, inside="sublayer" in wanted)
         if "attention" in wanted:
-            tap_attention(plan, self._clock, self._emit, stack)
+            tap_attention(plan, watch, stack)
         if "router" in wanted:
-            tap_routers(plan, self._clock, self._emit, stack)
+            tap_routers(plan, watch, stack)
         end = self._model.register_forward_hook(self._end, always_call=True)
         stack.callback(end.remove)
         self._instruments.start(self._model, stack)
@@ -227,7 +228,7 @@ class Recorder:
             return
         self._inside = True
         try:
-            with torch.no_grad(), _plain_arithmetic(seen), self._instruments.own():
+            with torch.no_grad(), _plain_arithmetic(seen):
                 for name, probe in list(self._probes.items()):
                     if seen.site.kind in probe.spec.sites:
                         self._ask(name, probe, seen)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +26,25 @@ from .writers import Search, Writers, stream
 Emit = Callable[[Any], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What a tap needs of the recorder.
+
+    Parameters
+    ----------
+    clock : Clock
+        Says which moment it is, and whether it is watched.
+    emit : callable
+        Takes an observation.
+    own : callable
+        A context in which operators are bnviz's own and stay out of the profile.
+    """
+
+    clock: Clock
+    emit: Emit
+    own: Callable[[], contextlib.AbstractContextManager[Any]]
+
+
 def tokens_first(value: Tensor) -> Tensor | None:
     """A hidden state as (batch, tokens, features): plain rows get one token, images one token a pixel."""
     if value.dim() == 2:
@@ -35,12 +55,12 @@ def tokens_first(value: Tensor) -> Tensor | None:
 
 
 def tap_blocks(
-    plan: Plan, clock: Clock, emit: Emit, stack: contextlib.ExitStack, *, inside: bool
+    plan: Plan, watch: Watch, stack: contextlib.ExitStack, *, inside: bool
 ) -> Callable[[], list[Writers | None]]:
     """Show every block, and its verified residual writers when `inside`; returns what tells the writers of each block."""
     writers: dict[tuple[type, str], Writers | None] = {}
     taps = [
-        BlockTap(site, block, clock, emit, writers, inside and not plan.fused(f"{site.path}.x"))
+        BlockTap(site, block, watch, writers, inside and not plan.fused(f"{site.path}.x"))
         for site, block in plan.blocks
     ]
     for tap in taps:
@@ -55,12 +75,12 @@ class BlockTap:
         self,
         site: Site,
         block: Block,
-        clock: Clock,
-        emit: Emit,
+        watch: Watch,
         writers: dict[tuple[type, str], Writers | None],
         inside: bool,
     ) -> None:
-        self._site, self._block, self._clock, self._emit = site, block, clock, emit
+        self._site, self._block, self._watch = site, block, watch
+        self._clock, self._emit = watch.clock, watch.emit
         self._writers, self._inside = writers, inside and block.first is block.last
         self.key = (type(block.first), str([n for n, _ in block.first.named_modules()]))
         self._before: Tensor | None = None
@@ -120,17 +140,20 @@ class BlockTap:
             if _version(before) != self._version:  # the block wrote into its own input: from now on a copy is kept
                 self._in_place = True
                 return
-            if search is not None:
-                self._writers[self.key], outputs = (
-                    search.found(before, after) if before.shape == after.shape else (None, [])
-                )
-                found = self._writers[self.key]
-                self._written = dict(zip(_calls(found), outputs, strict=False))
-            self._show(before, after)
+            with self._watch.own():
+                self._read(search, before, after)
         finally:
             if search is not None:
                 search.close()
             self._written.clear()
+
+    def _read(self, search: Search | None, before: Tensor, after: Tensor) -> None:
+        """Find the writers if they are not known, and show what was seen."""
+        if search is not None:
+            found, outputs = search.found(before, after) if before.shape == after.shape else (None, [])
+            self._writers[self.key] = found
+            self._written = dict(zip(_calls(found), outputs, strict=False))
+        self._show(before, after)
 
     def _show(self, before: Tensor, after: Tensor) -> None:
         first, last = tokens_first(before.detach()), tokens_first(after.detach())
@@ -170,10 +193,15 @@ def _version(value: Tensor) -> int:
     return -1 if value.is_inference() else value._version
 
 
-def tap_attention(plan: Plan, clock: Clock, emit: Emit, stack: contextlib.ExitStack) -> None:
+def tap_attention(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None:
     """Show every attention site, through the interface or the kernel."""
+    clock, emit = watch.clock, watch.emit
 
     def listener(module: nn.Module, call: Call) -> None:
+        with watch.own():
+            show(module, call)
+
+    def show(module: nn.Module, call: Call) -> None:
         found = plan.attention.get(module)
         context = clock.seen(call.query.shape[-2])
         if found is None or context is None:
@@ -235,17 +263,18 @@ class _ModeWhileInside:
             self._active.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
-def tap_routers(plan: Plan, clock: Clock, emit: Emit, stack: contextlib.ExitStack) -> None:
+def tap_routers(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None:
     """Show every decision of a router whose experts state the contract."""
     for site, router in plan.routers:
-        RouterTap(site, router, clock, emit).attach(stack)
+        RouterTap(site, router, watch).attach(stack)
 
 
 class RouterTap:
     """Shows one router: the scores it made, and what its experts were then given."""
 
-    def __init__(self, site: Site, router: RouterSite, clock: Clock, emit: Emit) -> None:
-        self._site, self._router, self._clock, self._emit = site, router, clock, emit
+    def __init__(self, site: Site, router: RouterSite, watch: Watch) -> None:
+        self._site, self._router, self._watch = site, router, watch
+        self._clock, self._emit = watch.clock, watch.emit
         self._scores: Tensor | None = None
         self._kind: str | None = ""
 
@@ -259,6 +288,10 @@ class RouterTap:
         self._scores = scores(output, self._router.count) if self._clock.now is not None else None
 
     def _show(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self._watch.own():
+            self._read(args, kwargs)
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         made, self._scores = self._scores, None
         context = self._clock.now
         found = dispatched(self._router, args, kwargs) if context is not None else None
