@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("bnviz", deadline=None)  # a busy machine is no failure
+settings.load_profile("bnviz")
 
 MODELS = Path(str(files("bnviz").joinpath("demo/models")))
 

@@ -101,7 +101,8 @@ def timeline(held: Blocks) -> tuple[np.ndarray, np.ndarray]:
     which = np.concatenate([held.category, held.category])
     seen = when < np.iinfo(np.int64).max
     sign, which = sign[seen], which[seen]
-    when = np.where(when[seen] < 0, 0, np.maximum(when[seen], 1))  # row 0 is before the first event, also one at 0 ns
+    # row 0 is before the first event, also one at 0 ns, or a little before the first operator, from where time counts
+    when = np.where(when[seen] == np.iinfo(np.int64).min, 0, np.maximum(when[seen], 1))
     moments, slot = np.unique(np.concatenate([[0], when]), return_inverse=True)
     change = np.zeros((len(moments), len(CATEGORIES)), np.int64)
     np.add.at(change, (slot[1:], which), sign)

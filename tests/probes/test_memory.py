@@ -173,11 +173,12 @@ def test_nothing_recorded_and_bad_options() -> None:
         Memory(points=2)
 
 
-def test_the_first_row_is_before_the_first_event() -> None:
+@pytest.mark.parametrize("moment", [-7, 0])
+def test_the_first_row_is_before_the_first_event(moment: int) -> None:
     held = SimpleNamespace(
         nbytes=np.array([100, 40]),
-        born=np.array([np.iinfo(np.int64).min, 0]),
-        died=np.array([0, np.iinfo(np.int64).max]),
+        born=np.array([np.iinfo(np.int64).min, moment]),
+        died=np.array([moment, np.iinfo(np.int64).max]),
         category=np.array([0, 1]),
     )
     moments, levels = timeline(held)  # type: ignore[arg-type]
