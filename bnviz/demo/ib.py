@@ -131,7 +131,7 @@ def train_and_capture(*, epochs: int = 600, watched: int = 20, activation: str =
 
     Notes
     -----
-    About 3 s of one core. Experiment: Shwartz-Ziv and Tishby 2017, arXiv:1703.00810, with a rule given by a formula in place of
+    About 6 s of one core. Experiment: Shwartz-Ziv and Tishby 2017, arXiv:1703.00810, with a rule given by a formula in place of
     their file. What it does and does not show: Saxe et al. 2018; Goldfeld et al. 2019, arXiv:1810.05728.
 
     Examples
