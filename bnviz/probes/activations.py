@@ -90,11 +90,12 @@ class Activations:
         valid = seen.context.valid
         if valid is not None and valid.shape != seen.output.shape[:2]:
             valid = None  # the mask is of other rows than this block's
-        stats = block_stats(before, seen.output, valid=valid)
+        channels = seen.context.phase != "decode"
+        stats = block_stats(before, seen.output, valid=valid, channels=channels)
         kept = {"norm_out": stats.norm_out, "nonfinite": stats.nonfinite}
         if paired:
             kept |= {name: getattr(stats, name) for name in _PAIR}
-        if seen.context.phase != "decode":
+        if channels:
             kept |= {name: getattr(stats, name) for name in _CHANNELS}
             if self.sample and seen.site.part == "block":
                 kept["activation"] = _first_rows(seen.output, self.sample, valid)

@@ -36,7 +36,13 @@ class BlockStats:
     nonfinite: Any
 
 
-def block_stats(input: Any, output: Any, *, valid: Any = None) -> BlockStats:  # noqa: A002 - the term of the field
+def block_stats(
+    input: Any,  # noqa: A002 - the term of the field
+    output: Any,
+    *,
+    valid: Any = None,
+    channels: bool = True,
+) -> BlockStats:
     """Change of every token and distribution of every channel, accumulated about a pivot.
 
     Parameters
@@ -45,6 +51,8 @@ def block_stats(input: Any, output: Any, *, valid: Any = None) -> BlockStats:  #
         The residual stream before and after; any float dtype, computed in float32 (float64 for float64).
     valid : Tensor or array (...) bool, optional
         Rows that count (not padding); None: all.
+    channels : bool
+        Also the numbers per channel; without them those are None. Of a single decode step they mean nothing.
 
     Returns
     -------
@@ -94,13 +102,18 @@ def block_stats(input: Any, output: Any, *, valid: Any = None) -> BlockStats:  #
     x, y = (side.detach().reshape(-1, features) for side in (before, after))
     keep = None if rows is None else rows.reshape(-1).bool()
     with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
-        out = alone(lambda: _pass(x, y, keep)) if y.device.type == "cpu" else _pass(x, y, keep)
+        large = y.device.type == "cpu" and y.numel() > SPLIT
+        out = alone(lambda: _pass(x, y, keep, channels)) if large else _pass(x, y, keep, channels)
     for name in _BY_ROW:
         out[name] = out[name].reshape(shape)
-    return BlockStats(**{name: value.numpy() if as_numpy else value for name, value in out.items()})
+    return BlockStats(
+        **{name: value.numpy() if as_numpy and value is not None else value for name, value in out.items()}
+    )
 
 
 _BY_ROW = ("norm_in", "norm_out", "cosine", "relative_change")
+_BY_CHANNEL = ("mean", "variance", "max_abs", "kurtosis", "zero_fraction", "outlier_fraction")
+SPLIT = 32_768  # torch does not split an operation on fewer values over threads: no helper is needed
 
 
 class _Channels:
@@ -149,10 +162,10 @@ class _Channels:
         }
 
 
-def _pass(x: Tensor, y: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
+def _pass(x: Tensor, y: Tensor, keep: Tensor | None, wanted: bool) -> dict[str, Any]:
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
     rows, features = y.shape
-    channels = _Channels(*_pivot(y, keep, dtype))
+    channels = _Channels(*_pivot(y, keep, dtype)) if wanted else None
     by_row = torch.full((4, rows), math.nan, dtype=dtype, device=y.device)
     nonfinite = torch.zeros((), dtype=torch.int64, device=y.device)
     height = max(8, BLOCK // max(1, features))
@@ -171,7 +184,10 @@ def _pass(x: Tensor, y: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
             out = ~kept if out is None else out | ~kept
             found = found.masked_fill(~kept[:, 0], math.nan)
         by_row[:, block] = found
-        channels.add(a, out)
+        if channels is not None:
+            channels.add(a, out)
+    if channels is None:
+        return {**dict(zip(_BY_ROW, by_row, strict=True)), **dict.fromkeys(_BY_CHANNEL), "nonfinite": nonfinite}
     moments = channels.results()
     moments["outlier_fraction"] = _outliers(y, keep, channels, moments)
     named = {name: value.to(dtype) for name, value in moments.items()}

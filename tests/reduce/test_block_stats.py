@@ -45,6 +45,9 @@ def definition(x: Tensor, y: Tensor, keep: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Precision loss occurred in moment calculation"
+)  # scipy, of channels nearly constant
 @settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**31),
@@ -170,3 +173,14 @@ def test_shapes_that_do_not_fit() -> None:
         block_stats(torch.ones(2, 3), torch.ones(2, 4))
     with pytest.raises(SchemaError, match=r"valid must be"):
         block_stats(torch.ones(2, 3), torch.ones(2, 3), valid=torch.ones(3, dtype=torch.bool))
+
+
+def test_rows_alone_are_the_rows_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3, 7, 16, generator=generator), torch.randn(3, 7, 16, generator=generator)
+    valid = torch.rand(3, 7, generator=generator) > 0.3
+    whole, rows = block_stats(x, y, valid=valid), block_stats(x, y, valid=valid, channels=False)
+    for name in ("norm_in", "norm_out", "cosine", "relative_change", "nonfinite"):
+        assert torch.equal(getattr(whole, name).nan_to_num(-9), getattr(rows, name).nan_to_num(-9)), name
+    assert rows.mean is None
+    assert rows.kurtosis is None
