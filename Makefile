@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-OPEN ?= 1
 
 .PHONY: help demo test lab bench lint clean
 
