@@ -98,14 +98,20 @@ def test_a_model_without_parameters_has_no_blocks() -> None:
     assert find_blocks(nn.Sequential(nn.ReLU(), nn.Flatten())) == []
 
 
-@pytest.mark.parametrize(("block", "parallel"), [(PreNorm, False), (Parallel, True)])
-def test_residual_writers_are_verified(block: type[nn.Module], parallel: bool) -> None:
+def searched(block: type[nn.Module]) -> tuple[nn.Module, Tensor, Tensor, Any, list[Tensor]]:
+    """A block, its input and output, and the writers and their outputs that a search in one forward finds."""
     torch.manual_seed(0)
     module, x = block(), torch.randn(2, 7, 16)
     search = Search(module, (2, 7, 16))
     y = module(x)
     found, outputs = search.found(x, y)
     search.close()
+    return module, x, y, found, outputs
+
+
+@pytest.mark.parametrize(("block", "parallel"), [(PreNorm, False), (Parallel, True)])
+def test_residual_writers_are_verified(block: type[nn.Module], parallel: bool) -> None:
+    module, x, y, found, outputs = searched(block)
     assert found is not None
     assert found.paths == ("attn", "mlp")
     assert found.parts == ("attention", "mlp")
@@ -120,12 +126,7 @@ def test_scaled_residual_writers_are_verified() -> None:
             x = x + 0.22 * self.attn(self.n1(x))
             return x + 0.22 * self.mlp(self.n2(x))
 
-    torch.manual_seed(0)
-    module, x = Scaled(), torch.randn(2, 7, 16)
-    search = Search(module, (2, 7, 16))
-    y = module(x)
-    found, outputs = search.found(x, y)
-    search.close()
+    _, x, y, found, outputs = searched(Scaled)
     assert found is not None
     assert found.paths == ("attn", "mlp")
     assert not found.parallel
