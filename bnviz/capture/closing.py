@@ -24,9 +24,9 @@ from .provenance import parameter_bytes
 if TYPE_CHECKING:
     import xarray as xr
 
+    from .blocks.writers import Writers
     from .clock import Clock
     from .shelf import Shelf
-    from .writers import Writers
 
 
 def labels_record(labels: Any) -> xr.Dataset | None:

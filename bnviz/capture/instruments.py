@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .writers import fused_below
+from .blocks.writers import fused_below
 
 PROFILED_FORWARDS = 8  # a profile holds every operator: a few forwards tell, thousands only cost memory
 

@@ -12,10 +12,10 @@ from torch import nn
 from bnviz.errors import CaptureError
 from bnviz.observation import Site
 
-from .attention import reaches
-from .blocks import Block, find_blocks
-from .routers import RouterSite, find_routers
-from .writers import fused_below
+from .attention.find import reaches
+from .blocks.find import Block, find_blocks
+from .blocks.writers import fused_below
+from .routers.find import RouterSite, find_routers
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)

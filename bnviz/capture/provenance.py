@@ -14,7 +14,7 @@ from torch import nn
 
 from bnviz.schema import SCHEMA_VERSION
 
-from .blocks import size_of
+from .blocks.find import size_of
 
 
 def model_name(model: nn.Module) -> str:

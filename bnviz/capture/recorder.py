@@ -14,14 +14,17 @@ from bnviz.errors import BnvizError, CaptureError
 from bnviz.observation import AttentionSeen, BlockSeen
 from bnviz.run import Run
 
+from .attention.tap import tap_attention
+from .blocks.tap import tap_blocks
 from .clock import Clock
 from .closing import Closing, labels_record
 from .instruments import Instruments
 from .options import Options, make_probes, told
 from .plan import Plan, sites
 from .provenance import provenance
+from .routers.tap import tap_routers
 from .shelf import Shelf, budget_bytes
-from .taps import Watch, tap_attention, tap_blocks, tap_routers
+from .watch import Watch
 
 
 def capture(model: nn.Module, *, probes: Sequence[str] | None = None, **options: Any) -> Recorder:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnviz
-from bnviz.capture.blocks import find_blocks
-from bnviz.capture.routers import find_routers, scores_are
-from bnviz.capture.writers import Search
+from bnviz.capture.blocks.find import find_blocks
+from bnviz.capture.blocks.writers import Search
+from bnviz.capture.routers.find import find_routers, scores_are
 
 
 class PlainAttention(nn.Module):

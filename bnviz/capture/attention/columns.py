@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .attention import Call
+from .call import Call
 
 
 def aligned(call: Call, module: nn.Module, cache: Any, past: int) -> tuple[Call, int]:

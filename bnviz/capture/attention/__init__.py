@@ -1,0 +1,1 @@
+"""Attention, however it is computed: found, seen, shown."""

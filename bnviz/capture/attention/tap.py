@@ -1,0 +1,68 @@
+"""Shows every call of an attention site to the recorder."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from bnviz.capture.clock import Clock
+from bnviz.capture.watch import Watch
+from bnviz.observation import AttentionSeen
+
+from .call import Call
+from .columns import aligned
+from .interface import interface
+from .kernel import ModeWhileInside
+
+if TYPE_CHECKING:
+    from bnviz.capture.plan import Plan
+
+
+def tap_attention(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None:
+    """Show every attention site, through the interface or the kernel."""
+    clock, emit = watch.clock, watch.emit
+
+    def listener(module: nn.Module, call: Call) -> None:
+        with watch.own():
+            show(module, call)
+
+    def show(module: nn.Module, call: Call) -> None:
+        found = plan.attention.get(module)
+        context = clock.seen(call.query.shape[-2])
+        if found is None or context is None:
+            return
+        call, dropped = aligned(call, module, clock.cache, context.past)
+        shape = (call.key.shape[0], call.key.shape[-2])
+        ids, valid = (known if known is not None and known.shape == shape else None for known in _of_keys(clock))
+        query, key, value = call.query.detach(), call.key.detach(), call.value.detach()
+        emit(
+            AttentionSeen(
+                found[0],
+                context,
+                query,
+                key,
+                value,
+                call.mask,
+                call.causal,
+                call.scale,
+                call.window,
+                call.softcap,
+                call.sinks,
+                ids,
+                valid,
+                dropped,
+            )
+        )
+
+    mechanisms = {mechanism for _, mechanism in plan.attention.values()}
+    if "interface" in mechanisms:
+        stack.enter_context(interface.listening(listener))
+    for module, (_, mechanism) in plan.attention.items():
+        if mechanism == "sdpa":
+            ModeWhileInside(module, listener, clock).attach(stack)
+
+
+def _of_keys(clock: Clock) -> tuple[Tensor | None, Tensor | None]:
+    return clock.token_ids, clock.valid_keys

@@ -1,0 +1,1 @@
+"""Blocks and their residual writers: found by structure, verified by arithmetic."""

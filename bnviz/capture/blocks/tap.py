@@ -1,0 +1,158 @@
+"""Shows every block, and what its verified residual writers add, to the recorder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from bnviz.capture.watch import Watch, hooked, tokens_first
+from bnviz.observation import BlockSeen, Site
+
+from .find import Block
+from .writers import Search, Writers, stream
+
+if TYPE_CHECKING:
+    from bnviz.capture.plan import Plan
+
+
+def tap_blocks(
+    plan: Plan, watch: Watch, stack: contextlib.ExitStack, *, inside: bool
+) -> Callable[[], list[Writers | None]]:
+    """Show every block, and its verified residual writers when `inside`; returns what tells the writers of each block."""
+    writers: dict[tuple[type, str], Writers | None] = {}
+    taps = [
+        BlockTap(site, block, watch, writers, inside and not plan.fused(f"{site.path}.x"))
+        for site, block in plan.blocks
+    ]
+    for tap in taps:
+        tap.attach(stack)
+    return lambda: [writers.get(tap.key) for tap in taps]
+
+
+class BlockTap:
+    """Shows one block: its input and output, and what its writers add."""
+
+    def __init__(
+        self,
+        site: Site,
+        block: Block,
+        watch: Watch,
+        writers: dict[tuple[type, str], Writers | None],
+        inside: bool,
+    ) -> None:
+        self._site, self._block, self._watch = site, block, watch
+        self._clock, self._emit = watch.clock, watch.emit
+        self._writers, self._inside = writers, inside and block.first is block.last
+        self.key = (type(block.first), str([n for n, _ in block.first.named_modules()]))
+        self._before: Tensor | None = None
+        self._version, self._in_place = -1, False
+        self._search: Search | None = None
+        self._written: dict[tuple[str, int], Tensor] = {}
+        self._called: Counter[str] = Counter()
+        self._hooked: list[Any] = []
+
+    def attach(self, stack: contextlib.ExitStack) -> None:
+        """Put the hooks on; the stack takes them off."""
+        stack.enter_context(hooked(self._block.first.register_forward_pre_hook(self._begin, with_kwargs=True)))
+        stack.enter_context(hooked(self._block.last.register_forward_hook(self._finish, always_call=True)))
+        stack.callback(self._release)
+
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._before = None
+        self._written.clear()
+        self._called.clear()
+        if self._clock.now is None:
+            return
+        self._before = stream(args) if args else stream(kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
+        if self._before is None:
+            return
+        self._before = self._before.detach().clone() if self._in_place else self._before
+        self._version = _version(self._before)
+        if not self._inside:
+            return
+        if self.key not in self._writers:
+            self._search = Search(self._block.first, tuple(self._before.shape))
+        elif not self._hooked and self._writers[self.key] is not None:
+            self._hook_writers()
+
+    def _hook_writers(self) -> None:
+        found = self._writers[self.key]
+        for path in dict.fromkeys(found.paths if found else ()):
+            module = self._block.first.get_submodule(path)
+            self._hooked.append(module.register_forward_hook(self._keep(path)))
+
+    def _keep(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            seen = stream(output)
+            if seen is not None and self._clock.now is not None:
+                self._written[path, self._called[path]] = seen
+                self._called[path] += 1
+
+        return keep
+
+    def _finish(self, _: nn.Module, __: Any, output: Any) -> None:
+        before, self._before = self._before, None
+        search, self._search = self._search, None
+        after = stream(output)
+        context = self._clock.now
+        try:
+            if before is None or after is None or context is None:
+                return
+            if _version(before) != self._version:  # the block wrote into its own input: from now on a copy is kept
+                self._in_place = True
+                return
+            with self._watch.own():
+                self._read(search, before, after)
+        finally:
+            if search is not None:
+                search.close()
+            self._written.clear()
+
+    def _read(self, search: Search | None, before: Tensor, after: Tensor) -> None:
+        """Find the writers if they are not known, and show what was seen."""
+        if search is not None:
+            found, outputs = search.found(before, after) if before.shape == after.shape else (None, [])
+            self._writers[self.key] = found
+            self._written = dict(zip(_calls(found), outputs, strict=False))
+        self._show(before, after)
+
+    def _show(self, before: Tensor, after: Tensor) -> None:
+        first, last = tokens_first(before.detach()), tokens_first(after.detach())
+        context = self._clock.seen(last.shape[1]) if last is not None else None
+        if first is None or last is None or context is None:
+            return
+        self._emit(BlockSeen(self._site, context, first, last))
+        found = self._writers.get(self.key)
+        if found is None or not set(_calls(found)) <= set(self._written) or len(set(found.parts)) != len(found.parts):
+            return
+        running = first
+        for (path, call), part, scale in zip(_calls(found), found.parts, found.scales, strict=True):
+            written = tokens_first(self._written[path, call].detach())
+            if written is None or written.shape != first.shape:
+                return
+            written = written if scale == 1.0 else scale * written
+            reads = first if found.parallel else running
+            site = Site("sublayer", f"{self._site.path}.{path}", self._site.layer, part, "verified residual writer")
+            self._emit(BlockSeen(site, context, reads, reads + written))
+            running = running + written
+
+    def _release(self) -> None:
+        for handle in self._hooked:
+            handle.remove()
+        if self._search is not None:
+            self._search.close()
+        self._hooked.clear()
+        self._written.clear()
+        self._before = self._search = None
+
+
+def _calls(found: Writers | None) -> list[tuple[str, int]]:
+    return [] if found is None else list(zip(found.paths, found.calls, strict=True))
+
+
+def _version(value: Tensor) -> int:
+    return -1 if value.is_inference() else value._version

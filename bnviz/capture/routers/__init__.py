@@ -1,0 +1,1 @@
+"""Routers of mixtures of experts: found by contract, shown as they dispatched."""

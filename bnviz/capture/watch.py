@@ -1,0 +1,53 @@
+"""What every tap needs: the moment, where observations go, and hooks that leave nothing behind.
+
+A hook returns None, always: a returned value would replace the model's. Post hooks are called after an exception too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .clock import Clock
+
+Emit = Callable[[Any], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What a tap needs of the recorder.
+
+    Parameters
+    ----------
+    clock : Clock
+        Says which moment it is, and whether it is watched.
+    emit : callable
+        Takes an observation.
+    own : callable
+        A context in which operators are bnviz's own and stay out of the profile.
+    """
+
+    clock: Clock
+    emit: Emit
+    own: Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+def tokens_first(value: Tensor) -> Tensor | None:
+    """A hidden state as (batch, tokens, features): plain rows get one token, images one token a pixel."""
+    if value.dim() == 2:
+        return value[:, None, :]
+    if value.dim() == 3:
+        return value
+    return value.flatten(2).transpose(1, 2) if value.dim() == 4 else None
+
+
+@contextlib.contextmanager
+def hooked(handle: Any) -> Iterator[Any]:
+    try:
+        yield handle
+    finally:
+        handle.remove()
