@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -40,6 +41,7 @@ class Clock:
         self.forwards_watched = 0
         self.seconds = self._started = 0.0
         self._masks: list[Tensor] = []
+        self._times: Counter[Any] = Counter()
         self._shape: tuple[int, int] | None = None
         self._in_decode_row = False
         self._first: tuple[Tensor, Tensor | None] | None = None
@@ -55,6 +57,7 @@ class Clock:
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context | None:
         """The context of the forward that starts now; None when it is not to be watched."""
         call, self.calls = self.calls, self.calls + 1
+        self._times.clear()
         given = dict(zip(self._names, args, strict=False)) | kwargs
         ids, tokens, mask = self._inputs(given)
         cache = next(
@@ -86,6 +89,11 @@ class Clock:
             return now
         own = next((m for m in self._masks if m.shape[1] == tokens), None)
         return now if own is now.valid else replace(now, valid=own)
+
+    def nth(self, place: Any) -> int:
+        """Which call of `place` in this forward this is, from 0."""
+        self._times[place] += 1
+        return self._times[place] - 1
 
     def _inputs(self, given: dict[str, Any]) -> tuple[Tensor | None, Any, Any]:
         """(ids, tokens, mask) of the side that is generated: the decoder where there are two."""

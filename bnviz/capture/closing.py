@@ -58,7 +58,7 @@ class Closing:
     ) -> None:
         self._facts, self._declared, self._options = facts, dict(declared), options
         self._paths = {s.layer: s.path for s, _ in plan.blocks}
-        self._attention_paths = {s.layer: s.path for s, _ in plan.attention.values()}
+        self._attention_paths = {a.site.layer: a.site.path for a in plan.attention}
         self._router_paths = {s.layer: s.path for s, _ in plan.routers}
         told, known = facts["options"]["of_probes"], _attributes(model, plan, facts["model"])
         known["ops"]["alone"] = not set(declared) - {"ops", "memory", "host"}  # no hook's Python lies between operators

@@ -12,7 +12,7 @@ from torch import nn
 from bnviz.errors import CaptureError
 from bnviz.observation import Site
 
-from .attention.find import reaches
+from .attention.find import AttentionSite, reaches
 from .blocks.find import Block, find_blocks
 from .blocks.writers import fused_below
 from .routers.find import RouterSite, find_routers
@@ -28,8 +28,7 @@ class Plan:
     Parameters
     ----------
     blocks : list of (Site, Block)
-    attention : dict of module to (Site, mechanism)
-        Mechanism "interface" or "sdpa".
+    attention : list of AttentionSite
     routers : list of (Site, RouterSite)
     fused : callable
         Tells paths where a hook would switch off a native fused path.
@@ -38,7 +37,7 @@ class Plan:
     """
 
     blocks: list[tuple[Site, Block]] = field(default_factory=list)
-    attention: dict[nn.Module, tuple[Site, str]] = field(default_factory=dict)
+    attention: list[AttentionSite] = field(default_factory=list)
     routers: list[tuple[Site, RouterSite]] = field(default_factory=list)
     fused: Callable[[str], bool] = lambda path: False
     unknown: list[str] = field(default_factory=list)
@@ -57,14 +56,14 @@ class Plan:
         for site, block in self.blocks:
             lines.append(f"layer {site.layer:<3} {site.path}  {type(block.first).__name__} ({site.evidence})")
             lines += [
-                f"  attention  {s.path}  ({s.evidence})" for s, _ in self.attention.values() if s.layer == site.layer
+                f"  attention  {a.site.path}  ({a.site.evidence})" for a in self.attention if a.site.layer == site.layer
             ]
             lines += [
                 f"  router     {s.path}  {r.count} experts ({s.evidence})"
                 for s, r in self.routers
                 if s.layer == site.layer
             ]
-        lines += [f"outside    {s.path}  ({s.evidence})" for s, _ in self.attention.values() if s.layer < 0]
+        lines += [f"outside    {a.site.path}  ({a.site.evidence})" for a in self.attention if a.site.layer < 0]
         lines += [f"not understood  {line}" for line in self.unknown]
         return "\n".join(lines)
 
@@ -119,7 +118,9 @@ def _find_attention(model: nn.Module, plan: Plan, pattern: str | None) -> None:
                 continue
             taken.add(layer)
             evidence = "named by attention=" if named else f"its code calls the {mechanism}"
-            plan.attention[module] = (Site("attention", path, layer, "attention", evidence), mechanism)
+            plan.attention.append(
+                AttentionSite(Site("attention", path, layer, "attention", evidence), module, mechanism)
+            )
         elif _ATTENTION.search(type(module).__name__) and not any(
             _ATTENTION.search(type(c).__name__) for c in module.children()
         ):

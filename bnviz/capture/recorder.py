@@ -19,6 +19,7 @@ from .blocks.tap import tap_blocks
 from .clock import Clock
 from .closing import Closing, labels_record
 from .instruments import Instruments
+from .layers import Layers
 from .options import Options, make_probes, told
 from .plan import Plan, sites
 from .provenance import provenance
@@ -119,6 +120,7 @@ class Recorder:
         plan = sites(self._model, attention=self.options.attention)
         self._choose(plan)
         self._clock = Clock(self._model, self.options.step, self.options.when, self.options.every)
+        self._layers = Layers(len(plan.blocks))
         declared = {n: p.spec.variables for n, p in self._probes.items()}
         self._shelf = Shelf(declared, budget_bytes(self.options.budget))
         options: dict[str, Any] = {"probes": list(self._probes), "budget": str(self.options.budget)}
@@ -162,7 +164,7 @@ class Recorder:
             )
         begin = self._model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
         stack.callback(begin.remove)
-        watch = Watch(self._clock, self._emit, self._instruments.own)
+        watch = Watch(self._clock, self._layers, self._emit, self._instruments.own)
         if "block" in wanted or "sublayer" in wanted:
             self._closing.writers = tap_blocks(plan, watch, stack, inside="sublayer" in wanted)
         if "attention" in wanted:

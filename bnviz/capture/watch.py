@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .clock import Clock
+from .layers import Layers
 
 Emit = Callable[[Any], None]
 
@@ -25,6 +26,8 @@ class Watch:
     ----------
     clock : Clock
         Says which moment it is, and whether it is watched.
+    layers : Layers
+        Numbers a site's layer, also where its module runs several times in one forward.
     emit : callable
         Takes an observation.
     own : callable
@@ -32,6 +35,7 @@ class Watch:
     """
 
     clock: Clock
+    layers: Layers
     emit: Emit
     own: Callable[[], contextlib.AbstractContextManager[Any]]
 

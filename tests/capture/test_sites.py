@@ -160,9 +160,9 @@ def test_sublayers_are_seen_with_the_stream_they_read() -> None:
 
 
 def test_attention_is_found_by_what_its_code_calls(load_model: Any) -> None:
-    assert [s.path for s, _ in bnviz.sites(Body(PreNorm)).attention.values()] == [f"blocks.{i}.attn" for i in range(3)]
+    assert [a.site.path for a in bnviz.sites(Body(PreNorm)).attention] == [f"blocks.{i}.attn" for i in range(3)]
     plan = bnviz.sites(load_model("llama-induction-byte"))
-    assert [(s.path, how) for s, how in plan.attention.values()] == [
+    assert [(a.site.path, a.mechanism) for a in plan.attention] == [
         (f"model.layers.{i}.self_attn", "interface") for i in range(2)
     ]
     assert plan.unknown == []

@@ -5,13 +5,33 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
+from bnviz.observation import Site
+
 KERNEL = "scaled_dot_product_attention"
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSite:
+    """A module that computes attention.
+
+    Parameters
+    ----------
+    site : Site
+    module : nn.Module
+    mechanism : str
+        How its calls are seen: "interface" or "sdpa".
+    """
+
+    site: Site
+    module: nn.Module
+    mechanism: str
 
 
 def reaches(module: nn.Module) -> str | None:

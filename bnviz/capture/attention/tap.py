@@ -23,15 +23,19 @@ if TYPE_CHECKING:
 def tap_attention(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None:
     """Show every attention site, through the interface or the kernel."""
     clock, emit = watch.clock, watch.emit
+    sites = {a.module: a.site for a in plan.attention}
 
     def listener(module: nn.Module, call: Call) -> None:
         with watch.own():
             show(module, call)
 
     def show(module: nn.Module, call: Call) -> None:
-        found = plan.attention.get(module)
+        found = sites.get(module)
         context = clock.seen(call.query.shape[-2])
         if found is None or context is None:
+            return
+        site = watch.layers.of(found, clock.nth(found))
+        if site is None:
             return
         call, dropped = aligned(call, module, clock.cache, context.past)
         shape = (call.key.shape[0], call.key.shape[-2])
@@ -39,7 +43,7 @@ def tap_attention(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None
         query, key, value = call.query.detach(), call.key.detach(), call.value.detach()
         emit(
             AttentionSeen(
-                found[0],
+                site,
                 context,
                 query,
                 key,
@@ -56,12 +60,11 @@ def tap_attention(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None
             )
         )
 
-    mechanisms = {mechanism for _, mechanism in plan.attention.values()}
-    if "interface" in mechanisms:
+    if any(a.mechanism == "interface" for a in plan.attention):
         stack.enter_context(interface.listening(listener))
-    for module, (_, mechanism) in plan.attention.items():
-        if mechanism == "sdpa":
-            ModeWhileInside(module, listener, clock).attach(stack)
+    for place in plan.attention:
+        if place.mechanism == "sdpa":
+            ModeWhileInside(place.module, listener, clock).attach(stack)
 
 
 def _of_keys(clock: Clock) -> tuple[Tensor | None, Tensor | None]:

@@ -49,6 +49,7 @@ class BlockTap:
         self._writers, self._inside = writers, inside and block.first is block.last
         self.key = (type(block.first), str([n for n, _ in block.first.named_modules()]))
         self._before: Tensor | None = None
+        self._at: Site | None = site
         self._version, self._in_place = -1, False
         self._search: Search | None = None
         self._written: dict[tuple[str, int], Tensor] = {}
@@ -66,6 +67,9 @@ class BlockTap:
         self._written.clear()
         self._called.clear()
         if self._clock.now is None:
+            return
+        self._at = self._watch.layers.of(self._site, self._clock.nth(self._site))
+        if self._at is None:
             return
         self._before = stream(args) if args else stream(kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
         if self._before is None:
@@ -123,9 +127,9 @@ class BlockTap:
     def _show(self, before: Tensor, after: Tensor) -> None:
         first, last = tokens_first(before.detach()), tokens_first(after.detach())
         context = self._clock.seen(last.shape[1]) if last is not None else None
-        if first is None or last is None or context is None:
+        if first is None or last is None or context is None or self._at is None:
             return
-        self._emit(BlockSeen(self._site, context, first, last))
+        self._emit(BlockSeen(self._at, context, first, last))
         found = self._writers.get(self.key)
         if found is None or not set(_calls(found)) <= set(self._written) or len(set(found.parts)) != len(found.parts):
             return
@@ -136,7 +140,7 @@ class BlockTap:
                 return
             written = written if scale == 1.0 else scale * written
             reads = first if found.parallel else running
-            site = Site("sublayer", f"{self._site.path}.{path}", self._site.layer, part, "verified residual writer")
+            site = Site("sublayer", f"{self._site.path}.{path}", self._at.layer, part, "verified residual writer")
             self._emit(BlockSeen(site, context, reads, reads + written))
             running = running + written
 

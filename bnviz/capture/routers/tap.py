@@ -50,6 +50,9 @@ class RouterTap:
         found = dispatched(self._router, args, kwargs) if context is not None else None
         if found is None or context is None:
             return
+        site = self._watch.layers.of(self._site, self._clock.nth(self._site))
+        if site is None:
+            return
         ids, weights = found[1].detach(), found[2].detach()
         made = made.detach() if made is not None and made.shape[0] == ids.shape[0] else None
         if made is not None and self._kind == "":
@@ -62,4 +65,4 @@ class RouterTap:
 
         logits = shaped(made) if made is not None else None
         kind = self._kind or "logits"
-        self._emit(RouterSeen(self._site, context, shaped(ids), shaped(weights), logits, self._router.count, kind))
+        self._emit(RouterSeen(site, context, shaped(ids), shaped(weights), logits, self._router.count, kind))
