@@ -26,7 +26,8 @@ class Options:
     name: str | None = None
     labels: Any = None
     tokenizer: Any = None
-    attention: str | None = None
+    attention: Any = None
+    routers: Any = None
 
     def __post_init__(self) -> None:
         if self.step not in ("forward", "manual"):

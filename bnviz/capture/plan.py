@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from typing import Any
 
 from torch import nn
 
@@ -68,7 +69,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def sites(model: nn.Module, *, attention: str | None = None) -> Plan:
+def sites(model: nn.Module, *, attention: Any = None, routers: Any = None) -> Plan:
     """Find what a capture of `model` would watch; its repr is a readable list.
 
     Parameters
@@ -76,6 +77,8 @@ def sites(model: nn.Module, *, attention: str | None = None) -> Plan:
     model : torch.nn.Module
     attention : str, optional
         Pattern of module paths (`"*.attn"`) to take as attention besides those found.
+    routers : optional
+        Reserved for naming routers.
 
     Returns
     -------
@@ -95,6 +98,8 @@ def sites(model: nn.Module, *, attention: str | None = None) -> Plan:
     plan = Plan(fused=fused_below(model))
     for number, block in enumerate(find_blocks(model)):
         plan.blocks.append((Site("block", block.path, number, "block", block.evidence), block))
+    if routers is not None:
+        raise CaptureError("sites: routers cannot be named yet; leave routers= out.")
     _find_attention(model, plan, attention)
     for router in find_routers(model):
         where = _layer(plan, router.path)
@@ -104,7 +109,7 @@ def sites(model: nn.Module, *, attention: str | None = None) -> Plan:
     return plan
 
 
-def _find_attention(model: nn.Module, plan: Plan, pattern: str | None) -> None:
+def _find_attention(model: nn.Module, plan: Plan, pattern: Any) -> None:
     taken: set[int] = set()
     for path, module in model.named_modules():
         named = pattern is not None and fnmatch(path, pattern)

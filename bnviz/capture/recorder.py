@@ -117,7 +117,7 @@ class Recorder:
             raise CaptureError(
                 "The model has parameters on the meta device, without values; load its weights, then capture."
             )
-        plan = sites(self._model, attention=self.options.attention)
+        plan = sites(self._model, attention=self.options.attention, routers=self.options.routers)
         self._choose(plan)
         self._clock = Clock(self._model, self.options.step, self.options.when, self.options.every)
         self._layers = Layers(len(plan.blocks))
