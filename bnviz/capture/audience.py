@@ -1,0 +1,79 @@
+"""Shows each observation to the probes that look at its kind of site, and keeps what they give."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bnviz.observation import AttentionSeen, BlockSeen
+
+if TYPE_CHECKING:
+    from .clock import Clock
+    from .shelf import Shelf
+
+
+class Audience:
+    """The probes of one capture.
+
+    Parameters
+    ----------
+    probes : dict of str to probe
+        Shared with the session: one that fails is taken out of it by `failed`.
+    clock : Clock
+    shelf : Shelf
+        Takes what the probes give.
+    failed : callable
+        Given a probe's name and its error.
+    """
+
+    def __init__(
+        self, probes: dict[str, Any], clock: Clock, shelf: Shelf, failed: Callable[[str, Exception], None]
+    ) -> None:
+        self._probes, self._clock, self._shelf, self._failed = probes, clock, shelf, failed
+        self._inside = False
+
+    def emit(self, seen: Any) -> None:
+        """Show an observation to every probe that looks at its kind of site."""
+        if self._inside:
+            return
+        self._inside = True
+        try:
+            with torch.no_grad(), _plain_arithmetic(seen):
+                for name, probe in list(self._probes.items()):
+                    if seen.site.kind in probe.spec.sites:
+                        self._ask(name, probe, seen)
+        finally:
+            self._inside = False
+
+    def _ask(self, name: str, probe: Any, seen: Any) -> None:
+        try:
+            values = probe.observe(seen)
+            if values:
+                self._shelf.put(name, seen.site, seen.context, values, self._valid(seen))
+        except Exception as error:
+            self._failed(name, error)
+
+    def _valid(self, seen: Any) -> dict[str, Any]:
+        valid, held = seen.context.valid, self._clock.valid_keys
+        keys = held
+        if isinstance(seen, AttentionSeen):
+            count = seen.key.shape[-2]
+            keys = (
+                held
+                if held is not None and held.shape[1] == count
+                else valid
+                if count == seen.query.shape[-2]
+                else None
+            )
+        sample = None if isinstance(seen, BlockSeen) and seen.output.shape[1] == 1 else valid
+        return {"token": valid, "query": valid, "key": keys, "sample": sample}
+
+
+def _plain_arithmetic(seen: Any) -> Any:
+    """Autocast off while probes compute: their float32 sums must stay float32."""
+    tensor = next(getattr(seen, name) for name in ("output", "query", "weights") if hasattr(seen, name))
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()

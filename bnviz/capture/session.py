@@ -1,0 +1,189 @@
+"""One capture under way: what hangs on the model between attach and detach.
+
+The hooks on the model hold the session, never the recorder: a recorder that is dropped without `detach` can be collected, and
+takes the session off the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnviz.errors import BnvizError, CaptureError
+from bnviz.run import Run
+
+from .attention.tap import tap_attention
+from .audience import Audience
+from .blocks.tap import tap_blocks
+from .clock import Clock
+from .closing import Closing, labels_record
+from .instruments import Instruments
+from .layers import Layers
+from .options import Options, told
+from .plan import Plan, sites
+from .provenance import provenance
+from .routers.tap import tap_routers
+from .shelf import Shelf, budget_bytes
+from .watch import Watch
+
+
+class Session:
+    """Everything one capture puts on a model and collects from it.
+
+    Parameters
+    ----------
+    model : nn.Module
+    options : Options
+    probes : mapping of str to probe
+    named : bool
+        The user named the probes: one that finds nothing to watch is refused.
+    notes : list of str
+        Where sentences go; the recorder's.
+
+    Raises
+    ------
+    CaptureError
+        A named probe finds nothing to watch, or an option does not fit. Nothing was put on the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, options: Options, probes: Mapping[str, Any], *, named: bool, notes: list[str]
+    ) -> None:
+        self.model, self.options, self.notes = model, options, notes
+        self._probes, self._named = dict(probes), named
+        labels_record(options.labels)  # refused before anything is attached
+        self._plan = sites(model, attention=options.attention, routers=options.routers)
+        self._choose(self._plan)
+        self.clock = Clock(model, options.step, options.when, options.every)
+        self._layers = Layers(len(self._plan.blocks))
+        declared = {n: p.spec.variables for n, p in self._probes.items()}
+        self.shelf = Shelf(declared, budget_bytes(options.budget))
+        self._instruments = Instruments(self._probes, self._failed, notes)
+        self._closing = Closing(model, self._plan, self._facts(), declared, options)
+        self.started = time.perf_counter()
+        self._stack = contextlib.ExitStack()
+
+    def _facts(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"probes": list(self._probes), "budget": str(self.options.budget)}
+        options["of_probes"] = {name: told(probe) for name, probe in self._probes.items()}
+        facts = provenance(self.model, self.options.name, options)
+        facts["found"] = {kind: self._plan.count(kind) for kind in ("block", "attention", "router")}
+        return facts
+
+    def _choose(self, plan: Plan) -> None:
+        """Drop probes that find nothing to watch; refuse when they were asked for by name."""
+        for name, probe in list(self._probes.items()):
+            kinds = probe.spec.sites
+            if not kinds or any(plan.count(k) for k in kinds):
+                continue
+            sentence = f"{name}: no {' or '.join(kinds)} found in {type(self.model).__name__}"
+            if name == "attention" and plan.unknown:
+                sentence += f" ({plan.unknown[0]})"
+            if self._named:
+                raise CaptureError(f"{sentence}; bnviz.sites(model) lists what there is.")
+            if name != "routing":
+                self.notes.append(f"{sentence}.")
+            del self._probes[name]
+
+    # ------------------------------------------------------------------ on the model, and off
+
+    def attach(self) -> None:
+        """Put everything on the model; after an error nothing is left on it."""
+        with contextlib.ExitStack() as stack:
+            self._attach(self._plan, stack)
+            self._stack = stack.pop_all()
+
+    def _attach(self, plan: Plan, stack: contextlib.ExitStack) -> None:
+        wanted = {kind for p in self._probes.values() for kind in p.spec.sites}
+        stack.callback(self.clock.release)
+        if any(
+            hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in self.model.modules()
+        ):
+            previous = torch.compiler.set_stance("force_eager")
+            stack.enter_context(previous)
+            self.notes.append(
+                "The model is compiled; while it was watched it ran eager, so times are those of eager code."
+            )
+        begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
+        stack.callback(begin.remove)
+        audience = Audience(self._probes, self.clock, self.shelf, self._failed)
+        watch = Watch(self.clock, self._layers, audience.emit, self._instruments.own)
+        if "block" in wanted or "sublayer" in wanted:
+            self._closing.writers = tap_blocks(plan, watch, stack, inside="sublayer" in wanted)
+        if "attention" in wanted:
+            tap_attention(plan, watch, stack)
+        if "router" in wanted:
+            tap_routers(plan, watch, stack)
+        end = self.model.register_forward_hook(self._end, always_call=True)
+        stack.callback(end.remove)
+        self._instruments.start(self.model, stack)
+
+    def release(self) -> None:
+        """Take everything off the model; what an interrupt leaves on, a second pass takes off."""
+        try:
+            self._stack.close()
+        finally:
+            self._stack.close()
+
+    def close(self) -> Run:
+        """The run, after `release`.
+
+        Raises
+        ------
+        CaptureError
+            Nothing was observed.
+        """
+        self.shelf.drain()
+        self._note_budget()
+        records = self._instruments.records()
+        elapsed = time.perf_counter() - self.started
+        return self._closing.close(self.shelf, records, self.clock, self.notes, elapsed)
+
+    # ------------------------------------------------------------------ while the model runs
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.shelf.waiting:
+            self._drain()
+        self._instruments.forward_begins(self.clock.calls)
+        self.clock.begin(module, args, kwargs)
+
+    def _end(self, *_: Any) -> None:
+        self.clock.end()
+
+    def _drain(self) -> None:
+        self.shelf.drain()
+        if self.options.path is not None:
+            self._closing.write(self.shelf, self.notes)
+
+    def advance(self) -> None:
+        """End a step."""
+        self.shelf.drain()
+        self.clock.advance()
+
+    def _failed(self, name: str, error: Exception) -> None:
+        """A probe's error is the probe's: it is noted, the probe ends, the model goes on; strict raises.
+
+        A sampler that this machine does not have or permit is no error of a capture that did not name it.
+        """
+        probe = self._probes.pop(name, None)
+        sentence = str(error) if isinstance(error, BnvizError) else f"{type(error).__name__}: {error}"
+        self.notes.append(
+            f"{name} stopped at call {max(self.clock.calls - 1, 0)}: {sentence.rstrip('.')}. The model was not affected."
+        )
+        unasked = (
+            not self._named and isinstance(error, BnvizError) and probe is not None and "process" in probe.spec.uses
+        )
+        if self.options.strict and not unasked:
+            raise CaptureError(f"Probe {name!r} failed: {sentence}") from error
+
+    def _note_budget(self) -> None:
+        if self.shelf.full_at is not None:
+            self.notes.append(
+                f"budget of {self.options.budget} reached at step {self.shelf.full_at}: later observations were not kept. "
+                "Raise budget= or every=."
+            )
