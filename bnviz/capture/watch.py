@@ -12,10 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from bnviz.observation import Site
+
 from .clock import Clock
 from .layers import Layers
 
 Emit = Callable[[Any], None]
+Flow = Callable[[Site, Tensor, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +35,16 @@ class Watch:
         Takes an observation.
     own : callable
         A context in which operators are bnviz's own and stay out of the profile.
+    flow : callable, optional
+        Takes (site, tensor, scale): what a block gave, and what each of its residual writers gave and is multiplied by before it
+        is added, as they are in the graph: whoever takes them must not keep them.
     """
 
     clock: Clock
     layers: Layers
     emit: Emit
     own: Callable[[], contextlib.AbstractContextManager[Any]]
+    flow: Flow | None = None
 
 
 def tokens_first(value: Tensor) -> Tensor | None:

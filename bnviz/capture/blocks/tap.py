@@ -130,6 +130,9 @@ class BlockTap:
         if first is None or last is None or context is None or self._at is None:
             return
         self._emit(BlockSeen(self._at, context, first, last))
+        flow = self._watch.flow
+        if flow is not None:
+            flow(self._at, after, 1.0)
         found = self._writers.get(self.key)
         if found is None or not set(_calls(found)) <= set(self._written) or len(set(found.parts)) != len(found.parts):
             return
@@ -142,6 +145,8 @@ class BlockTap:
             reads = first if found.parallel else running
             site = Site("sublayer", f"{self._site.path}.{path}", self._at.layer, part, "verified residual writer")
             self._emit(BlockSeen(site, context, reads, reads + written))
+            if flow is not None:
+                flow(site, self._written[path, call], scale)
             running = running + written
 
     def _release(self) -> None:

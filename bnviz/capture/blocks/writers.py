@@ -39,6 +39,8 @@ class Writers:
         What each output is multiplied by before it is added.
     sizes : tuple of int
         Bytes of the parameters of the modules that ended after the writer before and up to this one.
+    modules : tuple of tuple of str
+        Those modules, relative to the block.
     """
 
     paths: tuple[str, ...]
@@ -47,6 +49,7 @@ class Writers:
     parallel: bool
     scales: tuple[float, ...]
     sizes: tuple[int, ...]
+    modules: tuple[tuple[str, ...], ...] = ()
 
 
 def stream(value: object) -> Tensor | None:
@@ -83,7 +86,7 @@ class Search:
             self._ended.append((path, module))
             seen = stream(output)
             if seen is not None and tuple(seen.shape) == self._shape:
-                self._outputs.append((path, seen.detach()))
+                self._outputs.append((path, seen))
 
         yield module.register_forward_pre_hook(before, with_kwargs=True)
         yield module.register_forward_hook(after)
@@ -97,6 +100,7 @@ class Search:
         self._inputs.clear()
         self._ended.clear()
 
+    @torch.no_grad()
     def found(self, before: Tensor, after: Tensor) -> tuple[Writers | None, list[Tensor]]:
         """The writers and their outputs, or None when the block is no sum of its descendants' outputs."""
         delta = after.detach().float() - before.detach().float()
@@ -135,22 +139,27 @@ class Search:
             for x in self._inputs
         )
         parts, parallel = tuple(_part(p, i) for i, p in enumerate(paths)), len(chosen) > 1 and not reads
-        return Writers(paths, parts, calls, parallel, scales, self._sizes(paths, calls))
+        sizes, modules = self._shares(paths, calls)
+        return Writers(paths, parts, calls, parallel, scales, sizes, modules)
 
-    def _sizes(self, paths: tuple[str, ...], calls: tuple[int, ...]) -> tuple[int, ...]:
-        """Bytes of parameters between the ends of the writers; what comes after the last belongs to the last."""
+    def _shares(
+        self, paths: tuple[str, ...], calls: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[tuple[str, ...], ...]]:
+        """Bytes of parameters, and modules, between the ends of the writers; what comes after the last belongs to the last."""
         ends = [
             [at for at, (p, _) in enumerate(self._ended) if p == path][call]
             for path, call in zip(paths, calls, strict=True)
         ]
         sizes, counted = [0] * len(ends), set[int]()
-        for at, (_, module) in enumerate(self._ended):
+        modules: list[list[str]] = [[] for _ in ends]
+        for at, (path, module) in enumerate(self._ended):
             part = next((i for i, end in enumerate(ends) if at <= end), len(ends) - 1)
+            modules[part].append(path)
             for parameter in module.parameters(recurse=False):
                 if id(parameter) not in counted:
                     counted.add(id(parameter))
                     sizes[part] += parameter.numel() * parameter.element_size()
-        return tuple(sizes)
+        return tuple(sizes), tuple(map(tuple, modules))
 
 
 def _thin(values: Tensor) -> Tensor:
