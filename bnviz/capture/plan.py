@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,13 +12,10 @@ from torch import nn
 from bnviz.errors import CaptureError
 from bnviz.observation import Site
 
-from .attention.find import AttentionSite, reaches
+from .attention.find import AttentionSite, find_attention
 from .blocks.find import Block, find_blocks
 from .blocks.writers import fused_below
 from .routers.find import RouterSite, find_routers
-
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -100,38 +96,14 @@ def sites(model: nn.Module, *, attention: Any = None, routers: Any = None) -> Pl
         plan.blocks.append((Site("block", block.path, number, "block", block.evidence), block))
     if routers is not None:
         raise CaptureError("sites: routers cannot be named yet; leave routers= out.")
-    _find_attention(model, plan, attention)
+    plan.attention, unknown = find_attention(model, partial(_layer, plan), plan.fused, attention)
+    plan.unknown += unknown
     for router in find_routers(model):
         where = _layer(plan, router.path)
         plan.routers.append(
             (Site("router", router.path, where, "mlp", f"experts are given {router.ids}, {router.weights}"), router)
         )
     return plan
-
-
-def _find_attention(model: nn.Module, plan: Plan, pattern: Any) -> None:
-    taken: set[int] = set()
-    for path, module in model.named_modules():
-        named = pattern is not None and fnmatch(path, pattern)
-        mechanism = "sdpa" if named else reaches(module)
-        if isinstance(module, nn.MultiheadAttention) or (plan.fused(path) and mechanism):
-            plan.unknown.append(f"{path} {type(module).__name__}: computes attention inside a fused native kernel")
-        elif mechanism:
-            layer = _layer(plan, path)
-            if layer in taken or _CROSS.search(path) or _CROSS.search(type(module).__name__):
-                plan.unknown.append(f"{path} {type(module).__name__}: a second or cross attention of layer {layer}")
-                continue
-            taken.add(layer)
-            evidence = "named by attention=" if named else f"its code calls the {mechanism}"
-            plan.attention.append(
-                AttentionSite(Site("attention", path, layer, "attention", evidence), module, mechanism)
-            )
-        elif _ATTENTION.search(type(module).__name__) and not any(
-            _ATTENTION.search(type(c).__name__) for c in module.children()
-        ):
-            plan.unknown.append(
-                f'{path} {type(module).__name__}: named attention, calls no known kernel; try attention="{path}"'
-            )
 
 
 def _layer(plan: Plan, path: str) -> int:

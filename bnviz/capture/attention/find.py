@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -15,6 +18,8 @@ from bnviz.observation import Site
 
 KERNEL = "scaled_dot_product_attention"
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,35 @@ class AttentionSite:
     site: Site
     module: nn.Module
     mechanism: str
+
+
+def find_attention(
+    model: nn.Module, layer_of: Callable[[str], int], fused: Callable[[str], bool], pattern: str | None
+) -> tuple[list[AttentionSite], list[str]]:
+    """Every attention site of a model, and a line for each that no mechanism reaches."""
+    sites: list[AttentionSite] = []
+    unknown: list[str] = []
+    taken: set[int] = set()
+    for path, module in model.named_modules():
+        named = pattern is not None and fnmatch(path, pattern)
+        mechanism = "sdpa" if named else reaches(module)
+        if isinstance(module, nn.MultiheadAttention) or (fused(path) and mechanism):
+            unknown.append(f"{path} {type(module).__name__}: computes attention inside a fused native kernel")
+        elif mechanism:
+            layer = layer_of(path)
+            if layer in taken or _CROSS.search(path) or _CROSS.search(type(module).__name__):
+                unknown.append(f"{path} {type(module).__name__}: a second or cross attention of layer {layer}")
+                continue
+            taken.add(layer)
+            evidence = "named by attention=" if named else f"its code calls the {mechanism}"
+            sites.append(AttentionSite(Site("attention", path, layer, "attention", evidence), module, mechanism))
+        elif _ATTENTION.search(type(module).__name__) and not any(
+            _ATTENTION.search(type(c).__name__) for c in module.children()
+        ):
+            unknown.append(
+                f'{path} {type(module).__name__}: named attention, calls no known kernel; try attention="{path}"'
+            )
+    return sites, unknown
 
 
 def reaches(module: nn.Module) -> str | None:
