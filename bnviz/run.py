@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import quantities
 from .assemble import assemble
 from .errors import NotCaptured, StoreError, unknown
+from .layered import beside
 from .schema import SCHEMA_VERSION
 from .segments import partial, read_header, read_segments
 
@@ -199,6 +200,7 @@ def recover(folder: Path) -> Run:
     check_schema(header["provenance"], folder)
     rows: dict[str, dict[tuple[int, int, str], Any]] = {}
     for record, row in read_segments(folder):
+        row.layer = header.get("layers", {}).get(record, {}).get(str(row.layer), row.layer)
         rows.setdefault(record, {})[row.step, row.layer, row.kind] = row
     if not rows:
         raise StoreError(f"{folder} holds no complete segment: the capture was cut short before its first step ended.")
@@ -206,7 +208,8 @@ def recover(folder: Path) -> Run:
     records = {}
     for record, some in rows.items():
         records[record] = assemble(some.values(), variables[record], paths.get(record, {}))
-        records[record].attrs.update(header["attrs"].get(record, {}))
+        layers = records[record]["layer"].values.tolist()
+        records[record].attrs.update(beside(header["attrs"].get(record, {}), layers))
     provenance = dict(header["provenance"])
     steps = len({step for some in rows.values() for step, _, _ in some})
     provenance["notes"] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from bnviz import quantities
 from bnviz.assemble import assemble
 from bnviz.errors import CaptureError, StoreError
+from bnviz.layered import beside, of_layer
 from bnviz.run import Run
 from bnviz.schema import Variable
 from bnviz.segments import declared as as_json
@@ -24,9 +26,15 @@ from .provenance import parameter_bytes
 if TYPE_CHECKING:
     import xarray as xr
 
+    from bnviz.assemble import Row
+
     from .blocks.writers import Writers
     from .clock import Clock
+    from .layers import Layers
     from .shelf import Shelf
+
+
+OWN_LAYERS = ("cross_attention",)  # records whose `layer` counts something else than blocks
 
 
 def labels_record(labels: Any) -> xr.Dataset | None:
@@ -55,17 +63,21 @@ class Closing:
         facts: dict[str, Any],
         declared: Mapping[str, tuple[Variable, ...]],
         options: Any,
+        layers: Layers,
     ) -> None:
-        self._facts, self._declared, self._options = facts, dict(declared), options
+        self._facts, self._declared, self._options, self._layers = facts, dict(declared), options, layers
         self._paths = {s.layer: s.path for s, _ in plan.blocks}
         self._attention_paths = {a.site.layer: a.site.path for a in plan.attention}
         self._router_paths = {s.layer: s.path for s, _ in plan.routers}
-        told, known = facts["options"]["of_probes"], _attributes(model, plan, facts["model"])
+        self._block_bytes = {s.layer: parameter_bytes(b.first) for s, b in plan.blocks}
+        self._expert_bytes = {s.layer: parameter_bytes(r.experts) // r.count for s, r in plan.routers}
+        told, known = facts["options"]["of_probes"], _attributes(model)
         known["ops"]["alone"] = not set(declared) - {"ops", "memory", "host"}  # no hook's Python lies between operators
         self._attrs = {name: {**told.get(name, {}), **known.get(name, {})} for name in {**told, **known}}
         self._plan, self._model = plan, type(model).__name__
         self.writers: Callable[[], list[Writers | None]] = list
         self._folder: Path | None = None
+        self._numbered = self._final()
         if options.path is not None:
             self._open(Path(options.path))
 
@@ -77,16 +89,52 @@ class Closing:
             raise StoreError(
                 f"{self._folder} is what a cut-short capture left; read it with bnviz.open({str(path)!r}) or remove it."
             )
-        paths = {record: self._paths_of(record) for record in self._declared}
-        header = {"provenance": self._facts, "variables": as_json(self._declared), "paths": paths, "attrs": self._attrs}
+        self._write_header()
+
+    def _write_header(self) -> None:
+        if self._folder is None:
+            return
+        self._numbered = self._final()
+        header = {
+            "provenance": self._facts,
+            "variables": as_json(self._declared),
+            "layers": {record: self._numbered[0] for record in self._declared if record not in OWN_LAYERS},
+            "paths": {record: self._paths_of(record) for record in self._declared},
+            "attrs": {record: self._attrs_of(record) for record in self._declared},
+        }
         write_header(self._folder, header)
 
+    def _final(self) -> tuple[dict[int, int], dict[int, tuple[int, int]]]:
+        return self._layers.order(), self._layers.calls
+
     def _paths_of(self, record: str) -> dict[int, str]:
-        return {
+        known = {
             "attention": self._attention_paths,
             "keys_values": self._attention_paths,
             "routing": self._router_paths,
         }.get(record, self._paths)
+        return known if record in OWN_LAYERS else self._layers.paths(known)
+
+    def _attrs_of(self, record: str) -> dict[str, Any]:
+        """Attrs of a record, what belongs to single layers by their final numbers."""
+        attrs = {"model": self._facts["model"], **self._attrs.get(record, {})}
+        if record == "activations":
+            bytes_of = {"block": self._by_layer(self._block_bytes), **self._part_bytes()}
+            attrs |= {"parameter_bytes": bytes_of, "shared_weights": self._shared()}
+        elif record == "routing":
+            attrs["expert_bytes"] = self._by_layer(self._expert_bytes)
+        return attrs
+
+    def _by_layer(self, of_block: Mapping[int, Any]) -> dict[str, dict[str, Any]]:
+        final = self._layers.order()
+        calls = self._layers.calls.items()
+        return of_layer({final.get(n, n): of_block[block] for n, (block, _) in calls if block in of_block})
+
+    def _shared(self) -> list[int]:
+        """Layers that are calls of a block that runs more than once in a forward: without one of them no weight is saved."""
+        final, calls = self._layers.order(), self._layers.calls
+        again = {block for block, nth in calls.values() if nth}
+        return sorted(final.get(number, number) for number, (block, _) in calls.items() if block in again)
 
     def write(self, shelf: Shelf, notes: list[str]) -> None:
         """Fresh steps to disk, one segment each; a disk that cannot take them ends the streaming, not the capture."""
@@ -96,6 +144,8 @@ class Closing:
             for step in sorted(shelf.fresh):
                 write_segment(self._folder, f"{step:08d}", shelf.of_step(step))
             shelf.fresh.clear()
+            if self._numbered != self._final():
+                self._write_header()
         except OSError as error:
             self._folder = None
             notes.append(f"Writing to {self._options.path} failed ({error}); the rest of the run is kept in memory.")
@@ -136,31 +186,31 @@ class Closing:
     def _records(self, shelf: Shelf, tables: Mapping[str, Mapping[str, Any]]) -> dict[str, xr.Dataset]:
         records: dict[str, xr.Dataset] = {}
         for record, rows in shelf.rows.items():
-            records[record] = assemble(rows.values(), self._declared[record], self._paths_of(record))
+            records[record] = assemble(self._moved(record, rows), self._declared[record], self._paths_of(record))
         for record, values in tables.items():
             records[record] = _table(values, self._declared[record])
         for record, data in records.items():
-            data.attrs.update({"model": self._facts["model"], **self._attrs.get(record, {})})
-        if "activations" in records:
-            attrs = records["activations"].attrs
-            attrs["parameter_bytes"] = {**attrs["parameter_bytes"], **self._part_bytes()}
+            data.attrs.update(beside(self._attrs_of(record), data["layer"].values.tolist() if "layer" in data else ()))
         return records
 
-    def _part_bytes(self) -> dict[str, list[int]]:
+    def _moved(self, record: str, rows: Mapping[Any, Row]) -> list[Row]:
+        final = {} if record in OWN_LAYERS else self._layers.order()
+        return [replace(row, layer=final[row.layer]) if row.layer in final else row for row in rows.values()]
+
+    def _part_bytes(self) -> dict[str, Any]:
         """Weights of the attention and the MLP of each block, by the residual writers that were found."""
         found = self.writers()
         return {
-            part: [w.sizes[w.parts.index(part)] if w is not None and part in w.parts else 0 for w in found]
-            for part in ("attention", "mlp")
-            if any(w is not None and part in w.parts for w in found)
+            part: self._by_layer({n: _size(w, part) for n, w in enumerate(found)})
+            for part in dict.fromkeys(part for w in found if w is not None for part in w.parts)
         }
 
     def _silent(self, shelf: Shelf) -> list[str]:
         """Sites that a probe would have looked at and that gave nothing: a sentence for each kind."""
-        places = {"activations": self._paths, "attention": self._attention_paths, "routing": self._router_paths}
         said: list[str] = []
-        for record, paths in places.items():
-            given = {layer for _, layer, _ in shelf.rows.get(record, {})}
+        for record in ("activations", "attention", "routing"):
+            paths = self._paths_of(record)
+            given = {row.layer for row in self._moved(record, shelf.rows.get(record, {}))}
             lost = [path for layer, path in paths.items() if layer not in given]
             if given and lost:
                 said.append(
@@ -215,14 +265,16 @@ def _within(tables: Mapping[str, Mapping[str, Any]], shelf: Shelf, notes: list[s
     return kept
 
 
-def _attributes(model: nn.Module, plan: Plan, name: str) -> dict[str, dict[str, Any]]:
+def _size(found: Writers | None, part: str) -> int:
+    return found.sizes[found.parts.index(part)] if found is not None and part in found.parts else 0
+
+
+def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What diagnostics need to know of the model, by record; JSON-able."""
-    blocks = [parameter_bytes(b.first) for _, b in plan.blocks]
-    experts = [parameter_bytes(r.experts) // r.count for _, r in plan.routers]
     whole = parameter_bytes(model)
     return {
-        "activations": {"parameter_bytes": {"block": blocks}, "model_bytes": whole},
-        "routing": {"expert_bytes": experts, "model_bytes": whole},
+        "activations": {"model_bytes": whole},
+        "routing": {"model_bytes": whole},
         "attention": {},
         "keys_values": {"model_bytes": whole},
         "ops": {},

@@ -19,7 +19,7 @@ from bnviz.run import Run
 
 from .attention.tap import tap_attention
 from .audience import Audience
-from .blocks.tap import tap_blocks
+from .blocks.tap import follow_blocks, tap_blocks
 from .clock import Clock
 from .closing import Closing, labels_record
 from .instruments import Instruments
@@ -64,7 +64,7 @@ class Session:
         declared = {n: p.spec.variables for n, p in self._probes.items()}
         self.shelf = Shelf(declared, budget_bytes(options.budget))
         self._instruments = Instruments(self._probes, self._failed, notes)
-        self._closing = Closing(model, self._plan, self._facts(), declared, options)
+        self._closing = Closing(model, self._plan, self._facts(), declared, options, self._layers)
         self.started = time.perf_counter()
         self._stack = contextlib.ExitStack()
 
@@ -115,6 +115,8 @@ class Session:
         watch = Watch(self.clock, self._layers, audience.emit, self._instruments.own)
         if "block" in wanted or "sublayer" in wanted:
             self._closing.writers = tap_blocks(plan, watch, stack, inside="sublayer" in wanted)
+        elif wanted:
+            follow_blocks(plan, watch, stack)
         if "attention" in wanted:
             tap_attention(plan, watch, stack)
         if "router" in wanted:
@@ -150,6 +152,7 @@ class Session:
         if self.shelf.waiting:
             self._drain()
         self._instruments.forward_begins(self.clock.calls)
+        self._layers.begin()
         self.clock.begin(module, args, kwargs)
 
     def _end(self, *_: Any) -> None:

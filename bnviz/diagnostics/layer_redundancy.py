@@ -186,6 +186,7 @@ def _weights(result: xr.Dataset, attrs: Mapping[Any, Any]) -> None:
     )
     if "model_bytes" in attrs:
         result.attrs["model_bytes"] = float(attrs["model_bytes"])
+    result.attrs["shared_weights"] = [int(layer) for layer in attrs.get("shared_weights", ())]
 
 
 def judge(result: xr.Dataset, *, influence: float = 0.1) -> Judgement:
@@ -263,8 +264,8 @@ def _finding(result: xr.Dataset, row: int, at: int, limit: float) -> Finding:
 
 
 def _saving(result: xr.Dataset, row: int, at: int) -> Saving | None:
-    """The weights of the part, as a share of the model's; None when the run does not know them."""
-    if "parameter_bytes" not in result:
+    """The weights of the part, as a share of the model's; None when they are not known, or another layer uses them too."""
+    if "parameter_bytes" not in result or result["layer"].values[at] in result.attrs["shared_weights"]:
         return None
     amount, whole = float(result["parameter_bytes"].values[row, at]), float(result.attrs.get("model_bytes", np.nan))
     if not (np.isfinite(amount) and whole > 0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -33,6 +34,20 @@ def tap_blocks(
     return lambda: [writers.get(tap.key) for tap in taps]
 
 
+def follow_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None:
+    """Note the order in which blocks run, where nothing else looks at them: layers have the same numbers in every capture."""
+
+    def noting(layer: int) -> Callable[[nn.Module, Any], None]:
+        def note(_: nn.Module, __: Any) -> None:
+            if watch.clock.now is not None:
+                watch.layers.enter(layer)
+
+        return note
+
+    for site, block in plan.blocks:
+        stack.enter_context(hooked(block.first.register_forward_pre_hook(noting(site.layer))))
+
+
 class BlockTap:
     """Shows one block: its input and output, and what its writers add."""
 
@@ -49,7 +64,7 @@ class BlockTap:
         self._writers, self._inside = writers, inside and block.first is block.last
         self.key = (type(block.first), str([n for n, _ in block.first.named_modules()]))
         self._before: Tensor | None = None
-        self._at: Site | None = site
+        self._at = site
         self._version, self._in_place = -1, False
         self._search: Search | None = None
         self._written: dict[tuple[str, int], Tensor] = {}
@@ -68,9 +83,10 @@ class BlockTap:
         self._called.clear()
         if self._clock.now is None:
             return
-        self._at = self._watch.layers.of(self._site, self._clock.nth(self._site))
-        if self._at is None:
+        number = self._watch.layers.enter(self._site.layer)
+        if number is None:
             return
+        self._at = self._site if number == self._site.layer else replace(self._site, layer=number)
         self._before = stream(args) if args else stream(kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
         if self._before is None:
             return
@@ -127,7 +143,7 @@ class BlockTap:
     def _show(self, before: Tensor, after: Tensor) -> None:
         first, last = tokens_first(before.detach()), tokens_first(after.detach())
         context = self._clock.seen(last.shape[1]) if last is not None else None
-        if first is None or last is None or context is None or self._at is None:
+        if first is None or last is None or context is None:
             return
         self._emit(BlockSeen(self._at, context, first, last))
         flow = self._watch.flow
