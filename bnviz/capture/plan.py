@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,28 +17,37 @@ from .attention.find import AttentionSite, find_attention
 from .blocks.find import Block, find_blocks
 from .blocks.writers import fused_below
 from .routers.find import RouterSite, find_routers
+from .tree import text, tree
+from .unknown import Unknown
 
 
 @dataclass(slots=True)
 class Plan:
-    """The sites of one model.
+    """The sites of one model; printed, it is a tree of at most 40 lines, in a notebook a drawing of it.
 
     Parameters
     ----------
+    model : str
+        The class of the model.
     blocks : list of (Site, Block)
+        Layers in order: `site.layer`, `site.path`, `site.evidence`; `block.first` is the module.
     attention : list of AttentionSite
+        `place.site` (its `kind` is "attention" or "cross_attention"), `place.module`, and `place.mechanism`: how it is seen.
     routers : list of (Site, RouterSite)
+        `router.count` experts; `router.experts` and `router.router` are the modules.
+    unknown : list of Unknown
+        What looks like attention or experts and is reached by no mechanism: `.path`, `.cls`, `.why`, and `.option`, the option
+        of `bnviz.capture` that names it ("" where naming does not help).
     fused : callable
         Tells paths where a hook would switch off a native fused path.
-    unknown : list of str
-        What looks like attention or experts and is reached by no mechanism.
     """
 
+    model: str = ""
     blocks: list[tuple[Site, Block]] = field(default_factory=list)
     attention: list[AttentionSite] = field(default_factory=list)
     routers: list[tuple[Site, RouterSite]] = field(default_factory=list)
     fused: Callable[[str], bool] = lambda path: False
-    unknown: list[str] = field(default_factory=list)
+    unknown: list[Unknown] = field(default_factory=list)
 
     def count(self, kind: str) -> int:
         """Sites of one kind."""
@@ -49,24 +59,15 @@ class Plan:
         }.get(kind, 1)
 
     def __repr__(self) -> str:
-        lines = [f"{len(self.blocks)} blocks, {len(self.attention)} attention, {len(self.routers)} routers"]
-        for site, block in self.blocks:
-            lines.append(f"layer {site.layer:<3} {site.path}  {type(block.first).__name__} ({site.evidence})")
-            lines += [
-                f"  attention  {a.site.path}  ({a.site.evidence})" for a in self.attention if a.site.layer == site.layer
-            ]
-            lines += [
-                f"  router     {s.path}  {r.count} experts ({s.evidence})"
-                for s, r in self.routers
-                if s.layer == site.layer
-            ]
-        lines += [f"outside    {a.site.path}  ({a.site.evidence})" for a in self.attention if a.site.layer < 0]
-        lines += [f"not understood  {line}" for line in self.unknown]
-        return "\n".join(lines)
+        return text(tree(self))
+
+    def _repr_html_(self) -> str:
+        display = importlib.import_module("bnviz.jupyter.display")  # above this room: only a notebook asks for it
+        return str(display.sites_html(tree(self)))
 
 
 def sites(model: nn.Module, *, attention: Any = None, routers: Any = None) -> Plan:
-    """Find what a capture of `model` would watch; its repr is a readable list.
+    """Find what a capture of `model` would watch: printed as a tree, readable as data. Nothing is run, nothing is attached.
 
     Parameters
     ----------
@@ -79,19 +80,23 @@ def sites(model: nn.Module, *, attention: Any = None, routers: Any = None) -> Pl
     Returns
     -------
     Plan
-        Blocks, attention, routers, and what was not understood.
+        `.blocks`, `.attention`, `.routers`, and `.unknown`: what was not understood, with the way of naming it. Layers that are
+        alike are described once. The parts of a block that write to its residual stream are found when it runs first.
 
     Examples
     --------
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     >>> print(sites(net))
-    2 blocks, 0 attention, 0 routers
-    layer 0   0  Linear (item of Sequential '')
-    layer 1   2  Linear (item of Sequential '')
+    Sequential  2 blocks · 0 attention · 0 routers
+    ├─ layer 0  0  Linear  (item of Sequential '')
+    │  └─ residual writers  found at the first forward
+    └─ layer 1: as layer 0  2
+    >>> [site.path for site, _ in sites(net).blocks]
+    ['0', '2']
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"sites: found a {type(model).__name__}, expected a torch.nn.Module; give the model itself.")
-    plan = Plan(fused=fused_below(model))
+    plan = Plan(type(model).__name__, fused=fused_below(model))
     for number, block in enumerate(find_blocks(model)):
         plan.blocks.append((Site("block", block.path, number, "block", block.evidence), block))
     if routers is not None:

@@ -17,6 +17,7 @@ from .frame import framed
 
 _MUTED = "color:var(--jp-ui-font-color2,#5f5f5f)"
 _CODE = "font-family:var(--jp-code-font-family,ui-monospace,monospace)"
+_STEM = "list-style:none;margin:0 0 0 6px;padding:0 0 0 14px;border-left:1px solid var(--jp-border-color1,#bdbdbd)"
 _SHOWN_VARIABLES = 8
 
 
@@ -43,6 +44,26 @@ def run_html(run: Run) -> str:
         f"<code>run[{html.escape(repr(next(iter(run.kinds), 'record')))}]</code> · "
         f'keep it: <code>run.save("run.zip")</code></p></div>'
     )
+
+
+def sites_html(branch: Any) -> str:
+    """What would be watched in a model, as a tree: branches with a name, something in code, words, and branches below."""
+    return f"<div>{_branch(branch, strong=True)}{_below(branch, style='list-style:none;margin:0;padding:0')}</div>"
+
+
+def _below(branch: Any, style: str = _STEM) -> str:
+    items = "".join(f'<li style="margin:2px 0">{_branch(inner)}{_below(inner)}</li>' for inner in branch.below)
+    return f'<ul style="{style}">{items}</ul>' if items else ""
+
+
+def _branch(branch: Any, *, strong: bool = False) -> str:
+    name = html.escape(branch.name)
+    shown = [f"<strong>{name}</strong>" if strong else name]
+    if branch.code:
+        shown.append(f'<span style="{_CODE}">{html.escape(branch.code).replace("  ", " &nbsp;")}</span>')
+    if branch.words:
+        shown.append(f'<span style="{_MUTED}">{html.escape(branch.words)}</span>')
+    return " &nbsp;".join(shown)
 
 
 def _facts(run: Run) -> list[str]:

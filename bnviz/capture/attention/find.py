@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from bnviz.capture.unknown import Unknown
 from bnviz.observation import Site
 
 KERNEL = "scaled_dot_product_attention"
@@ -41,20 +42,20 @@ class AttentionSite:
 
 def find_attention(
     model: nn.Module, layer_of: Callable[[str], int], fused: Callable[[str], bool], pattern: str | None
-) -> tuple[list[AttentionSite], list[str]]:
-    """Every attention site of a model, and a line for each that no mechanism reaches."""
+) -> tuple[list[AttentionSite], list[Unknown]]:
+    """Every attention site of a model, and what looks like one and is reached by no mechanism."""
     sites: list[AttentionSite] = []
-    unknown: list[str] = []
+    unknown: list[Unknown] = []
     taken: set[int] = set()
     for path, module in model.named_modules():
         named = pattern is not None and fnmatch(path, pattern)
         mechanism = "sdpa" if named else reaches(module)
         if isinstance(module, nn.MultiheadAttention) or (fused(path) and mechanism):
-            unknown.append(f"{path} {type(module).__name__}: computes attention inside a fused native kernel")
+            unknown.append(Unknown(path, type(module).__name__, "computes attention inside a fused native kernel"))
         elif mechanism:
             layer = layer_of(path)
             if layer in taken or _CROSS.search(path) or _CROSS.search(type(module).__name__):
-                unknown.append(f"{path} {type(module).__name__}: a second or cross attention of layer {layer}")
+                unknown.append(Unknown(path, type(module).__name__, "a second or cross attention of its layer"))
                 continue
             taken.add(layer)
             evidence = "named by attention=" if named else f"its code calls the {mechanism}"
@@ -62,9 +63,8 @@ def find_attention(
         elif _ATTENTION.search(type(module).__name__) and not any(
             _ATTENTION.search(type(c).__name__) for c in module.children()
         ):
-            unknown.append(
-                f'{path} {type(module).__name__}: named attention, calls no known kernel; try attention="{path}"'
-            )
+            why = "named attention, calls no known kernel"
+            unknown.append(Unknown(path, type(module).__name__, why, "attention"))
     return sites, unknown
 
 
