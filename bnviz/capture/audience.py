@@ -62,7 +62,9 @@ class Audience:
         if isinstance(seen, AttentionSeen):
             count = seen.key.shape[-2]
             keys = (
-                held
+                seen.valid_keys
+                if seen.valid_keys is not None
+                else held
                 if held is not None and held.shape[1] == count
                 else valid
                 if count == seen.query.shape[-2]

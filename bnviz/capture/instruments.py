@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .blocks.writers import fused_below
+from .around import around, counts_hooks
 
 PROFILED_FORWARDS = 8  # a profile holds every operator: a few forwards tell, thousands only cost memory
 
@@ -45,12 +45,12 @@ class Instruments:
         from .profiler import Profiler
 
         self._profiler = profiler = Profiler(model)
-        fused = fused_below(model)
+        fused = counts_hooks(model)
         for path, module in model.named_modules():
-            if not fused(path):
+            quiet = fused(path)
+            if not quiet or isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention):
                 enter, leave = _marks(weakref.ref(profiler), path)
-                stack.callback(module.register_forward_pre_hook(enter).remove)
-                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+                stack.enter_context(around(module, enter, leave, quiet=quiet))
         profiler.start()
         stack.callback(profiler.halt)
 

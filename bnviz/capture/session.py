@@ -17,6 +17,7 @@ from torch import nn
 from bnviz.errors import BnvizError, CaptureError
 from bnviz.run import Run
 
+from .around import around
 from .attention.tap import tap_attention
 from .audience import Audience
 from .blocks.tap import follow_blocks, tap_blocks
@@ -109,8 +110,8 @@ class Session:
             self.notes.append(
                 "The model is compiled; while it was watched it ran eager, so times are those of eager code."
             )
-        begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
-        stack.callback(begin.remove)
+        fused = isinstance(self.model, nn.TransformerEncoderLayer)
+        stack.enter_context(around(self.model, self._begin, None, quiet=fused, first=True))
         audience = Audience(self._probes, self.clock, self.shelf, self._failed)
         watch = Watch(self.clock, self._layers, audience.emit, self._instruments.own)
         if "block" in wanted or "sublayer" in wanted:
@@ -121,8 +122,7 @@ class Session:
             tap_attention(plan, watch, stack)
         if "router" in wanted:
             tap_routers(plan, watch, stack)
-        end = self.model.register_forward_hook(self._end, always_call=True)
-        stack.callback(end.remove)
+        stack.enter_context(around(self.model, None, self._end, quiet=fused))
         self._instruments.start(self.model, stack)
 
     def release(self) -> None:

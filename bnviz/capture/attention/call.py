@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of an attention kernel, before it is placed in a model."""
+    """One call of an attention kernel, before it is placed in a model.
+
+    `valid` (batch, keys) bool tells which keys are tokens, where the call itself says so; with `together` the queries are those
+    tokens too.
+    """
 
     query: Tensor
     key: Tensor
@@ -21,6 +25,8 @@ class Call:
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    valid: Tensor | None = None
+    together: bool = False
 
 
 Listener = Callable[[nn.Module, Call], None]

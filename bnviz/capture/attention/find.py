@@ -17,6 +17,8 @@ from torch import nn
 from bnviz.capture.unknown import Unknown
 from bnviz.observation import Site
 
+from .native import fused_layer, is_native
+
 KERNEL = "scaled_dot_product_attention"
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -32,12 +34,15 @@ class AttentionSite:
     site : Site
     module : nn.Module
     mechanism : str
-        How its calls are seen: "interface" or "sdpa".
+        How its calls are seen: "interface", "sdpa" or "native".
+    layer : nn.TransformerEncoderLayer, optional
+        The fused layer that computes it without calling it ("native").
     """
 
     site: Site
     module: nn.Module
     mechanism: str
+    layer: nn.TransformerEncoderLayer | None = None
 
 
 def find_attention(
@@ -49,8 +54,8 @@ def find_attention(
     taken: set[int] = set()
     for path, module in model.named_modules():
         named = pattern is not None and fnmatch(path, pattern)
-        mechanism = "sdpa" if named else reaches(module)
-        if isinstance(module, nn.MultiheadAttention) or (fused(path) and mechanism):
+        mechanism = "native" if is_native(module) else "sdpa" if named else reaches(module)
+        if fused(path) and mechanism in ("sdpa", "interface"):
             unknown.append(Unknown(path, type(module).__name__, "computes attention inside a fused native kernel"))
         elif mechanism:
             layer = layer_of(path)
@@ -59,7 +64,9 @@ def find_attention(
                 continue
             taken.add(layer)
             evidence = "named by attention=" if named else f"its code calls the {mechanism}"
-            sites.append(AttentionSite(Site("attention", path, layer, "attention", evidence), module, mechanism))
+            evidence = "its projections are read again" if mechanism == "native" else evidence
+            site = Site("attention", path, layer, "attention", evidence)
+            sites.append(AttentionSite(site, module, mechanism, fused_layer(model, path)))
         elif _ATTENTION.search(type(module).__name__) and not any(
             _ATTENTION.search(type(c).__name__) for c in module.children()
         ):

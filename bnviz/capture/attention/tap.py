@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from .call import Call
 from .columns import aligned
 from .interface import interface
 from .kernel import ModeWhileInside
+from .native import NativeTap
 
 if TYPE_CHECKING:
     from bnviz.capture.plan import Plan
@@ -40,6 +42,9 @@ def tap_attention(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None
         call, dropped = aligned(call, module, clock.cache, context.past)
         shape = (call.key.shape[0], call.key.shape[-2])
         ids, valid = (known if known is not None and known.shape == shape else None for known in _of_keys(clock))
+        if call.valid is not None:
+            valid = call.valid
+            context = replace(context, valid=valid[:, -call.query.shape[-2] :]) if call.together else context
         query, key, value = call.query.detach(), call.key.detach(), call.value.detach()
         emit(
             AttentionSeen(
@@ -65,6 +70,8 @@ def tap_attention(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None
     for place in plan.attention:
         if place.mechanism == "sdpa":
             ModeWhileInside(place.module, listener, clock).attach(stack)
+        elif isinstance(place.module, nn.MultiheadAttention):
+            NativeTap(place.module, place.layer, listener, clock).attach(stack)
 
 
 def _of_keys(clock: Clock) -> tuple[Tensor | None, Tensor | None]:

@@ -72,11 +72,13 @@ def _flat(path: str, children: list[tuple[str, nn.Module]]) -> list[Block]:
 def _children(model: nn.Module) -> list[Block]:
     """The parametric children of the first module that has more than one; the model itself when there is none."""
     path, module = "", model
-    while True:
+    while not isinstance(module, nn.TransformerEncoderLayer):  # one kernel: nothing in it is called
         children = [(n, c) for n, c in module.named_children() if size_of(c) > 0]
         if len(children) != 1 or not any(True for _ in children[0][1].children()):
             break
         path, module = _join(path, children[0][0]), children[0][1]
+    else:
+        children = []
     if len(children) < 2:
         return [Block(path, module, module, "the only module with parameters")]
     return [Block(_join(path, n), c, c, "child with parameters") for n, c in children]

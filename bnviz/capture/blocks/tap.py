@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from bnviz.capture.watch import Watch, hooked, tokens_first
+from bnviz.capture.around import around
+from bnviz.capture.native import LAYERS, hidden_state, real_tokens
+from bnviz.capture.watch import Watch, tokens_first
 from bnviz.observation import BlockSeen, Site
 
 from .find import Block
@@ -37,15 +39,16 @@ def tap_blocks(
 def follow_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None:
     """Note the order in which blocks run, where nothing else looks at them: layers have the same numbers in every capture."""
 
-    def noting(layer: int) -> Callable[[nn.Module, Any], None]:
-        def note(_: nn.Module, __: Any) -> None:
+    def noting(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def note(_: nn.Module, __: Any, ___: Any) -> None:
             if watch.clock.now is not None:
                 watch.layers.enter(layer)
 
         return note
 
     for site, block in plan.blocks:
-        stack.enter_context(hooked(block.first.register_forward_pre_hook(noting(site.layer))))
+        quiet = isinstance(block.first, nn.TransformerEncoderLayer)
+        stack.enter_context(around(block.first, noting(site.layer), None, quiet=quiet))
 
 
 class BlockTap:
@@ -65,6 +68,8 @@ class BlockTap:
         self.key = (type(block.first), str([n for n, _ in block.first.named_modules()]))
         self._before: Tensor | None = None
         self._at = site
+        self._real: Tensor | None = None
+        self._native = isinstance(block.first, LAYERS)
         self._version, self._in_place = -1, False
         self._search: Search | None = None
         self._written: dict[tuple[str, int], Tensor] = {}
@@ -73,8 +78,9 @@ class BlockTap:
 
     def attach(self, stack: contextlib.ExitStack) -> None:
         """Put the hooks on; the stack takes them off."""
-        stack.enter_context(hooked(self._block.first.register_forward_pre_hook(self._begin, with_kwargs=True)))
-        stack.enter_context(hooked(self._block.last.register_forward_hook(self._finish, always_call=True)))
+        first, last = self._block.first, self._block.last
+        stack.enter_context(around(first, self._begin, None, quiet=isinstance(first, nn.TransformerEncoderLayer)))
+        stack.enter_context(around(last, None, self._finish, quiet=isinstance(last, nn.TransformerEncoderLayer)))
         stack.callback(self._release)
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -90,6 +96,7 @@ class BlockTap:
         self._before = stream(args) if args else stream(kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
         if self._before is None:
             return
+        self._real = real_tokens(self._block.first, args, kwargs) if self._native else None
         self._before = self._before.detach().clone() if self._in_place else self._before
         self._version = _version(self._before)
         if not self._inside:
@@ -114,7 +121,7 @@ class BlockTap:
 
         return keep
 
-    def _finish(self, _: nn.Module, __: Any, output: Any) -> None:
+    def _finish(self, _: nn.Module, __: Any, ___: Any, output: Any) -> None:
         before, self._before = self._before, None
         search, self._search = self._search, None
         after = stream(output)
@@ -141,10 +148,11 @@ class BlockTap:
         self._show(before, after)
 
     def _show(self, before: Tensor, after: Tensor) -> None:
-        first, last = tokens_first(before.detach()), tokens_first(after.detach())
+        first, last = self._state(before), self._state(after)
         context = self._clock.seen(last.shape[1]) if last is not None else None
         if first is None or last is None or context is None:
             return
+        context = context if self._real is None else replace(context, valid=self._real)
         self._emit(BlockSeen(self._at, context, first, last))
         flow = self._watch.flow
         if flow is not None:
@@ -154,7 +162,7 @@ class BlockTap:
             return
         running = first
         for (path, call), part, scale in zip(_calls(found), found.parts, found.scales, strict=True):
-            written = tokens_first(self._written[path, call].detach())
+            written = self._state(self._written[path, call])
             if written is None or written.shape != first.shape:
                 return
             written = written if scale == 1.0 else scale * written
@@ -164,6 +172,14 @@ class BlockTap:
             if flow is not None:
                 flow(site, self._written[path, call], scale)
             running = running + written
+
+    def _state(self, value: Tensor) -> Tensor | None:
+        """A hidden state as (batch, tokens, features)."""
+        if not self._native:
+            return tokens_first(value.detach())
+        state, real = hidden_state(self._block.first, value.detach())
+        self._real = self._real if real is None else real
+        return state
 
     def _release(self) -> None:
         for handle in self._hooked:
