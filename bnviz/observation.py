@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from bnviz.errors import SchemaError
+
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor
 
 
@@ -65,7 +68,6 @@ class Context:
     valid: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class BlockSeen:
     """Input and output of a block or of a sub-layer.
 
@@ -73,15 +75,46 @@ class BlockSeen:
     ----------
     site : Site
     context : Context
-    input, output : Tensor (batch, tokens, features)
-        The residual stream before and after; for a sub-layer (attention, mlp) `output` is input + what the sub-layer
-        writes. A model without tokens shows (batch, 1, features); a convolution (batch, height x width, channels).
+    input : Tensor (batch, tokens, features)
+        The residual stream before. A model without tokens shows (batch, 1, features); a convolution (batch, height x width,
+        channels).
+    output : Tensor (batch, tokens, features), optional
+        The stream after.
+    written : Tensor like input, optional
+        In place of `output`, what a sub-layer (attention, mlp) adds.
+
+    Attributes
+    ----------
+    output : Tensor
+        The stream after; for a sub-layer input + written, which is made when it is first asked for.
+    shape : torch.Size
+        Of the stream after.
     """
 
-    site: Site
-    context: Context
-    input: Tensor
-    output: Tensor
+    __slots__ = ("_output", "context", "input", "site", "written")
+
+    def __init__(
+        self,
+        site: Site,
+        context: Context,
+        input: Tensor,  # noqa: A002 - the term of the field
+        output: Tensor | None = None,
+        *,
+        written: Tensor | None = None,
+    ) -> None:
+        if (output is None) == (written is None):
+            raise SchemaError("BlockSeen takes either output or written, beside the input.")
+        self.site, self.context, self.input, self.written, self._output = site, context, input, written, output
+
+    @property
+    def output(self) -> Tensor:
+        if self._output is None:
+            self._output = self.input + self.written  # type: ignore[operator]
+        return self._output
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.input.shape if self._output is None else self._output.shape
 
 
 @dataclass(frozen=True, slots=True)

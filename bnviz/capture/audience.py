@@ -70,12 +70,12 @@ class Audience:
                 if count == seen.query.shape[-2]
                 else None
             )
-        sample = None if isinstance(seen, BlockSeen) and seen.output.shape[1] == 1 else valid
+        sample = None if isinstance(seen, BlockSeen) and seen.shape[1] == 1 else valid
         return {"token": valid, "query": valid, "key": keys, "sample": sample}
 
 
 def _plain_arithmetic(seen: Any) -> Any:
     """Autocast off while probes compute: their float32 sums must stay float32."""
-    tensor = next(getattr(seen, name) for name in ("output", "query", "weights") if hasattr(seen, name))
+    tensor = next(getattr(seen, name) for name in ("input", "query", "weights") if hasattr(seen, name))
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()

@@ -41,7 +41,7 @@ _CHANNELS = ("mean", "variance", "max_abs", "kurtosis", "zero_fraction", "outlie
             option="sample=N",
         ),
     ),
-    memory="16 B a token and 24 B a channel, for each block and sub-layer",
+    memory="16 B a token for each block and sub-layer, 24 B a channel for each block",
 )
 class Activations:
     """How far every block, attention and MLP turns and stretches the residual stream.
@@ -61,8 +61,9 @@ class Activations:
       finite; such values are counted in `nonfinite` and left out of the channels.
     * `norm_in`, `cosine` and `relative_change` are absent where before and after differ in shape (a layer that changes
       the width, a strided convolution).
-    * Channel statistics and `activation` describe whole forwards and prompts; a decode step shows one token a sequence, so
-      it adds none.
+    * Channel statistics and `activation` describe blocks, in whole forwards and prompts: NaN for sub-layers, and a decode step,
+      which shows one token a sequence, adds none.
+    * For a sub-layer `relative_change` is the norm of what it writes, before the sum is rounded to the stream's dtype.
     * Cost: one read of input and output. `activation` grows by 4 B x rows x width a layer and step.
 
     Source: ShortGPT (arXiv 2403.03853) for the cosine of blocks, LLM-Drop (arXiv 2406.15786) for sub-layers.
@@ -85,19 +86,22 @@ class Activations:
 
     def observe(self, seen: BlockSeen) -> dict[str, Tensor]:
         """Statistics of one block or sub-layer in one call."""
-        paired = seen.input.shape == seen.output.shape
-        before = seen.input if paired else seen.output
+        paired, whole = seen.input.shape == seen.shape, seen.site.part == "block"
         valid = seen.context.valid
-        if valid is not None and valid.shape != seen.output.shape[:2]:
+        if valid is not None and valid.shape != seen.shape[:2]:
             valid = None  # the mask is of other rows than this block's
-        channels = seen.context.phase != "decode"
-        stats = block_stats(before, seen.output, valid=valid, channels=channels)
+        channels = whole and seen.context.phase != "decode"
+        if seen.written is not None:
+            stats = block_stats(seen.input, written=seen.written, valid=valid, channels=channels)
+        else:
+            before = seen.input if paired else seen.output
+            stats = block_stats(before, seen.output, valid=valid, channels=channels)
         kept = {"norm_out": stats.norm_out, "nonfinite": stats.nonfinite}
         if paired:
             kept |= {name: getattr(stats, name) for name in _PAIR}
         if channels:
             kept |= {name: getattr(stats, name) for name in _CHANNELS}
-            if self.sample and seen.site.part == "block":
+            if self.sample:
                 kept["activation"] = _first_rows(seen.output, self.sample, valid)
         return kept
 

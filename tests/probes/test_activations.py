@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import bnviz
-from bnviz.errors import CaptureError
+from bnviz.errors import CaptureError, SchemaError
 from bnviz.observation import BlockSeen, Context, Site
 from bnviz.probes.activations import Activations
 
@@ -103,3 +103,20 @@ def test_generation_keeps_one_row_a_phase_and_every_token(load_model):
     assert np.isfinite(decode).sum(-1).tolist() == [4, 4]  # the last new token is not read again
     assert np.isnan(record["mean"].values[1]).all()
     assert (record["nonfinite"].values == 0).all()
+
+
+def test_a_sublayer_is_seen_by_what_it_writes_and_has_no_channels():
+    x, f = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[0.0, 5.0]]])
+    site, context = Site("sublayer", "layers.0.mlp", 0, "mlp"), Context(0, 0, "forward")
+    observation = BlockSeen(site, context, x, written=f)
+    kept = Activations().observe(observation)
+    assert (float(kept["norm_in"]), float(kept["relative_change"])) == (5, 1)
+    assert float(kept["norm_out"]) == pytest.approx(90**0.5)
+    assert float(kept["cosine"]) == pytest.approx((9 + 36) / (5 * 90**0.5))
+    assert not CHANNELS & set(kept)
+    assert observation.output.tolist() == [[[3.0, 9.0]]] and observation.shape == x.shape
+
+
+def test_an_observation_has_an_output_or_what_was_written():
+    with pytest.raises(SchemaError, match="either output or written"):
+        BlockSeen(Site("block", "a", 0), Context(0, 0, "forward"), torch.ones(1, 1, 1))

@@ -184,3 +184,99 @@ def test_rows_alone_are_the_rows_of_the_whole() -> None:
         assert torch.equal(getattr(whole, name).nan_to_num(-9), getattr(rows, name).nan_to_num(-9)), name
     assert rows.mean is None
     assert rows.kurtosis is None
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Precision loss occurred in moment calculation"
+)  # scipy, of a channel that is constant
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.sampled_from([(1, 1, 512), (2, 65, 33), (1, 300, 512), (3, 40, 4100), (1, 9, 20_000)]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    case=st.sampled_from(["usual", "tiny update", "large mean", "undoes the input", "huge next to tiny"]),
+    padded=st.booleans(),
+    channels=st.booleans(),
+)
+def test_what_was_written_stands_for_the_sum(
+    seed: int, shape: tuple[int, int, int], dtype: torch.dtype, case: str, padded: bool, channels: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    f = 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    if case == "tiny update":
+        f *= 1e-4
+    elif case == "large mean":
+        x += 100
+    elif case == "undoes the input":
+        f = -x * (1 + 1e-3 * torch.randn(shape, generator=generator, dtype=torch.float64))
+    elif case == "huge next to tiny":
+        f[..., 0] = 1e6
+    x, f = x.to(dtype), f.to(dtype)
+    keep = torch.rand(shape[:2], generator=generator) < 0.6
+    keep[0, 0] = True
+    if not padded:
+        keep = torch.ones_like(keep)
+    got = block_stats(x, written=f, valid=keep if padded else None, channels=channels)
+    before, after = x.double(), x.double() + f.double()
+    want = {
+        "norm_in": before.norm(dim=-1),
+        "norm_out": after.norm(dim=-1),
+        "cosine": F.cosine_similarity(before, after, dim=-1).masked_fill((after == 0).all(-1), math.nan),
+        "relative_change": f.double().norm(dim=-1) / before.norm(dim=-1),
+    }
+    for name, expected in want.items():
+        torch.testing.assert_close(
+            getattr(got, name).double(),
+            expected.masked_fill(~keep, math.nan),
+            rtol=1e-9 if dtype == torch.float64 else 2e-5,
+            atol=2e-6 if name == "cosine" else 0.0,
+            equal_nan=True,
+        )
+    if channels:
+        whole = definition(before, after, keep)
+        for name in ("mean", "variance", "max_abs"):
+            loose = 2e-6 * float(whole["max_abs"].max()) ** (2 if name == "variance" else 1)
+            torch.testing.assert_close(getattr(got, name).double(), whole[name], rtol=2e-4, atol=loose)
+
+
+def test_a_channel_that_wakes_up_after_the_pivot_was_chosen() -> None:
+    y = 1e-12 * torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    y[100:] *= 1e12
+    got = block_stats(y, y)  # in units of the first rows, fourth powers are past the end of float32
+    want = scipy.stats.kurtosis(y.double().numpy(), axis=0, fisher=False)
+    np.testing.assert_allclose(got.kurtosis.numpy(), want, rtol=1e-5)
+
+
+def test_rows_that_lie_apart_in_memory_are_the_same_rows() -> None:
+    wide = torch.randn(2, 90, 40, generator=torch.Generator().manual_seed(0))
+    x, y = wide[:, ::3, 1::2], wide.transpose(0, 1)[::3].transpose(0, 1)[..., ::2]
+    for one, other in zip(
+        [getattr(block_stats(x, y), n) for n in (*ROWS, *CHANNELS)],
+        [getattr(block_stats(x.clone(), y.clone()), n) for n in (*ROWS, *CHANNELS)],
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_a_call_leaves_nothing_of_the_call_before() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(300, 512), (3, 7), (1, 512), (700, 16), (3, 7)]
+    cases = [(torch.randn(s, generator=generator), torch.randn(s, generator=generator)) for s in sizes]
+    alone = [block_stats(x.double(), y.double()) for x, y in cases]
+    with torch.inference_mode():
+        inside = [block_stats(x, y) for x, y in cases]
+    for (x, y), want, within in zip(cases, alone, inside, strict=True):
+        got = block_stats(x, y)
+        for name in (*ROWS, "mean", "max_abs"):
+            torch.testing.assert_close(getattr(got, name).double(), getattr(want, name), rtol=1e-4, atol=1e-6)
+            assert torch.equal(getattr(got, name), getattr(within, name))
+
+
+def test_one_of_output_and_written() -> None:
+    x = torch.ones(2, 3)
+    for sides in ({}, {"output": x, "written": x}):
+        with pytest.raises(SchemaError, match="either output or written"):
+            block_stats(x, **sides)
+    with pytest.raises(SchemaError, match=r"input and written must have one shape"):
+        block_stats(x, written=torch.ones(2, 4))

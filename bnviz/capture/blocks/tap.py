@@ -160,18 +160,18 @@ class BlockTap:
         found = self._writers.get(self.key)
         if found is None or not set(_calls(found)) <= set(self._written) or len(set(found.parts)) != len(found.parts):
             return
-        running = first
+        shown: BlockSeen | None = None
         for (path, call), part, scale in zip(_calls(found), found.parts, found.scales, strict=True):
             written = self._state(self._written[path, call])
             if written is None or written.shape != first.shape:
                 return
             written = written if scale == 1.0 else scale * written
-            reads = first if found.parallel else running
+            reads = first if found.parallel or shown is None else shown.output
             site = Site("sublayer", f"{self._site.path}.{path}", self._at.layer, part, "verified residual writer")
-            self._emit(BlockSeen(site, context, reads, reads + written))
+            shown = BlockSeen(site, context, reads, written=written)
+            self._emit(shown)
             if flow is not None:
                 flow(site, self._written[path, call], scale)
-            running = running + written
 
     def _state(self, value: Tensor) -> Tensor | None:
         """A hidden state as (batch, tokens, features)."""
