@@ -14,7 +14,7 @@ _HOMES = {
     "capture": "capture",
     "sites": "capture",
     "Recorder": "capture",
-    "open": "run",
+    "open": "store",
     "Run": "run",
     "diagnose": "report",
     "Report": "report",
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from .capture import Recorder, capture, sites
     from .errors import BnvizError
     from .report import Report, diagnose
-    from .run import Run, open
+    from .run import Run
+    from .store import open
 
 
 sys.modules[__name__].__class__ = Package

@@ -1,7 +1,7 @@
-"""Rows of small arrays, as they were drained, to one labelled Dataset a record.
+"""Rows of small arrays to one labelled Dataset a record, all at once or some steps at a time.
 
-A row is what one site gave in one step. Rows stay batched and unpacked while a generation goes on (decode steps merge into
-them); packing, padding out and stacking happen here, once, at the end.
+Rows stay batched and unpacked while a generation goes on (decode steps merge into them); packing, padding out and stacking
+happen here, at the end. What is assembled some steps at a time has the extent of the whole, so that the pieces fit together.
 """
 
 from __future__ import annotations
@@ -13,79 +13,149 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import SchemaError
+from .rows import OWN_DIMS, Row, batch_of, inner_dims, token_dim
 from .schema import Variable
 
 if TYPE_CHECKING:
     import xarray as xr
 
-TOKEN_DIMS = ("token", "query", "key", "sample")
-OWN_DIMS = ("step", "kind", "layer")
+_Layouts = dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]
+_Parts = dict[tuple[int, ...], np.ndarray]
 
 
 @dataclass(slots=True)
-class Row:
-    """What one site gave in one step.
+class Extent:
+    """How large a record is, without its values: what its axes are, and what its variables are made of.
 
     Parameters
     ----------
-    step, layer : int
-    kind : str
-        "block", "attention", "mlp".
-    phase : str
-    values : dict of str to array
-        With one leading batch axis where the variable has a token-like dim.
-    valid : dict of str to array (batch, tokens) bool
-        For each token-like dim: which tokens are not padding.
-    past : array (batch,) int, optional
-        Tokens of each sequence that came before the first of these (a decode step has a past); None: none.
+    variables : tuple of Variable
+        As the probe declared them.
+    phases : dict of int to str
+        By step.
+    layers, kinds : set
+    sizes : dict of str to int
+        The longest extent of each dim over all variables: one that only some layers have is as long as the others.
+    dtypes : dict of str to dtype
+        Of the variables that any row gave.
     """
 
-    step: int
-    layer: int
-    kind: str
-    phase: str
-    values: dict[str, np.ndarray]
-    valid: dict[str, np.ndarray] = field(default_factory=dict)
-    past: np.ndarray | None = None
+    variables: tuple[Variable, ...]
+    phases: dict[int, str] = field(default_factory=dict)
+    layers: set[int] = field(default_factory=set)
+    kinds: set[str] = field(default_factory=set)
+    sizes: dict[str, int] = field(default_factory=dict)
+    dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)
+
+    def add(self, row: Row) -> None:
+        """Take a row into account."""
+        self.phases[row.step] = row.phase
+        self.layers.add(row.layer)
+        self.kinds.add(row.kind)
+        for variable in self.variables:
+            values = row.values.get(variable.name)
+            if values is None:
+                continue
+            self.dtypes.setdefault(variable.name, _kept_as(values.dtype))
+            batch = batch_of(variable, values.shape)
+            shape = values.shape if batch is None else values.shape[1:]
+            if len(shape) != len(inner_dims(variable)):
+                raise SchemaError(
+                    f"Variable {variable.name!r}: a probe gave an array of {len(shape)} dims, "
+                    f"declared {inner_dims(variable)}."
+                )
+            for dim, length in zip(inner_dims(variable), shape, strict=True):
+                size = length if batch is None or dim != token_dim(variable) else int(_valid(row, dim, batch).sum())
+                self.sizes[dim] = max(self.sizes.get(dim, 0), size)
 
     @property
-    def nbytes(self) -> int:
-        return sum(v.nbytes for v in self.values.values())
+    def given(self) -> list[Variable]:
+        """Variables that any row gave."""
+        return [v for v in self.variables if v.name in self.dtypes]
+
+    @property
+    def index(self) -> dict[str, list[Any]]:
+        """Coordinates of the recorder's own dims."""
+        kinds = [k for k in ("block", "attention", "mlp") if k in self.kinds]
+        return {
+            "step": sorted(self.phases),
+            "layer": sorted(self.layers),
+            "kind": kinds + sorted(self.kinds - set(kinds)),
+        }
+
+    @property
+    def step_bytes(self) -> int:
+        """Of one step of the assembled record."""
+        lengths = {name: len(some) for name, some in self.index.items()} | self.sizes | {"step": 1}
+        return sum(
+            self.dtypes[v.name].itemsize * int(np.prod([lengths[d] for d in v.dims], dtype=np.int64))
+            for v in self.given
+        )
 
 
-def token_dim(variable: Variable) -> str | None:
-    """The token-like dimension of a variable, None when it has none."""
-    return next((d for d in variable.dims if d in TOKEN_DIMS), None)
+def extent_of(rows: Iterable[Row], variables: tuple[Variable, ...]) -> Extent:
+    """The extent of rows of one record."""
+    extent = Extent(variables)
+    for row in rows:
+        extent.add(row)
+    return extent
 
 
-def merge(row: Row, later: Row, variables: Mapping[str, Variable]) -> None:
-    """Add a later decode step's observation of the same site to `row`, in place, by each variable's own rule."""
-    for name, new in later.values.items():
-        old, rule = row.values.get(name), variables[name].merge
-        if old is None or rule == "last":
-            row.values[name] = new
-        elif rule == "append":
-            axis = 1 + inner_dims(variables[name]).index(token_dim(variables[name]) or "")
-            row.values[name] = np.concatenate([old, new], axis)
-        elif rule in ("add", "max"):
-            row.values[name] = _grown(old, new, np.add if rule == "add" else np.maximum)
-    for dim, mask in later.valid.items():
-        grows = dim in ("query", "token")
-        row.valid[dim] = np.concatenate([row.valid[dim], mask], 1) if grows and dim in row.valid else mask
+def assemble(
+    rows: Iterable[Row], variables: tuple[Variable, ...], paths: Mapping[int, str], extent: Extent | None = None
+) -> xr.Dataset:
+    """Rows of one record to its Dataset.
+
+    Parameters
+    ----------
+    rows : iterable of Row
+        One for each step, layer and kind.
+    variables : tuple of Variable
+        As the probe declared them.
+    paths : mapping of int to str
+        Module path by layer.
+    extent : Extent, optional
+        Of all rows of the record, where these are those of some steps only; the Dataset has these steps.
+
+    Returns
+    -------
+    Dataset
+        Dims as declared; NaN (or -1 for integers) where a step or layer has nothing. Variables no row gave are left out.
+    """
+    import xarray as xr
+
+    rows = list(rows)
+    if not rows:
+        raise SchemaError("No rows to assemble: nothing was observed.")
+    extent = extent_of(rows, variables) if extent is None else extent
+    steps, index = sorted({row.step for row in rows}), extent.index
+    place = {name: _order(some) for name, some in (index | {"step": steps}).items()}
+    data = xr.Dataset(
+        coords={
+            "step": ("step", np.array(steps, np.int64)),
+            "phase": ("step", np.array([extent.phases[s] for s in steps], dtype=object)),
+            "layer": ("layer", np.array(index["layer"], np.int64)),
+            "path": ("layer", np.array([paths.get(n, "") for n in index["layer"]], dtype=object)),
+        }
+    )
+    layouts: _Layouts = {}
+    for variable in extent.given:
+        found = _parts(rows, variable, place, layouts)
+        data[variable.name] = (variable.dims, _whole(variable, found, place, extent))
+        data[variable.name].attrs.update(units=variable.unit, long_name=variable.doc)
+    if any("kind" in v.dims for v in data.data_vars.values()):
+        data = data.assign_coords(kind=("kind", np.array(index["kind"], dtype=object)))
+    return data.assign_coords(_layout_coords(layouts, steps, extent.sizes))
 
 
-def _grown(old: np.ndarray, new: np.ndarray, combine: np.ufunc) -> np.ndarray:
-    """`combine(old, new)` where the last axis of `new` may be longer: what was not seen before counts as nothing."""
-    if old.shape != new.shape:
-        widths = [(0, max(0, n - o)) for o, n in zip(old.shape, new.shape, strict=True)]
-        old = np.pad(old, widths)
-    merged: np.ndarray = combine(old, new)
-    return merged
+def _order(values: Iterable[Any]) -> dict[Any, int]:
+    return {value: i for i, value in enumerate(values)}
 
 
-def inner_dims(variable: Variable) -> tuple[str, ...]:
-    """The dims a probe's array has: without step, kind and layer, which are the recorder's."""
-    return tuple(d for d in variable.dims if d not in OWN_DIMS)
+def _valid(row: Row, dim: str, batch: tuple[int, int]) -> np.ndarray:
+    """(batch, tokens) bool; all of them where the row's mask is of something else."""
+    valid = row.valid.get(dim)
+    return valid if valid is not None and valid.shape == batch else np.ones(batch, bool)
 
 
 def pack(values: np.ndarray, axis: int, valid: np.ndarray) -> np.ndarray:
@@ -102,121 +172,55 @@ def layout(valid: np.ndarray, past: np.ndarray | None = None) -> tuple[np.ndarra
     return sequence, np.concatenate(position or [np.empty(0)]).astype(np.int32)
 
 
-def assemble(rows: Iterable[Row], variables: tuple[Variable, ...], paths: Mapping[int, str]) -> xr.Dataset:
-    """Rows of one record to its Dataset.
-
-    Parameters
-    ----------
-    rows : iterable of Row
-    variables : tuple of Variable
-        As the probe declared them.
-    paths : mapping of int to str
-        Module path by layer.
-
-    Returns
-    -------
-    Dataset
-        Dims as declared; NaN (or -1 for integers) where a step or layer has nothing. Variables no row gave are left out.
-    """
-    import xarray as xr
-
-    rows = list(rows)
-    if not rows:
-        raise SchemaError("No rows to assemble: nothing was observed.")
-    steps = sorted({r.step for r in rows})
-    layers = sorted({r.layer for r in rows})
-    kinds = [k for k in ("block", "attention", "mlp") if any(r.kind == k for r in rows)]
-    kinds += sorted({r.kind for r in rows} - set(kinds))
-    index: dict[str, dict[Any, int]] = {"step": _order(steps), "layer": _order(layers), "kind": _order(kinds)}
-    phases = {r.step: r.phase for r in rows}
-    data = xr.Dataset(
-        coords={
-            "step": ("step", np.array(steps, np.int64)),
-            "phase": ("step", np.array([phases[s] for s in steps], dtype=object)),
-            "layer": ("layer", np.array(layers, np.int64)),
-            "path": ("layer", np.array([paths.get(n, "") for n in layers], dtype=object)),
-        }
-    )
-    layouts: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
-    parts = {v: found for v in variables if (found := _parts(rows, v, index, layouts))}
-    sizes = _sizes(parts)
-    for variable, found in parts.items():
-        data[variable.name] = (variable.dims, _whole(variable, found, index, sizes))
-        data[variable.name].attrs.update(units=variable.unit, long_name=variable.doc)
-    if any("kind" in v.dims for v in data.data_vars.values()):
-        data = data.assign_coords(kind=("kind", np.array(kinds, dtype=object)))
-    return data.assign_coords(_layout_coords(layouts, steps))
-
-
-def _order(values: Iterable[Any]) -> dict[Any, int]:
-    return {value: i for i, value in enumerate(values)}
-
-
-_Parts = dict[tuple[int, ...], np.ndarray]
-
-
-def _parts(
-    rows: list[Row], variable: Variable, index: Mapping[str, Mapping[Any, int]], layouts: dict[str, Any]
-) -> _Parts:
+def _parts(rows: list[Row], variable: Variable, place: Mapping[str, Mapping[Any, int]], layouts: _Layouts) -> _Parts:
     """The arrays of one variable, packed, by their place on the recorder's own dims."""
-    dims, token = inner_dims(variable), token_dim(variable)
+    token = token_dim(variable)
+    if token is not None:
+        layouts.setdefault(token, {})
     own = [d for d in variable.dims if d in OWN_DIMS]
     parts: _Parts = {}
     for row in rows:
         values = row.values.get(variable.name)
         if values is None:
             continue
-        if token is not None:
-            axis, batch = dims.index(token), (values.shape[0], values.shape[dims.index(token) + 1])
-            valid = row.valid.get(token)
-            valid = valid if valid is not None and valid.shape == batch else np.ones(batch, bool)
+        batch = batch_of(variable, values.shape)
+        if token is not None and batch is not None:
+            valid = _valid(row, token, batch)
             found = layout(valid, row.past if token in ("token", "query") else None)
-            known = layouts.setdefault(token, {}).get(row.step)
+            known = layouts[token].get(row.step)
             if known is None or len(known[0]) < len(found[0]):
                 layouts[token][row.step] = found
-            values = pack(values, axis, valid)
-        if values.ndim != len(dims):
-            raise SchemaError(
-                f"Variable {variable.name!r}: a probe gave an array of {values.ndim} dims, declared {dims}."
-            )
+            values = pack(values, inner_dims(variable).index(token), valid)
         at = {"step": row.step, "layer": row.layer, "kind": row.kind}
-        parts[tuple(index[d][at[d]] for d in own)] = values
+        parts[tuple(place[d][at[d]] for d in own)] = values
     return parts
 
 
-def _sizes(parts: Mapping[Variable, _Parts]) -> dict[str, int]:
-    """The longest extent of each dim over all variables: one that only some layers have is as long as the others."""
-    sizes: dict[str, int] = {}
-    for variable, found in parts.items():
-        for axis, dim in enumerate(inner_dims(variable)):
-            sizes[dim] = max(sizes.get(dim, 0), *(p.shape[axis] for p in found.values()))
-    return sizes
+def _kept_as(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """What an array is kept as when it may have holes: integers signed, all else floating."""
+    if dtype.kind in "iu":
+        return dtype if dtype.kind == "i" else np.dtype(np.int64)
+    return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
 
 
-def _whole(
-    variable: Variable, parts: _Parts, index: Mapping[str, Mapping[Any, int]], sizes: Mapping[str, int]
-) -> np.ndarray:
+def _whole(variable: Variable, parts: _Parts, place: Mapping[str, Mapping[Any, int]], extent: Extent) -> np.ndarray:
     """All parts of one variable in one array of its declared dims; NaN, or -1 for integers, where there is none."""
-    first = next(iter(parts.values()))
-    shape = [len(index[d]) if d in OWN_DIMS else sizes[d] for d in variable.dims]
-    if first.dtype.kind in "iu":
-        whole = np.full(shape, -1, first.dtype if first.dtype.kind == "i" else np.int64)
-    else:
-        whole = np.full(shape, np.nan, np.float64 if first.dtype == np.float64 else np.float32)
-    for place, values in parts.items():
-        where: tuple[int | slice, ...] = (*place, *(slice(0, n) for n in values.shape))
+    dtype = extent.dtypes[variable.name]
+    shape = [len(place[d]) if d in OWN_DIMS else extent.sizes[d] for d in variable.dims]
+    whole = np.full(shape, -1 if dtype.kind == "i" else np.nan, dtype)
+    for at, values in parts.items():
+        where: tuple[int | slice, ...] = (*at, *(slice(0, n) for n in values.shape))
         whole[where] = values
     return whole
 
 
-def _layout_coords(layouts: Mapping[str, Mapping[int, Any]], steps: list[int]) -> dict[str, Any]:
-    """`sequence` and `position` for `token` and `sample`, `query_sequence` and so on for `query` and `key`."""
+def _layout_coords(layouts: _Layouts, steps: list[int], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """`sequence` and `position` for `token`, `query_sequence` and so on for `query`, `key` and `sample`."""
     coords: dict[str, Any] = {}
     for dim, by_step in layouts.items():
         prefix = "" if dim == "token" else f"{dim}_"
-        length = max(len(sequence) for sequence, _ in by_step.values())
         for what, which in (("sequence", 0), ("position", 1)):
-            table = np.full((len(steps), length), -1, np.int32)
+            table = np.full((len(steps), sizes[dim]), -1, np.int32)
             for i, step in enumerate(steps):
                 if step in by_step:
                     table[i, : len(by_step[step][which])] = by_step[step][which]

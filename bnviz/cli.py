@@ -113,7 +113,7 @@ def _view(options: argparse.Namespace) -> int:
 def _write(stored: Path, target: Path, *, overwrite: bool) -> Path:
     """The report of a stored run; its findings on the way, as text."""
     from .report import diagnose
-    from .run import open as open_run
+    from .store import open as open_run
 
     run = open_run(stored)
     if target.exists() and not overwrite:
@@ -125,7 +125,7 @@ def _write(stored: Path, target: Path, *, overwrite: bool) -> Path:
 
 
 def _trace(options: argparse.Namespace) -> int:
-    from .run import open as open_run
+    from .store import open as open_run
 
     print(open_run(options.stored).export_tensorboard(options.directory, worker=options.worker))
     return 0

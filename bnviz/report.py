@@ -116,7 +116,7 @@ def diagnose(
 def _opened(run: Any) -> Run:
     """The run itself, or the one that was saved at a path."""
     from .run import Run
-    from .run import open as open_run
+    from .store import open as open_run
 
     if isinstance(run, (str, os.PathLike)):
         return open_run(run)

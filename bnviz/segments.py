@@ -1,26 +1,32 @@
-"""Crash-safe pieces of a run that is still being captured: each step's rows in one file, complete or not there.
+"""Crash-safe pieces of a run that is still being captured: segments in one file that only grows, each whole or not there.
 
-A segment is written beside its place and renamed into it, so a killed process leaves whole segments only. They hold plain arrays
-and JSON, no pickle: opening one runs no code from it.
+A segment holds rows: an index in JSON, then plain arrays, with the sums of both. A process that dies while it writes leaves a
+torn segment at the end, which its length or its sum betrays; all before it are whole. Nothing in it is pickled: reading one runs
+no code from it. What was written outlives the process, not a loss of power: no write waits for the disk.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import zipfile
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from .assemble import Row
 from .errors import StoreError
+from .rows import Row
 from .schema import Variable
 
 HEADER = "header.json"
+ROWS = "rows.bin"
+_MARK = b"bnvizseg"
+_HEAD = struct.Struct("<8sQQII")  # mark, bytes of the index and of the arrays, their sums
+_ALIGNED = 8
 
 
 def partial(path: Path) -> Path:
@@ -31,62 +37,144 @@ def partial(path: Path) -> Path:
 def write_header(folder: Path, header: Mapping[str, Any]) -> None:
     """What recovery needs besides the rows: provenance, the declared variables, module paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / HEADER, json.dumps(header).encode())
+    fresh = folder / f".{HEADER}.tmp"
+    fresh.write_bytes(json.dumps(header).encode())
+    fresh.replace(folder / HEADER)
 
 
-def write_segment(folder: Path, name: str, rows: Mapping[str, Iterable[Row]]) -> None:
-    """Rows by record to the segment `name`; an older segment of that name is replaced whole."""
-    arrays: dict[str, np.ndarray] = {}
-    index: list[dict[str, Any]] = []
-    for record, some in rows.items():
-        for row in some:
-            at = len(index)
-            entry = {"record": record, "step": row.step, "layer": row.layer, "kind": row.kind, "phase": row.phase}
-            entry |= {"values": list(row.values), "valid": list(row.valid)}
-            arrays |= {f"{at}.v.{k}": v for k, v in row.values.items()}
-            arrays |= {f"{at}.m.{k}": v for k, v in row.valid.items()}
-            if row.past is not None:
-                arrays[f"{at}.past"] = row.past
-            index.append(entry)
-    arrays["index"] = np.frombuffer(json.dumps(index).encode(), np.uint8)
-    target = folder / f"{name}.npz"
-    fresh = folder / f".{name}.tmp"
-    with fresh.open("wb") as stream:
-        np.savez(stream, allow_pickle=False, **arrays)  # type: ignore[arg-type]
-        stream.flush()
-        os.fsync(stream.fileno())
-    fresh.replace(target)
+class Segments:
+    """The file of segments of a capture under way.
+
+    Parameters
+    ----------
+    folder : Path
+        Where `write_header` wrote.
+
+    Raises
+    ------
+    OSError
+        The file cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file: BinaryIO = (folder / ROWS).open("xb", buffering=0)
+        self._end = 0
+
+    def append(self, rows: Mapping[str, Iterable[Row]]) -> None:
+        """Rows by record as one segment.
+
+        Raises
+        ------
+        OSError
+            It could not be written; the file ends with the segment before.
+        """
+        index, arrays = _packed(rows)
+        body = b"".join(arrays)
+        head = _HEAD.pack(_MARK, len(index), len(body), zlib.crc32(index), zlib.crc32(body))
+        left = memoryview(head + index + body)
+        size = len(left)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except BaseException:  # a full disk, or an interrupt: the next segment must follow a whole one
+            self._cut()
+            raise
+        self._end += size
+
+    def _cut(self) -> None:
+        try:
+            self._file.truncate(self._end)
+            self._file.seek(self._end)
+        except OSError:
+            self.close()
+
+    def close(self) -> None:
+        """Let the file go."""
+        self._file.close()
+
+
+def _packed(rows: Mapping[str, Iterable[Row]]) -> tuple[bytes, list[bytes]]:
+    """The index of a segment, and its arrays one after the other."""
+    arrays: list[bytes] = []
+    at = 0
+
+    def placed(value: np.ndarray) -> list[Any]:
+        nonlocal at
+        held = value.tobytes()
+        held += b"\0" * (-len(held) % _ALIGNED)
+        arrays.append(held)
+        entry = [value.dtype.str, list(value.shape), at]
+        at += len(held)
+        return entry
+
+    index = [
+        {
+            "of": [record, row.step, row.layer, row.kind, row.phase],
+            "values": {name: placed(value) for name, value in row.values.items()},
+            "valid": {dim: placed(mask) for dim, mask in row.valid.items()},
+            "past": None if row.past is None else placed(row.past),
+        }
+        for record, some in rows.items()
+        for row in some
+    ]
+    text = json.dumps(index, separators=(",", ":")).encode()
+    return text + b" " * (-(_HEAD.size + len(text)) % _ALIGNED), arrays
 
 
 def read_header(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Variable, ...]]]:
-    """The header, and the declared variables by record."""
+    """The header, and the declared variables by record.
+
+    Raises
+    ------
+    StoreError
+        There is none: the capture was cut short before it began, or the folder is something else.
+    """
     try:
         header = json.loads((folder / HEADER).read_text())
+        variables = {
+            record: tuple(Variable(**{**v, "dims": tuple(v["dims"])}) for v in some)
+            for record, some in header["variables"].items()
+        }
     except FileNotFoundError:
         raise StoreError(
             f"{folder} holds no {HEADER}: the capture was cut short before its first step; nothing to read."
         ) from None
-    variables = {
-        record: tuple(Variable(**{**v, "dims": tuple(v["dims"])}) for v in some)
-        for record, some in header["variables"].items()
-    }
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{folder / HEADER} cannot be read ({type(error).__name__}: {error}); it is damaged or something else."
+        ) from error
     return header, variables
 
 
-def read_segments(folder: Path) -> Iterator[tuple[str, Row]]:
-    """(record, row) of every complete segment, in order of writing; a damaged file ends nothing but itself."""
-    for file in sorted(folder.glob("*.npz")):
-        try:
-            with np.load(file, allow_pickle=False) as held:
-                for at, entry in enumerate(json.loads(held["index"].tobytes())):
-                    values = {k: held[f"{at}.v.{k}"] for k in entry["values"]}
-                    valid = {k: held[f"{at}.m.{k}"] for k in entry["valid"]}
-                    yield (
-                        entry["record"],
-                        Row(entry["step"], entry["layer"], entry["kind"], entry["phase"], values, valid),
-                    )
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError):
-            continue
+def read_segments(folder: Path) -> Iterator[list[tuple[str, Row]]]:
+    """(record, row) of every whole segment, in order of writing, one segment at a time; a damaged one ends nothing but itself."""
+    path = folder / ROWS
+    if not path.exists():
+        return
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        while file.tell() + _HEAD.size <= size:
+            mark, long, longer, index_sum, body_sum = _HEAD.unpack(file.read(_HEAD.size))
+            if mark != _MARK or file.tell() + long + longer > size:
+                return  # torn, or no segment any more
+            index, body = file.read(long), file.read(longer)
+            if zlib.crc32(index) == index_sum and zlib.crc32(body) == body_sum:
+                yield _unpacked(index, body)
+
+
+def _unpacked(index: bytes, body: bytes) -> list[tuple[str, Row]]:
+    def array(entry: list[Any]) -> np.ndarray:
+        dtype, shape, at = np.dtype(entry[0]), tuple(entry[1]), entry[2]
+        return np.frombuffer(body, dtype, int(np.prod(shape, dtype=np.int64)), at).reshape(shape)
+
+    found = []
+    for entry in json.loads(index):
+        record, step, layer, kind, phase = entry["of"]
+        values = {name: array(at) for name, at in entry["values"].items()}
+        valid = {dim: array(at) for dim, at in entry["valid"].items()}
+        past = None if entry["past"] is None else array(entry["past"])
+        found.append((record, Row(step, layer, kind, phase, values, valid, past)))
+    return found
 
 
 def declared(variables: Mapping[str, tuple[Variable, ...]]) -> dict[str, list[dict[str, Any]]]:
@@ -94,10 +182,8 @@ def declared(variables: Mapping[str, tuple[Variable, ...]]) -> dict[str, list[di
     return {record: [asdict(v) for v in some] for record, some in variables.items()}
 
 
-def _replace(target: Path, content: bytes) -> None:
-    fresh = target.with_name(f".{target.name}.tmp")
-    with fresh.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    fresh.replace(target)
+def remove(folder: Path) -> None:
+    """Take the segments away, the header last: until then what is left can still be read."""
+    for name in (ROWS, f".{HEADER}.tmp", HEADER):
+        (folder / name).unlink(missing_ok=True)
+    os.rmdir(folder)

@@ -31,14 +31,11 @@ ROWS = (  # from the top; a file imports from rows below it, and from its own ro
     ("errors",),
 )
 RANK = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
-PART_OF = {
-    "assemble": "run",
-    "layered": "run",
-    "segments": "run",
-    "trace": "run",
-    "doctor": "cli",
-    "profile": "observation",
-} | dict.fromkeys(("page", "figures", "overview", "tables", "findings", "needs"), "report")
+PART_OF = (
+    {"doctor": "cli"}
+    | dict.fromkeys(("assemble", "gathered", "layered", "rows", "segments", "store", "streamed", "trace"), "run")
+    | dict.fromkeys(("page", "figures", "overview", "tables", "findings", "needs"), "report")
+)
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 LIGHT = {"diagnostics": {"torch", "bokeh", "zarr"}, "views": {"torch", "zarr"}, "schema": {"torch", "bokeh", "zarr"}}
 

@@ -140,7 +140,7 @@ class Clock:
         if isinstance(mask, dict):  # one for each kind of attention
             mask = mask.get("full_attention", next(iter(mask.values()), None))
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask.bool()
+            return mask.to(torch.bool, copy=True)  # it is read after the forward, when the caller may have changed it
         if not (isinstance(mask, Tensor) and mask.dim() == 4 and cached and length):
             return None
         if past == 0:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
 from bnviz import quantities
-from bnviz.assemble import assemble
 from bnviz.errors import CaptureError, StoreError
+from bnviz.gathered import Gathered
 from bnviz.layered import beside, of_layer
 from bnviz.run import Run
 from bnviz.schema import Variable
 from bnviz.segments import declared as as_json
-from bnviz.segments import partial, write_header, write_segment
+from bnviz.streamed import Streamed, pieces_of
 
 from .plan import Plan
 from .provenance import parameter_bytes
+from .stream import Stream
 
 if TYPE_CHECKING:
     import xarray as xr
-
-    from bnviz.assemble import Row
 
     from .blocks.writers import Writers
     from .clock import Clock
@@ -76,36 +72,21 @@ class Closing:
         self._attrs = {name: {**told.get(name, {}), **known.get(name, {})} for name in {**told, **known}}
         self._plan, self._model = plan, type(model).__name__
         self.writers: Callable[[], list[Writers | None]] = list
-        self._folder: Path | None = None
-        self._numbered = self._final()
-        if options.path is not None:
-            self._open(Path(options.path))
+        self._told: list[str] = []
+        self.stream = None if options.path is None else Stream(options.path, self._header)
 
-    def _open(self, path: Path) -> None:
-        if path.exists():
-            raise StoreError(f"{path} exists; give capture(path=...) a path that does not, or remove it.")
-        self._folder = partial(path)
-        if self._folder.exists():
-            raise StoreError(
-                f"{self._folder} is what a cut-short capture left; read it with bnviz.open({str(path)!r}) or remove it."
-            )
-        self._write_header()
-
-    def _write_header(self) -> None:
-        if self._folder is None:
-            return
-        self._numbered = self._final()
-        header = {
-            "provenance": self._facts,
+    def _header(self) -> dict[str, Any]:
+        """What recovery needs besides the rows, as far as it is known now."""
+        return {
+            "provenance": {**self._facts, "notes": list(self._told)},
             "variables": as_json(self._declared),
-            "layers": {record: self._numbered[0] for record in self._declared if record not in OWN_LAYERS},
+            "layers": {record: {str(n): at for n, at in self._numbers(record).items()} for record in self._declared},
             "paths": {record: self._paths_of(record) for record in self._declared},
             "attrs": {record: self._attrs_of(record) for record in self._declared},
         }
-        write_header(self._folder, header)
 
-    def _final(self) -> tuple[dict[int, int], dict[int, tuple[int, int]]]:
-        return self._layers.order(), self._layers.calls
+    def _numbers(self, record: str) -> dict[int, int]:
+        return {} if record in OWN_LAYERS else self._layers.order()
 
     def _paths_of(self, record: str) -> dict[int, str]:
         known = {
@@ -137,18 +118,16 @@ class Closing:
         return sorted(final.get(number, number) for number, (block, _) in calls.items() if block in again)
 
     def write(self, shelf: Shelf, notes: list[str]) -> None:
-        """Fresh steps to disk, one segment each; a disk that cannot take them ends the streaming, not the capture."""
-        if self._folder is None:
+        """What was drained to disk, out of memory; a disk that cannot take it ends the streaming, not the capture."""
+        if self.stream is None or self.stream.error is not None or not shelf.rows:
             return
-        try:
-            for step in sorted(shelf.fresh):
-                write_segment(self._folder, f"{step:08d}", shelf.of_step(step))
-            shelf.fresh.clear()
-            if self._numbered != self._final():
-                self._write_header()
-        except OSError as error:
-            self._folder = None
-            notes.append(f"Writing to {self._options.path} failed ({error}); the rest of the run is kept in memory.")
+        self._told = notes
+        if self.stream.write({record: some.values() for record, some in shelf.rows.items()}):
+            shelf.forget()
+        else:
+            notes.append(
+                f"Writing to {self._options.path} failed ({self.stream.error}); the rest of the run is kept in memory."
+            )
 
     def close(
         self, shelf: Shelf, tables: Mapping[str, Mapping[str, Any]], clock: Clock, notes: list[str], elapsed: float
@@ -160,42 +139,71 @@ class Closing:
         CaptureError
             Nothing was observed.
         """
-        streaming = self._folder is not None
         self.write(shelf, notes)
-        records = self._records(shelf, _within(tables, shelf, notes))
-        self._texts(records, clock)
-        if not records or clock.forwards_watched == 0:
-            if self._folder is not None:
-                shutil.rmtree(self._folder, ignore_errors=True)
+        rows = {record: list(some.values()) for record, some in shelf.rows.items()}
+        folder = self.stream.folder if self.stream is not None else None
+        numbers = {record: self._numbers(record) for record in self._declared}
+        streamed = Streamed(pieces_of(folder, rows), self._declared, numbers)
+        beside_rows = self._beside(_within(tables, shelf, notes))
+        if clock.forwards_watched == 0 or not (streamed.extents or beside_rows):
+            self.discard()
             raise CaptureError(self._why_empty(clock, notes))
-        labels = labels_record(self._options.labels)
-        if labels is not None:
-            records["labels"] = labels
-        notes += self._silent(shelf)
+        self._add_labels(beside_rows, streamed, notes)
+        notes += self._silent(streamed)
         self._facts |= {"calls": clock.calls, "watched": clock.forwards_watched, "notes": notes}
         self._facts |= {"seconds": clock.seconds, "capture_seconds": elapsed}
-        run = Run(records, self._facts)
-        if streaming and self._options.path is not None:
-            try:
-                run.path = run.save(self._options.path)
-                shutil.rmtree(partial(Path(self._options.path)), ignore_errors=True)
-            except StoreError as error:
-                notes.append(str(error))
+        paths = {record: self._paths_of(record) for record in streamed.extents}
+        gathered = Gathered(streamed, beside_rows, paths, self._attrs_beside(clock), self._facts)
+        return gathered.run() if self.stream is None else self._stored(gathered, self.stream, shelf.ceiling, notes)
+
+    def _stored(self, gathered: Gathered, stream: Stream, ceiling: int, notes: list[str]) -> Run:
+        """The run, stored; where the disk refuses, the run in memory, and what was streamed stays."""
+        stream.close()
+        try:
+            run = gathered.store(stream.path, ceiling // 2)
+        except StoreError as error:
+            run = gathered.run(ceiling // 2)
+            run.provenance["notes"] = [*run.notes, f"{error} What was streamed until then is in {stream.folder}."]
+            return run
+        stream.discard()
         return run
 
-    def _records(self, shelf: Shelf, tables: Mapping[str, Mapping[str, Any]]) -> dict[str, xr.Dataset]:
-        records: dict[str, xr.Dataset] = {}
-        for record, rows in shelf.rows.items():
-            records[record] = assemble(self._moved(record, rows), self._declared[record], self._paths_of(record))
-        for record, values in tables.items():
-            records[record] = _table(values, self._declared[record])
-        for record, data in records.items():
-            data.attrs.update(beside(self._attrs_of(record), data["layer"].values.tolist() if "layer" in data else ()))
-        return records
+    def discard(self) -> None:
+        """Nothing came of it: what was begun on disk is taken away."""
+        if self.stream is not None:
+            self.stream.discard()
 
-    def _moved(self, record: str, rows: Mapping[Any, Row]) -> list[Row]:
-        final = {} if record in OWN_LAYERS else self._layers.order()
-        return [replace(row, layer=final[row.layer]) if row.layer in final else row for row in rows.values()]
+    def _beside(self, tables: Mapping[str, Mapping[str, Any]]) -> dict[str, xr.Dataset]:
+        """Records that are no rows."""
+        found = {record: _table(values, self._declared[record]) for record, values in tables.items()}
+        for record, data in found.items():
+            data.attrs.update(beside(self._attrs_of(record), ()))
+        return found
+
+    def _attrs_beside(self, clock: Clock) -> Callable[[str, list[int]], dict[str, Any]]:
+        texts = self._texts(clock)
+
+        def attrs(record: str, layers: list[int]) -> dict[str, Any]:
+            found = beside(self._attrs_of(record), layers)
+            return found | ({"tokens_text": texts} if record == "attention" and texts is not None else {})
+
+        return attrs
+
+    def _add_labels(self, records: dict[str, xr.Dataset], streamed: Streamed, notes: list[str]) -> None:
+        """The labels, where there is one for each sample."""
+        labels = labels_record(self._options.labels)
+        if labels is None:
+            return
+        given = labels.sizes["sample"]
+        for record, extent in streamed.extents.items():
+            samples = extent.sizes.get("sample", given)
+            if samples != given:
+                notes.append(
+                    f"labels: {given} were given and {samples} samples are in {record}; they were left out. Give one for each: "
+                    f"bnviz.diagnose(run, labels=[...]) takes {samples}."
+                )
+                return
+        records["labels"] = labels
 
     def _part_bytes(self) -> dict[str, Any]:
         """Weights of the attention and the MLP of each block, by the residual writers that were found."""
@@ -205,12 +213,12 @@ class Closing:
             for part in dict.fromkeys(part for w in found if w is not None for part in w.parts)
         }
 
-    def _silent(self, shelf: Shelf) -> list[str]:
+    def _silent(self, streamed: Streamed) -> list[str]:
         """Sites that a probe would have looked at and that gave nothing: a sentence for each kind."""
         said: list[str] = []
         for record in ("activations", "attention", "routing"):
             paths = self._paths_of(record)
-            given = {row.layer for row in self._moved(record, shelf.rows.get(record, {}))}
+            given = streamed.extents[record].layers if record in streamed.extents else set()
             lost = [path for layer, path in paths.items() if layer not in given]
             if given and lost:
                 said.append(
@@ -224,17 +232,17 @@ class Closing:
             )
         return said
 
-    def _texts(self, records: dict[str, xr.Dataset], clock: Clock) -> None:
+    def _texts(self, clock: Clock) -> list[str] | None:
         """The words of the first step's tokens, when a tokenizer was given."""
-        if self._options.tokenizer is None or clock.first_ids is None or "attention" not in records:
-            return
+        if self._options.tokenizer is None or clock.first_ids is None:
+            return None
         ids, mask = clock.first_ids
         rows = [
             row[keep] if keep is not None else row
             for row, keep in zip(ids, mask if mask is not None else [None] * len(ids), strict=True)
         ]
         decode = self._options.tokenizer.decode
-        records["attention"].attrs["tokens_text"] = [decode([int(i)]) for row in rows for i in row]
+        return [decode([int(i)]) for row in rows for i in row]
 
     def _why_empty(self, clock: Clock, notes: list[str]) -> str:
         if clock.calls == 0:

@@ -49,6 +49,7 @@ def capture(model: nn.Module, *, probes: Sequence[str] | None = None, **options:
 
     Examples
     --------
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     >>> with capture(net, probes=["activations"]) as recorder:
     ...     _ = net(torch.ones(3, 4))

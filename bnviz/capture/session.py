@@ -66,6 +66,7 @@ class Session:
         self.shelf = Shelf(declared, budget_bytes(options.budget))
         self._instruments = Instruments(self._probes, self._failed, notes)
         self._closing = Closing(model, self._plan, self._facts(), declared, options, self._layers)
+        self.shelf.make_room = self._drain
         self.started = time.perf_counter()
         self._stack = contextlib.ExitStack()
 
@@ -95,9 +96,13 @@ class Session:
 
     def attach(self) -> None:
         """Put everything on the model; after an error nothing is left on it."""
-        with contextlib.ExitStack() as stack:
-            self._attach(self._plan, stack)
-            self._stack = stack.pop_all()
+        try:
+            with contextlib.ExitStack() as stack:
+                self._attach(self._plan, stack)
+                self._stack = stack.pop_all()
+        except BaseException:
+            self._closing.discard()
+            raise
 
     def _attach(self, plan: Plan, stack: contextlib.ExitStack) -> None:
         wanted = {kind for p in self._probes.values() for kind in p.spec.sites}
@@ -149,7 +154,9 @@ class Session:
     # ------------------------------------------------------------------ while the model runs
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.shelf.waiting:
+        if self.shelf.crowded() or (
+            self.shelf.waiting and self._closing.stream is not None and self._closing.stream.due
+        ):
             self._drain()
         self._instruments.forward_begins(self.clock.calls)
         self._layers.begin()
@@ -159,13 +166,13 @@ class Session:
         self.clock.end()
 
     def _drain(self) -> None:
-        self.shelf.drain()
-        if self.options.path is not None:
+        """What waits to the host, and on to the disk where one is given."""
+        with self._instruments.own():
+            self.shelf.drain()
             self._closing.write(self.shelf, self.notes)
 
     def advance(self) -> None:
         """End a step."""
-        self.shelf.drain()
         self.clock.advance()
 
     def _failed(self, name: str, error: Exception) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bnviz.assemble import Row, inner_dims, merge, token_dim
 from bnviz.errors import CaptureError, SchemaError
 from bnviz.observation import Context, Site
+from bnviz.rows import Row, batch_of, merged, token_dim
 from bnviz.schema import Variable
 
+SHARE, MOST, MANY = (
+    8,
+    64 << 20,
+    4096,
+)  # part of the ceiling, bytes, observations: what waits beyond is brought to the host
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -46,23 +51,26 @@ class _Waiting:
 
 
 class Shelf:
-    """Rows by record, step, layer and kind.
+    """Rows by record, step, layer and kind, under one ceiling of bytes.
 
     Parameters
     ----------
     declared : mapping of str to tuple of Variable
         By record.
     ceiling : int
-        Bytes that may be kept, host and device together. What would pass it is not kept.
+        Bytes that may be kept, host and device together. What would pass it is not kept, and nothing after it.
     """
 
     def __init__(self, declared: Mapping[str, tuple[Variable, ...]], ceiling: int) -> None:
         self._declared = {record: {v.name: v for v in some} for record, some in declared.items()}
         self._waiting: list[_Waiting] = []
+        self._waiting_bytes = 0
+        self._on_host = True
+        self._of_forward, self._largest = 0, 0
         self.rows: dict[str, dict[tuple[int, int, str], Row]] = {}
         self.ceiling, self.held = ceiling, 0
         self.full_at: int | None = None
-        self.fresh: set[int] = set()
+        self.make_room: Callable[[], None] = self.drain
 
     def put(
         self,
@@ -73,6 +81,8 @@ class Shelf:
         valid: Mapping[str, Tensor | None],
     ) -> bool:
         """Keep an observation; False when the ceiling leaves no room. Nothing is copied from a GPU here."""
+        if self.full_at is not None:
+            return False
         declared = self._declared[record]
         for name in values:
             if name not in declared:
@@ -80,10 +90,16 @@ class Shelf:
                     f"Probe {record!r} gave {name!r}, which it does not declare; declared: {', '.join(declared)}."
                 )
         size = sum(v.numel() * v.element_size() for v in values.values()) + self._layout_bytes(record, values)
-        if self.full_at is not None or self.held + size > self.ceiling:
-            self.full_at = context.step if self.full_at is None else self.full_at
+        on_host = all(v.device.type == "cpu" for v in values.values())
+        if self.held + size > self.ceiling and self._waiting and self._on_host and on_host:
+            self.make_room()  # what waits on the host can be merged now; a GPU is not asked inside a forward
+        if self.held + size > self.ceiling:
+            self.full_at = context.step
             return False
         self.held += size
+        self._waiting_bytes += size
+        self._of_forward += size
+        self._on_host = self._on_host and on_host
         kept = {name: _own(value) for name, value in values.items()}
         self._waiting.append(_Waiting(record, site, context, kept, dict(valid)))
         return True
@@ -92,52 +108,71 @@ class Shelf:
         """Of the mask, `sequence` and `position` that come with each token-like axis."""
         axes: dict[str, int] = {}
         for name, value in values.items():
-            variable = self._declared[record][name]
-            dim = token_dim(variable)
-            if dim is not None:
-                axes[dim] = value.shape[0] * value.shape[1 + inner_dims(variable).index(dim)]
+            batch = batch_of(self._declared[record][name], value.shape)
+            if batch is not None:
+                axes[token_dim(self._declared[record][name]) or ""] = batch[0] * batch[1]
         return 9 * sum(axes.values())
 
+    def crowded(self) -> bool:
+        """Asked between forwards: so much waits that it should be brought to the host, or another forward may not fit."""
+        self._largest, self._of_forward = max(self._largest, self._of_forward), 0
+        share = min(self.ceiling // SHARE, MOST)
+        tight = self.held + self._largest > self.ceiling
+        return bool(self._waiting) and (tight or self._waiting_bytes > share or len(self._waiting) > MANY)
+
     def drain(self) -> None:
-        """Bring what waits to the host and merge decode steps. Called between forwards: copying waits for the device."""
-        waiting, self._waiting = self._waiting, []
-        for one in waiting:
-            values = {name: to_host(value) for name, value in one.values.items()}
-            valid = {dim: mask.cpu().numpy() for dim, mask in one.valid.items() if mask is not None}
-            self._fill_valid(one.record, values, valid)
-            row = Row(
-                one.context.step,
-                one.site.layer,
-                one.site.part,
-                one.context.phase,
-                values,
-                valid,
-                _past(one.context, valid),
-            )
-            at = (row.step, row.layer, row.kind)
-            known = self.rows.setdefault(one.record, {})
-            if at in known:
-                before = known[at].nbytes
-                merge(known[at], row, self._declared[one.record])
-                self.held += known[at].nbytes - before - row.nbytes
-            else:
-                known[at] = row
-            self.fresh.add(row.step)
+        """Bring what waits to the host and merge what one site gave in one step.
 
-    def _fill_valid(self, record: str, values: Mapping[str, np.ndarray], valid: dict[str, np.ndarray]) -> None:
-        """An all-true mask where the model gave none, so that later masks of the same step can join it."""
+        Called between forwards: copying waits for the device. An interrupt leaves all as it was, or all done.
+        """
+        made: dict[tuple[str, tuple[int, int, str]], list[Row]] = {}
+        for one, values, valid in self._on_the_host():
+            row = self._row(one, values, valid)
+            made.setdefault((one.record, (row.step, row.layer, row.kind)), []).append(row)
+        change = -self._waiting_bytes
+        fresh: dict[str, dict[tuple[int, int, str], Row]] = {}
+        for (record, at), some in made.items():
+            before = self.rows.get(record, {}).get(at)
+            row = merged([*([] if before is None else [before]), *some], self._declared[record])
+            change += row.nbytes - (0 if before is None else before.nbytes)
+            fresh.setdefault(record, {})[at] = row
+        self._waiting, self._waiting_bytes, self._on_host = [], 0, True
+        self.held += change
+        for record, rows in fresh.items():
+            self.rows.setdefault(record, {}).update(rows)
+
+    def forget(self) -> None:
+        """Let the rows go: they are on disk."""
+        self.held -= sum(row.nbytes for some in self.rows.values() for row in some.values())
+        self.rows = {}
+
+    def _on_the_host(self) -> Iterator[tuple[_Waiting, dict[str, np.ndarray], dict[str, np.ndarray]]]:
+        """Each observation that waits with its values and the masks it needs, copied together."""
+        tensors = [value for one in self._waiting for value in one.values.values()]
+        masks = {id(m): m for one in self._waiting for m in self._masks(one).values()}
+        arrays = iter(to_host([*tensors, *masks.values()]))
+        values = [{name: next(arrays) for name in one.values} for one in self._waiting]
+        known = dict(zip(masks, arrays, strict=True))
+        for one, held in zip(self._waiting, values, strict=True):
+            yield one, held, {dim: known[id(m)] for dim, m in self._masks(one).items()}
+
+    def _masks(self, one: _Waiting) -> dict[str, Tensor]:
+        dims = {token_dim(self._declared[one.record][name]) for name in one.values}
+        dims |= {"key"} if one.context.past else set()  # says how many tokens came before
+        return {dim: m for dim, m in one.valid.items() if m is not None and dim in dims}
+
+    def _row(self, one: _Waiting, values: dict[str, np.ndarray], masks: dict[str, np.ndarray]) -> Row:
+        """A row with an all-true mask where the model gave none, so that later masks of the same step can join it."""
+        valid: dict[str, np.ndarray] = {}
         for name, value in values.items():
-            dim = token_dim(self._declared[record][name])
-            if dim is None:
+            variable = self._declared[one.record][name]
+            batch, dim = batch_of(variable, value.shape), token_dim(variable)
+            if batch is None or dim is None:
                 continue
-            shape = (value.shape[0], value.shape[1 + inner_dims(self._declared[record][name]).index(dim)])
-            if dim not in valid or valid[dim].shape != shape:
-                valid[dim] = np.ones(shape, bool)
-
-    def of_step(self, step: int) -> dict[str, list[Row]]:
-        """All rows of one step, by record."""
-        found = {record: [r for (s, _, _), r in some.items() if s == step] for record, some in self.rows.items()}
-        return {record: some for record, some in found.items() if some}
+            mask = masks.get(dim)
+            valid[dim] = mask if mask is not None and mask.shape == batch else np.ones(batch, bool)
+        past = _past(one.context, valid, masks.get("key"))
+        return Row(one.context.step, one.site.layer, one.site.part, one.context.phase, values, valid, past)
 
     @property
     def waiting(self) -> bool:
@@ -145,22 +180,34 @@ class Shelf:
         return bool(self._waiting)
 
 
-def _past(context: Context, valid: Mapping[str, np.ndarray]) -> np.ndarray | None:
+def _past(context: Context, valid: Mapping[str, np.ndarray], keys: np.ndarray | None) -> np.ndarray | None:
     """Tokens each sequence had before this call, padding left out."""
-    if context.past == 0 or not valid:
+    if context.past == 0 or not (valid or keys is not None):
         return None
-    keys = valid.get("key")
     if keys is not None and keys.shape[1] > context.past:
         counted: np.ndarray = keys[:, : context.past].sum(1)
         return counted
-    return np.full(len(next(iter(valid.values()))), context.past)
+    return np.full(len(next(iter(valid.values()), keys)), context.past)  # type: ignore[arg-type]
 
 
-def to_host(value: Tensor) -> np.ndarray:
-    """A tensor as NumPy; bf16, fp16 and fp8 become float32, which holds each of their values exactly."""
-    if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
-        value = value.float()
-    return value.numpy(force=True)
+def to_host(values: Sequence[Tensor]) -> list[np.ndarray]:
+    """Tensors as NumPy, those of one device and type in one copy; bf16, fp16 and fp8 become float32, which holds each value."""
+    floats = [
+        v.float() if v.is_floating_point() and v.dtype not in (torch.float32, torch.float64) else v for v in values
+    ]
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    found: dict[int, np.ndarray] = {}
+    for at, value in enumerate(floats):
+        if value.device.type == "cpu":
+            found[at] = value.numpy(force=True)
+        else:
+            alike.setdefault((value.device, value.dtype), []).append(at)
+    for places in alike.values():
+        whole = torch.cat([floats[at].reshape(-1) for at in places]).numpy(force=True)
+        ends = np.cumsum([floats[at].numel() for at in places])
+        for at, part in zip(places, np.split(whole, ends[:-1]), strict=True):
+            found[at] = part.reshape(floats[at].shape)
+    return [found[at] for at in range(len(floats))]
 
 
 def _own(value: Tensor) -> Tensor:

@@ -218,7 +218,8 @@ def test_report_is_shown_or_written(watching: InteractiveShell, tmp_path: Any) -
 
 def test_sites(watching: InteractiveShell) -> None:
     result, _ = ran(watching, "%bnviz sites model")
-    assert "model.layers.1.self_attn" in repr(result.result)
+    assert "model.layers.0" in repr(result.result)
+    assert "self_attn" in result.result._repr_html_()
 
 
 def test_unload_detaches(watching: InteractiveShell) -> None:

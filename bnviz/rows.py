@@ -1,0 +1,106 @@
+"""Rows: what one site gave in one step, as small arrays on the host, and how the observations of one step become one row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .schema import Variable
+
+TOKEN_DIMS = ("token", "query", "key", "sample")
+OWN_DIMS = ("step", "kind", "layer")
+GROWING = ("token", "query")  # axes that each decode step makes longer; a key axis is given whole each time
+
+
+@dataclass(slots=True)
+class Row:
+    """What one site gave in one step.
+
+    Parameters
+    ----------
+    step, layer : int
+    kind : str
+        "block", "attention", "mlp".
+    phase : str
+    values : dict of str to array
+        With one leading batch axis where the variable has a token-like dim.
+    valid : dict of str to array (batch, tokens) bool
+        For each token-like dim: which tokens are not padding.
+    past : array (batch,) int, optional
+        Tokens of each sequence that came before the first of these (a decode step has a past); None: none.
+    """
+
+    step: int
+    layer: int
+    kind: str
+    phase: str
+    values: dict[str, np.ndarray]
+    valid: dict[str, np.ndarray] = field(default_factory=dict)
+    past: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the values, and of the mask, `sequence` and `position` that come with each token-like axis."""
+        return sum(v.nbytes for v in self.values.values()) + 9 * sum(m.size for m in self.valid.values())
+
+
+def token_dim(variable: Variable) -> str | None:
+    """The token-like dimension of a variable, None when it has none."""
+    return next((d for d in variable.dims if d in TOKEN_DIMS), None)
+
+
+def inner_dims(variable: Variable) -> tuple[str, ...]:
+    """The dims a probe's array has: without step, kind and layer, which are the recorder's."""
+    return tuple(d for d in variable.dims if d not in OWN_DIMS)
+
+
+def batch_of(variable: Variable, shape: Sequence[int]) -> tuple[int, int] | None:
+    """(batch, tokens) of an array of `shape`; None for a variable without a token-like dim."""
+    token = token_dim(variable)
+    return None if token is None else (shape[0], shape[1 + inner_dims(variable).index(token)])
+
+
+def merged(rows: Sequence[Row], variables: Mapping[str, Variable]) -> Row:
+    """Observations of one site in one step, in order of time, as one row: by each variable's own rule.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        Of one step, layer and kind.
+    variables : mapping of str to Variable
+        As the probe declared them: `Variable.merge` is the rule.
+    """
+    first = rows[0]
+    if len(rows) == 1:
+        return first
+    values = {
+        name: _merged([row.values[name] for row in rows if name in row.values], variables[name])
+        for name in dict.fromkeys(name for row in rows for name in row.values)
+    }
+    valid = {}
+    for dim in dict.fromkeys(dim for row in rows for dim in row.valid):
+        masks = [row.valid[dim] for row in rows if dim in row.valid]
+        valid[dim] = np.concatenate(masks, 1) if dim in GROWING and len(masks) > 1 else masks[-1]
+    return Row(first.step, first.layer, first.kind, first.phase, values, valid, first.past)
+
+
+def _merged(parts: list[np.ndarray], variable: Variable) -> np.ndarray:
+    if len(parts) == 1 or variable.merge == "stack":
+        return parts[0]
+    if variable.merge == "last":
+        return parts[-1]
+    if variable.merge == "append":
+        return np.concatenate(parts, 1 + inner_dims(variable).index(token_dim(variable) or ""))
+    return _over(parts, np.add if variable.merge == "add" else np.maximum)
+
+
+def _over(parts: list[np.ndarray], combine: np.ufunc) -> np.ndarray:
+    """All parts combined where later ones may be longer: what was not seen before counts as nothing."""
+    whole = np.zeros([max(sizes) for sizes in zip(*(p.shape for p in parts), strict=True)], np.result_type(*parts))
+    for part in parts:
+        where: tuple[Any, ...] = (*(slice(0, n) for n in part.shape), ...)
+        combine(whole[where], part, out=whole[where])
+    return whole
