@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from bnviz.errors import SchemaError
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor
 
@@ -25,7 +24,7 @@ class Site:
     Parameters
     ----------
     kind : str
-        "model", "block", "sublayer", "attention", "router" or "module".
+        "model", "block", "sublayer", "attention", "router", "gradient" or "module".
     path : str
         As in `model.named_modules()`.
     layer : int
@@ -190,148 +189,77 @@ class RouterSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class Signature:
-    """What an operator was called with, as the profiler saw it; hashable, so that a signature is worked out once.
+class GradientSeen:
+    """What the backward passes of one step gave one layer, or one part of it: read between forwards, on the host.
+
+    Gradients are those of the loss itself: what a GradScaler multiplied the loss by is divided out where it is known.
 
     Parameters
     ----------
-    shapes : tuple
-        One entry an argument: the sizes of a tensor, a tuple of sizes for a list of tensors, () for anything else.
-    strides : tuple
-        Likewise; a stride of 0 is an expanded dimension, which takes no memory.
-    dtypes : tuple of str
-        "float32", "int64", ...; of the members for a list of tensors; "" for what is no tensor.
-    values : tuple of str
-        Numbers, flags and lists of numbers as text, e.g. "True" or "[2, 2]"; "" for tensors.
+    site : Site
+        Kind "gradient"; `part` is "block", "attention" or "mlp".
+    context : Context
+        Of the forward that the gradients belong to.
+    sizes : Tensor (parameters,) int64
+        Values of each trained parameter of the place.
+    weights : Tensor (parameters,) float64
+        Norm of each, before the optimizer stepped; NaN: no gradient reached it.
+    added : Tensor (parameters,) float64
+        Norm of what the step's backward passes added to its gradient; NaN: none reached it, or several did that cannot be told
+        from what was there before.
+    nonfinite : int
+        Values added that are NaN or infinite.
+    scale : float
+        What the loss was multiplied by; NaN: not known, and not divided out.
+    total : Tensor (parameters,) float64, optional
+        Norm of the gradient that an optimizer was given after this step; None: none stepped.
+    changes : Tensor (parameters,) float64, optional
+        Norm of what that optimizer changed.
+    output : Tensor (batch, tokens), optional
+        Norm of the gradient with respect to each token of the stream after the place.
+    projection : Tensor (directions,) float32, optional
+        Of what was added to all its parameters: see `reduce.projection`.
+    mean : Tensor (parameters,) float64, optional
+        Norm of the mean of what was added over a window of steps that ends here.
+    window : int
+        Steps of that window; 0: none ends here.
+    whole : float, optional
+        Norm of what was added to all parameters of the model, told with one place of a step.
     """
 
-    shapes: tuple[Any, ...] = ()
-    strides: tuple[Any, ...] = ()
-    dtypes: tuple[str, ...] = ()
-    values: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> str:
-        """Sizes of the tensors as people write them.
-
-        Examples
-        --------
-        >>> Signature(((64,), (128, 64), ()), ((1,), (64, 1), ()), ("float32", "float32", ""), ("", "", "1")).text
-        '64 · 128×64'
-        """
-        shown = []
-        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
-            if dtype and shape and isinstance(shape[0], tuple):
-                shown.append(f"{len(shape)} tensors")
-            elif dtype and shape:
-                shown.append("×".join(map(str, shape)))
-        return " · ".join(shown)
+    site: Site
+    context: Context
+    sizes: Tensor
+    weights: Tensor
+    added: Tensor
+    nonfinite: int
+    scale: float = float("nan")
+    total: Tensor | None = None
+    changes: Tensor | None = None
+    output: Tensor | None = None
+    projection: Tensor | None = None
+    mean: Tensor | None = None
+    window: int = 0
+    whole: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
-    """Memory that something of the model owns.
+class GradientWants:
+    """What a probe of gradients asks for besides norms: its attribute `wants`.
 
     Parameters
     ----------
-    category : str
-        "parameter", "buffer", "gradient" or "optimizer".
-    path : str
-        The module it belongs to; "" for the model itself or when it is not known.
-    nbytes, address : int
-        Size and place of the storage; a shared storage is held once.
-    device : int
-        -1 the host, otherwise the index of the accelerator.
+    projection : bool
+        A random projection of every layer's gradient.
+    window : int
+        Steps over which the mean gradient is taken exactly, at the price of one copy of the trained parameters; 0: not.
+    changes : bool
+        What an optimizer changes, at the price of a copy of its parameters during its step.
     """
 
-    category: str
-    path: str
-    nbytes: int
-    address: int
-    device: int = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """What one profiler session saw, as columns; times in ns since the session's first event.
-
-    Rows of operators are ordered by thread, then by start. What bnviz itself ran is left out.
-
-    Parameters
-    ----------
-    names, paths, signatures : tuples
-        Tables that `name`, `module` and `signature` index.
-    name, thread, start, duration : arrays (event,)
-        Operators; `name` indexes `names`.
-    sequence : array (event,)
-        Autograd's number of the node the operator made (forward) or runs (backward); -1: none.
-    signature : array (event,)
-        Index into `signatures`; -1: not known.
-    module : array (event,)
-        Index into `paths` of the innermost module, forward and backward; -1: outside every module.
-    phase : array (event,)
-        Index into `PHASES`: 0 forward, 1 backward, 2 optimizer, 3 other.
-    parent : array (event,)
-        Row of the enclosing operator, -1 for a root.
-    kernel_time : array (event,)
-        Nanoseconds of the device kernels this operator launched itself; 0 where there are none.
-    call_module, call_start, call_end, call_duration, call_depth, call_backward : arrays (call,)
-        Calls of modules in order of their start; depth 0 is a call of the watched model. `call_duration` is without what
-        bnviz itself ran inside. `call_backward` marks a recomputation in the backward pass (activation checkpointing).
-    memory_time, memory_bytes, memory_address, memory_event, memory_device : arrays (allocation,)
-        Allocations (+) and frees (-) in order of time, the operator they happened in (-1: none) and where
-        (-1 the host). Address 0: not known.
-    before, after : tuples of Holding
-        What was held when the session began; gradients and optimizer state when it ended.
-    zeroed : int
-        When an optimizer first dropped the gradients; -1: it did not.
-    wall : int
-        Nanoseconds from start to stop.
-    overhead : int
-        Nanoseconds inside `wall` that bnviz itself took in the watched thread.
-    contention : float
-        Share of `wall` in which the thread was ready and waited for a core; NaN where the system does not say.
-    run_length : float
-        Nanoseconds the thread ran between two interruptions, on average; NaN where the system does not say.
-    notes : tuple of str
-        What a reader of the numbers must know, e.g. that events were cut off.
-    """
-
-    names: tuple[str, ...]
-    paths: tuple[str, ...]
-    signatures: tuple[Signature, ...]
-    name: np.ndarray
-    thread: np.ndarray
-    start: np.ndarray
-    duration: np.ndarray
-    sequence: np.ndarray
-    signature: np.ndarray
-    module: np.ndarray
-    phase: np.ndarray
-    parent: np.ndarray
-    kernel_time: np.ndarray
-    call_module: np.ndarray
-    call_start: np.ndarray
-    call_end: np.ndarray
-    call_duration: np.ndarray
-    call_depth: np.ndarray
-    call_backward: np.ndarray
-    memory_time: np.ndarray
-    memory_bytes: np.ndarray
-    memory_address: np.ndarray
-    memory_event: np.ndarray
-    memory_device: np.ndarray
-    before: tuple[Holding, ...] = ()
-    after: tuple[Holding, ...] = ()
-    zeroed: int = -1
-    wall: int = 0
-    overhead: int = 0
-    contention: float = float("nan")
-    run_length: float = float("nan")
-    notes: tuple[str, ...] = ()
-
-
-PHASES = ("forward", "backward", "optimizer", "other")
+    projection: bool = False
+    window: int = 0
+    changes: bool = False
 
 
 class Probe(Protocol):

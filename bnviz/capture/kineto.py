@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bnviz.observation import Holding, Profile, Signature
+from bnviz.profile import Holding, Profile, Signature
 
 from .kineto_tree import Tree, read_tree
 from .ownership import MODULE_MARK, OWN_MARK, ZEROING, Nesting, nest

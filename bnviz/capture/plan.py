@@ -56,6 +56,7 @@ class Plan:
             "sublayer": len(self.blocks),
             "attention": len(self.attention),
             "router": len(self.routers),
+            "gradient": len(self.blocks),
         }.get(kind, 1)
 
     def __repr__(self) -> str:

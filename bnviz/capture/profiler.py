@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from bnviz.observation import Holding, Profile
+from bnviz.profile import Holding, Profile
 
 from .kineto import MODULE_MARK, OWN_MARK, Session, read_profile
 

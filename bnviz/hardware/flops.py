@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from bnviz.observation import Signature
+from bnviz.profile import Signature
 
 from ._contractions import FALLBACK
 from ._contractions import RULES as CONTRACTIONS

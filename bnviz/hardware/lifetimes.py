@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bnviz.observation import Holding, Profile
+from bnviz.profile import Holding, Profile
 
 CATEGORIES = ("parameter", "buffer", "gradient", "optimizer", "activation", "output", "temporary", "other")
 _FORWARD, _BACKWARD, _OPTIMIZER = range(3)

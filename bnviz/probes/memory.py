@@ -8,7 +8,7 @@ import numpy as np
 
 from bnviz.errors import SchemaError
 from bnviz.hardware.lifetimes import CATEGORIES, Blocks, blocks
-from bnviz.observation import PHASES, Profile
+from bnviz.profile import PHASES, Profile
 from bnviz.schema import Variable, probe
 
 MODULES = 200

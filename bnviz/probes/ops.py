@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnviz.hardware.flops import FREE, Work, has_rule, is_engine, work
-from bnviz.observation import PHASES, Profile, Signature
+from bnviz.profile import PHASES, Profile, Signature
 from bnviz.schema import Variable, probe
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bnviz.capture.profiler import Profiler, holdings
-from bnviz.observation import PHASES, Profile
+from bnviz.profile import PHASES, Profile
 
 
 class Block(nn.Module):

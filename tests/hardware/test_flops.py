@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bnviz.capture.profiler import Profiler
 from bnviz.hardware.flops import has_rule, is_engine, work
-from bnviz.observation import Signature
 from bnviz.probes.ops import Ops
+from bnviz.profile import Signature
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bnviz.hardware.lifetimes import CATEGORIES, blocks
-from bnviz.observation import PHASES, Holding, Profile
+from bnviz.profile import PHASES, Holding, Profile
 
 OPS = [  # name, phase, start, duration, parent, module
     ("forward", "forward", 10, 10, -1, 0),

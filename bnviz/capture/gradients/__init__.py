@@ -1,0 +1,1 @@
+"""Gradients: of parameters as backward passes add them, of what blocks give, and what an optimizer makes of them."""
