@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import catalog
+from .counts import caveats, counts_of, refusal
 from .errors import BnvizError, UnknownName
 from .schema import DiagnosticSpec, ProbeSpec
 
@@ -47,11 +48,12 @@ def lack(spec: DiagnosticSpec, records: Mapping[str, xr.Dataset], provenance: Ma
     Returns
     -------
     str
-        Without full stop. "Not applicable: ..." where the model has nothing of the kind, so that no capture could get it.
+        Without full stop. "Not applicable: ..." where the model has nothing of the kind, so that no capture could get it;
+        "Not complete: ..." where a place ran more often than it was seen.
     """
     lacking = [need for need in spec.needs if not holds(records, need)]
     if not lacking:
-        return ""
+        return refusal(counts_of(provenance), _kinds(spec.needs))
     if any(split(need)[0] == "labels" for need in lacking):
         return "Not captured: labels. Pass labels=[...] to diagnose, one for each captured sample"
     said = f"Not captured: {', '.join(lacking)}"
@@ -66,6 +68,17 @@ def lack(spec: DiagnosticSpec, records: Mapping[str, xr.Dataset], provenance: Ma
         return f"{said}. {', '.join(absent)} was watched and nothing was kept: the notes of the run say why"
     named = ", ".join(f'"{name}"' for name in absent)
     return f"{said}. Add probes=[{named}] and run again"
+
+
+def reservations(spec: DiagnosticSpec, provenance: Mapping[str, Any]) -> list[str]:
+    """What to know of the records behind a result: a sentence where places were not seen in every watched forward."""
+    return caveats(counts_of(provenance), _kinds(spec.needs), int(provenance.get("watched") or 0))
+
+
+def _kinds(needs: Sequence[str]) -> list[str]:
+    """Kinds of site behind the records that are needed."""
+    found = [_declared(split(need)[0]) for need in needs]
+    return list(dict.fromkeys(kind for probe in found if probe for kind in probe.sites))
 
 
 def _of_a_record(spec: DiagnosticSpec, need: str, said: str) -> str:

@@ -43,8 +43,8 @@ def six_numbers(report: Report) -> list[tuple[str, str]]:
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
-    """Provenance as label and value, nested mappings flattened, in the order the run wrote it; notes are shown apart."""
-    return _flat({k: v for k, v in report.run.provenance.items() if k != "notes"})
+    """Provenance as label and value, nested ones flattened, in the order the run wrote it; notes and sites are shown apart."""
+    return _flat({k: v for k, v in report.run.provenance.items() if k not in ("notes", "sites")})
 
 
 def _flat(mapping: Mapping[str, Any], parent: str = "") -> list[tuple[str, str]]:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, catalog, quantities
+from .counts import summary as summary_of
 from .figures import Drawn, draw
 from .findings import NOT_ESTIMATED, place, rank, saving_words, share_of
 from .needs import NOT_APPLICABLE
 from .overview import facts, six_numbers
 from .schema import Finding
-from .tables import Table, tables
+from .tables import Table, places, tables
 
 if TYPE_CHECKING:
     from .report import Outcome, Report
@@ -330,7 +331,17 @@ def _provenance(part: _Part) -> str:
     rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(value)}</dd>" for label, value in facts(report))
     kinds = "".join(_record(report, kind) for kind in report.run.kinds)
     name = f"The run of {escape(part.run)}" if part.run else "The run"
-    return f'<section class="block" id="{part.mark}run"><h2>{name}</h2><dl class="facts">{rows}{kinds}</dl></section>'
+    facts_of = f'<dl class="facts">{rows}{kinds}</dl>{_sites(report)}'
+    return f'<section class="block" id="{part.mark}run"><h2>{name}</h2>{facts_of}</section>'
+
+
+def _sites(report: Report) -> str:
+    """How often each place was seen, folded."""
+    counts = report.run.sites
+    if not counts:
+        return ""
+    shown = _table(places(counts))
+    return f"<details><summary>Where it was seen: {escape(' · '.join(summary_of(counts)))}</summary>{shown}</details>"
 
 
 def _record(report: Report, kind: str) -> str:

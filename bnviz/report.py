@@ -6,14 +6,14 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import catalog
 from .errors import BnvizError, NotCaptured, StoreError, unknown
 from .findings import place, rank, saving_words
-from .needs import NOT_APPLICABLE, holds, labels_record, lack, split
+from .needs import NOT_APPLICABLE, holds, labels_record, lack, reservations, split
 from .quantities import counted
 from .schema import DiagnosticSpec, Finding, Judgement
 
@@ -103,7 +103,7 @@ def diagnose(
         if progress is not None:
             progress(done, len(ready), name)
         try:
-            outcomes[name] = _outcome(each, records, given.get(name, {}))
+            outcomes[name] = _outcome(each, records, given.get(name, {}), reservations(each.spec, run.provenance))
         except Exception as error:  # one diagnostic's error is its own
             if strict:
                 raise
@@ -323,8 +323,10 @@ def _row(finding: Finding) -> dict[str, Any]:
     }
 
 
-def _outcome(diagnostic: Any, records: Mapping[str, xr.Dataset], options: Mapping[str, Any]) -> Outcome:
-    """Run one diagnostic and its judge, each with the options that are its own."""
+def _outcome(
+    diagnostic: Any, records: Mapping[str, xr.Dataset], options: Mapping[str, Any], known: Sequence[str] = ()
+) -> Outcome:
+    """Run one diagnostic and its judge, each with the options that are its own; what is `known` of the records is said first."""
     spec: DiagnosticSpec = diagnostic.spec
     judge = catalog.judge_of(diagnostic)
     needed = {split(need)[0] for need in spec.needs}
@@ -333,7 +335,7 @@ def _outcome(diagnostic: Any, records: Mapping[str, xr.Dataset], options: Mappin
     arguments = {name: records[name] for name in sorted(needed | wanted)}
     result = diagnostic(**arguments, **{k: v for k, v in options.items() if k in own})
     judgement = judge(result, **{k: v for k, v in options.items() if k in limits})
-    return Outcome(spec, result, judgement)
+    return Outcome(spec, result, replace(judgement, caveats=(*known, *judgement.caveats)) if known else judgement)
 
 
 def _accepts(function: Any) -> tuple[str, ...]:

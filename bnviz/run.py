@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import quantities
+from .counts import SiteCount, counts_of, summary
 from .errors import NotCaptured, unknown
 from .schema import SCHEMA_VERSION
 
@@ -59,6 +60,11 @@ class Run:
     def notes(self) -> list[str]:
         """What went otherwise than asked, a sentence each."""
         return list(self.provenance["notes"])
+
+    @property
+    def sites(self) -> tuple[SiteCount, ...]:
+        """How often each place of the model was seen, and how often it ran; none where the capture was cut short."""
+        return counts_of(self.provenance)
 
     @property
     def model(self) -> str:
@@ -142,6 +148,8 @@ class Run:
         lines = [f"Run of {self.model} · {quantities.size(self.nbytes)}"]
         for kind, record in sorted(self._records.items()):
             lines.append(f"  {kind:<12} {_extent(record)}")
+        if self.sites:
+            lines.append(f"  {'seen':<12} {' · '.join(summary(self.sites))}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import quantities
+from .counts import SiteCount
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -26,6 +27,22 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     numeric: tuple[bool, ...]
     note: str = ""
+
+
+def places(counts: Sequence[SiteCount], limit: int = LIMIT) -> Table:
+    """How often each place of a model was seen, and how often it ran."""
+    rows = tuple(
+        (
+            one.path,
+            str(one.layer) if one.layer >= 0 else "–",
+            " · ".join(filter(None, (one.kind.replace("_", " "), one.mechanism))),
+            *(quantities.count(n) if n >= 0 else "–" for n in (one.observations, one.forwards, one.ran)),
+        )
+        for one in counts[:limit]
+    )
+    note = f"Showing {limit} of {len(counts)} places" if len(counts) > limit else ""
+    heads = ("place", "layer", "kind", "times seen", "forwards it was seen in", "times it ran")
+    return Table(heads, rows, (False, True, False, True, True, True), note)
 
 
 def tables(result: xr.Dataset, limit: int = LIMIT) -> list[Table]:

@@ -33,7 +33,9 @@ ROWS = (  # from the top; a file imports from rows below it, and from its own ro
 RANK = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 PART_OF = (
     {"doctor": "cli", "profile": "observation"}
-    | dict.fromkeys(("assemble", "gathered", "layered", "rows", "segments", "store", "streamed", "trace"), "run")
+    | dict.fromkeys(
+        ("assemble", "counts", "gathered", "layered", "rows", "segments", "store", "streamed", "trace"), "run"
+    )
     | dict.fromkeys(("page", "figures", "overview", "tables", "findings", "needs"), "report")
 )
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}

@@ -11,6 +11,8 @@ import torch
 from bnviz.observation import AttentionSeen, BlockSeen
 
 if TYPE_CHECKING:
+    from bnviz.observation import Site
+
     from .clock import Clock
     from .shelf import Shelf
 
@@ -27,17 +29,27 @@ class Audience:
         Takes what the probes give.
     failed : callable
         Given a probe's name and its error.
+    saw : callable
+        Given the site and the forward of each observation.
     """
 
     def __init__(
-        self, probes: dict[str, Any], clock: Clock, shelf: Shelf, failed: Callable[[str, Exception], None]
+        self,
+        probes: dict[str, Any],
+        clock: Clock,
+        shelf: Shelf,
+        failed: Callable[[str, Exception], None],
+        saw: Callable[[Site, int], None],
     ) -> None:
-        self._probes, self._clock, self._shelf, self._failed = probes, clock, shelf, failed
+        self._probes, self._clock, self._shelf, self._failed, self._saw = probes, clock, shelf, failed, saw
         self._inside = False
 
     def emit(self, seen: Any) -> None:
         """Show an observation to every probe that looks at its kind of site."""
         if self._inside:
+            return
+        self._saw(seen.site, seen.context.call)
+        if self._shelf.full_at is not None:
             return
         self._inside = True
         try:

@@ -9,11 +9,12 @@ import numpy as np
 from torch import nn
 
 from bnviz import quantities
+from bnviz.counts import SiteCount, caveats, refusal
 from bnviz.errors import CaptureError, StoreError
 from bnviz.gathered import Gathered
 from bnviz.layered import beside, of_layer
 from bnviz.run import Run
-from bnviz.schema import Variable
+from bnviz.schema import ProbeSpec, Variable
 from bnviz.segments import declared as as_json
 from bnviz.streamed import Streamed, pieces_of
 
@@ -57,28 +58,30 @@ class Closing:
         model: nn.Module,
         plan: Plan,
         facts: dict[str, Any],
-        declared: Mapping[str, tuple[Variable, ...]],
+        specs: Mapping[str, ProbeSpec],
         options: Any,
         layers: Layers,
+        notes: list[str],
     ) -> None:
-        self._facts, self._declared, self._options, self._layers = facts, dict(declared), options, layers
+        self._facts, self._options, self._layers, self._notes = facts, options, layers, notes
+        self._declared = {record: spec.variables for record, spec in specs.items()}
+        self._kinds = {record: spec.sites for record, spec in specs.items() if spec.sites}
         self._paths = {s.layer: s.path for s, _ in plan.blocks}
         self._attention_paths = {a.site.layer: a.site.path for a in plan.attention}
         self._router_paths = {s.layer: s.path for s, _ in plan.routers}
         self._block_bytes = {s.layer: parameter_bytes(b.first) for s, b in plan.blocks}
         self._expert_bytes = {s.layer: parameter_bytes(r.experts) // r.count for s, r in plan.routers}
         told, known = facts["options"]["of_probes"], _attributes(model)
-        known["ops"]["alone"] = not set(declared) - {"ops", "memory", "host"}  # no hook's Python lies between operators
+        known["ops"]["alone"] = not set(specs) - {"ops", "memory", "host"}  # no hook's Python lies between operators
         self._attrs = {name: {**told.get(name, {}), **known.get(name, {})} for name in {**told, **known}}
         self._plan, self._model = plan, type(model).__name__
         self.writers: Callable[[], list[Writers | None]] = list
-        self._told: list[str] = []
         self.stream = None if options.path is None else Stream(options.path, self._header)
 
     def _header(self) -> dict[str, Any]:
         """What recovery needs besides the rows, as far as it is known now."""
         return {
-            "provenance": {**self._facts, "notes": list(self._told)},
+            "provenance": {**self._facts, "notes": list(self._notes)},
             "variables": as_json(self._declared),
             "layers": {record: {str(n): at for n, at in self._numbers(record).items()} for record in self._declared},
             "paths": {record: self._paths_of(record) for record in self._declared},
@@ -117,20 +120,24 @@ class Closing:
         again = {block for block, nth in calls.values() if nth}
         return sorted(final.get(number, number) for number, (block, _) in calls.items() if block in again)
 
-    def write(self, shelf: Shelf, notes: list[str]) -> None:
+    def write(self, shelf: Shelf) -> None:
         """What was drained to disk, out of memory; a disk that cannot take it ends the streaming, not the capture."""
         if self.stream is None or self.stream.error is not None or not shelf.rows:
             return
-        self._told = notes
         if self.stream.write({record: some.values() for record, some in shelf.rows.items()}):
             shelf.forget()
         else:
-            notes.append(
+            self._notes.append(
                 f"Writing to {self._options.path} failed ({self.stream.error}); the rest of the run is kept in memory."
             )
 
     def close(
-        self, shelf: Shelf, tables: Mapping[str, Mapping[str, Any]], clock: Clock, notes: list[str], elapsed: float
+        self,
+        shelf: Shelf,
+        tables: Mapping[str, Mapping[str, Any]],
+        counts: list[SiteCount],
+        clock: Clock,
+        elapsed: float,
     ) -> Run:
         """The run.
 
@@ -139,7 +146,8 @@ class Closing:
         CaptureError
             Nothing was observed.
         """
-        self.write(shelf, notes)
+        notes = self._notes
+        self.write(shelf)
         rows = {record: list(some.values()) for record, some in shelf.rows.items()}
         folder = self.stream.folder if self.stream is not None else None
         numbers = {record: self._numbers(record) for record in self._declared}
@@ -149,8 +157,9 @@ class Closing:
             self.discard()
             raise CaptureError(self._why_empty(clock, notes))
         self._add_labels(beside_rows, streamed, notes)
-        notes += self._silent(streamed)
+        notes += self._silent(counts, clock.forwards_watched)
         self._facts |= {"calls": clock.calls, "watched": clock.forwards_watched, "notes": notes}
+        self._facts["sites"] = [one.to_json() for one in counts]
         self._facts |= {"seconds": clock.seconds, "capture_seconds": elapsed}
         paths = {record: self._paths_of(record) for record in streamed.extents}
         gathered = Gathered(streamed, beside_rows, paths, self._attrs_beside(clock), self._facts)
@@ -213,18 +222,14 @@ class Closing:
             for part in dict.fromkeys(part for w in found if w is not None for part in w.parts)
         }
 
-    def _silent(self, streamed: Streamed) -> list[str]:
-        """Sites that a probe would have looked at and that gave nothing: a sentence for each kind."""
-        said: list[str] = []
-        for record in ("activations", "attention", "routing"):
-            paths = self._paths_of(record)
-            given = streamed.extents[record].layers if record in streamed.extents else set()
-            lost = [path for layer, path in paths.items() if layer not in given]
-            if given and lost:
-                said.append(
-                    f"{record}: {len(lost)} of {len(paths)} places gave nothing ({lost[0]}{', ...' * (len(lost) > 1)}): "
-                    f"they did not run inside a watched forward of {self._model}."
-                )
+    def _silent(self, counts: list[SiteCount], watched: int) -> list[str]:
+        """What was not seen, or not as often as it ran: a sentence each."""
+        about: dict[str, list[str]] = {}
+        for record, kinds in self._kinds.items():
+            refused = refusal(counts, kinds)
+            for line in [f"{refused}."] if refused else caveats(counts, kinds, watched):
+                about.setdefault(line, []).append(record)
+        said = [f"{', '.join(records)}: {line}" for line, records in about.items()]
         if "attention" in self._declared and self._plan.unknown:
             many = len(self._plan.unknown)
             said.append(

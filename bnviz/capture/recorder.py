@@ -154,14 +154,13 @@ class Recorder:
         self._attached().advance()
 
     def snapshot(self) -> dict[str, Any]:
-        """What there is so far, small: calls, steps, bytes held, rows by record, notes. For a live display."""
+        """What there is so far, small: calls, steps, bytes held, observations by record, notes. For a live display."""
         session = self._attached()
-        rows = {record: len(some) for record, some in session.shelf.rows.items()}
         return {
             "calls": session.clock.calls,
             "watched": session.clock.forwards_watched,
             "held_bytes": session.shelf.held,
-            "rows": rows,
+            "observations": dict(session.shelf.given),
             "elapsed": time.perf_counter() - session.started,
             "notes": list(self.notes),
         }

@@ -21,6 +21,7 @@ from .around import around
 from .attention.tap import tap_attention
 from .audience import Audience
 from .blocks.tap import follow_blocks, tap_blocks
+from .census import Census
 from .clock import Clock
 from .closing import Closing, labels_record
 from .instruments import Instruments
@@ -62,10 +63,11 @@ class Session:
         self._choose(self._plan)
         self.clock = Clock(model, options.step, options.when, options.every)
         self._layers = Layers(len(self._plan.blocks))
-        declared = {n: p.spec.variables for n, p in self._probes.items()}
-        self.shelf = Shelf(declared, budget_bytes(options.budget))
+        self.census = Census(self._plan, self.clock)
+        specs = {n: p.spec for n, p in self._probes.items()}
+        self.shelf = Shelf({n: spec.variables for n, spec in specs.items()}, budget_bytes(options.budget))
         self._instruments = Instruments(self._probes, self._failed, notes)
-        self._closing = Closing(model, self._plan, self._facts(), declared, options, self._layers)
+        self._closing = Closing(model, self._plan, self._facts(), specs, options, self._layers, notes)
         self.shelf.make_room = self._drain
         self.started = time.perf_counter()
         self._stack = contextlib.ExitStack()
@@ -117,7 +119,7 @@ class Session:
             )
         fused = isinstance(self.model, nn.TransformerEncoderLayer)
         stack.enter_context(around(self.model, self._begin, None, quiet=fused, first=True))
-        audience = Audience(self._probes, self.clock, self.shelf, self._failed)
+        audience = Audience(self._probes, self.clock, self.shelf, self._failed, self.census.saw)
         watch = Watch(self.clock, self._layers, audience.emit, self._instruments.own)
         if "block" in wanted or "sublayer" in wanted:
             self._closing.writers = tap_blocks(plan, watch, stack, inside="sublayer" in wanted)
@@ -127,6 +129,7 @@ class Session:
             tap_attention(plan, watch, stack)
         if "router" in wanted:
             tap_routers(plan, watch, stack)
+        self.census.attach(self.model, wanted, stack)
         stack.enter_context(around(self.model, None, self._end, quiet=fused))
         self._instruments.start(self.model, stack)
 
@@ -149,7 +152,8 @@ class Session:
         self._note_budget()
         records = self._instruments.records()
         elapsed = time.perf_counter() - self.started
-        return self._closing.close(self.shelf, records, self.clock, self.notes, elapsed)
+        counts = self.census.counts(self._layers)
+        return self._closing.close(self.shelf, records, counts, self.clock, elapsed)
 
     # ------------------------------------------------------------------ while the model runs
 
@@ -169,7 +173,7 @@ class Session:
         """What waits to the host, and on to the disk where one is given."""
         with self._instruments.own():
             self.shelf.drain()
-            self._closing.write(self.shelf, self.notes)
+            self._closing.write(self.shelf)
 
     def advance(self) -> None:
         """End a step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,7 @@ class Shelf:
         self.rows: dict[str, dict[tuple[int, int, str], Row]] = {}
         self.ceiling, self.held = ceiling, 0
         self.full_at: int | None = None
+        self.given: Counter[str] = Counter()
         self.make_room: Callable[[], None] = self.drain
 
     def put(
@@ -99,6 +101,7 @@ class Shelf:
         self.held += size
         self._waiting_bytes += size
         self._of_forward += size
+        self.given[record] += 1
         self._on_host = self._on_host and on_host
         kept = {name: _own(value) for name, value in values.items()}
         self._waiting.append(_Waiting(record, site, context, kept, dict(valid)))

@@ -93,8 +93,8 @@ class BnvizMagics(Magics):  # type: ignore[misc]
             quantities.duration(seen["elapsed"]),
         )
         print(f"Watching {self._watched} for {time}: {calls}, {held} kept.")
-        for record, rows in seen["rows"].items():
-            print(f"  {record:<12} {quantities.counted(rows, 'observation')}")
+        for record, times in seen["observations"].items():
+            print(f"  {record:<12} {quantities.counted(times, 'observation')}")
         for note in seen["notes"]:
             print(f"  note: {note}")
 
