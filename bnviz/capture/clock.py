@@ -9,7 +9,7 @@ import inspect
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,36 +17,67 @@ from torch import Tensor, nn
 
 from bnviz.observation import Context
 
+from .generation import APART, Cut, Selected, Stories, Story, cache_in, recomputing
+from .native import real_of
+from .portions import Portion
+
+
+@dataclass(slots=True)
+class _Call:
+    """What a call of the model was given."""
+
+    ids: Tensor | None
+    batch: int
+    length: int | None
+    past: int = 0
+    real: Tensor | None = None  # (batch, past + length)
+    tail: int = 0  # tokens at the end of a prompt that are tried
+
+    @property
+    def valid(self) -> Tensor | None:
+        return self.real[:, -self.length :] if self.real is not None and self.length else None
+
 
 class Clock:
     """Turns calls of the watched model into contexts.
 
     Parameters
     ----------
-    model : nn.Module
     step : {"forward", "manual"}
         "forward": every forward is a step, and the decode steps of one generation share one. "manual": `advance` alone.
     when : {"always", "eval", "train"} or callable
         Which forwards are watched; a callable is given the model.
     every : int
         Watch one forward in `every` (decode steps follow their prefill).
+    cut, selected : callable, optional
+        Told when tokens of a text are taken back, and when the texts of a batch change places; see `Stories`.
     """
 
-    def __init__(self, model: nn.Module, step: str, when: str | Callable[[nn.Module], bool], every: int) -> None:
-        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+    def __init__(
+        self,
+        step: str,
+        when: str | Callable[[nn.Module], bool],
+        every: int,
+        cut: Cut = lambda *_: None,
+        selected: Selected = lambda *_: None,
+    ) -> None:
         self._manual, self._when, self._every = step == "manual", when, every
         self._step, self._seen, self._row_calls = -1, -1, 0
-        self._past: tuple[Any, int, Tensor | None] = (None, 0, None)
+        self._stories = Stories(cut, selected)
+        self._story: Story | None = None
+        self._names: dict[type, list[str]] = {}
+        self._outer: int | None = None
+        self.cache: Any = None
         self.calls = 0
         self.forwards_watched = 0
         self.seconds = self._started = 0.0
         self._masks: list[Tensor] = []
         self._times: Counter[Any] = Counter()
         self._shape: tuple[int, int] | None = None
-        self._in_decode_row = False
         self._first: tuple[Tensor, Tensor | None] | None = None
         self.first_ids: tuple[Any, Any] | None = None
         self.now: Context | None = None
+        self.portions: tuple[Portion, ...] = ()
         self.token_ids: Tensor | None = None
         self.valid_keys: Tensor | None = None
 
@@ -56,30 +87,33 @@ class Clock:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context | None:
         """The context of the forward that starts now; None when it is not to be watched."""
-        call, self.calls = self.calls, self.calls + 1
+        self.now, self.portions, self._story, self.cache = None, (), None, None
         self._times.clear()
-        given = dict(zip(self._names, args, strict=False)) | kwargs
-        ids, tokens, mask = self._inputs(given)
-        cache = next(
-            (v for v in given.values() if hasattr(v, "get_seq_length")), None
-        )  # its name changes with releases
-        past = self._history(cache, ids, tokens)
-        decode = past > 0
-        self.now = None
-        if not self._watches(model, decode):
+        self._outer = id(model)
+        if recomputing():
             return None
-        phase = "decode" if decode else "prefill" if cache is not None else "forward"
-        length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
-        mask = self.valid_keys = self._real(mask, cache is not None, past, length)
-        sides = (m for name, m in given.items() if name.endswith("attention_mask"))
-        self._masks = [m.bool() for m in sides if isinstance(m, Tensor) and m.dim() == 2]
-        self._shape = (tokens.shape[0], length) if isinstance(tokens, Tensor) and length is not None else None
-        valid = mask[:, -length:] if mask is not None and length is not None else None
-        self.now = Context(self._number(phase), call, phase, past, valid)
+        number, self.calls = self.calls, self.calls + 1
+        names = self._names_of(model)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        self.cache = cache_in(given)
+        call, mask = self._read(names, given)
+        story = self._story = self._go_on(call, mask)
+        kind = "forward" if story is None else story.takes(call.past, call.length, call.batch, _kept(given))
+        watched = self._watches(model, story, kind)
+        if story is not None:
+            call.tail = _tail(kind, call, _kept(given))
+            self._follow(story, kind, call)
+        self.token_ids, self.valid_keys = (call.ids, call.real) if story is None else (story.ids, story.real)
+        if not watched:
+            return None
+        self._place(story, kind, call, number)
+        self._masks = _masks(given)
+        self._shape = (call.batch, call.length) if call.length is not None else None
+        self._row_calls += 1
         self.forwards_watched += 1
         self._started = time.perf_counter()
-        if self._first is None and ids is not None:
-            self._first = (ids.detach(), valid)
+        if self._first is None and call.ids is not None:
+            self._first = (call.ids.detach(), call.valid)
         return self.now
 
     def seen(self, tokens: int) -> Context | None:
@@ -95,91 +129,173 @@ class Clock:
         self._times[place] += 1
         return self._times[place] - 1
 
-    def _inputs(self, given: dict[str, Any]) -> tuple[Tensor | None, Any, Any]:
-        """(ids, tokens, mask) of the side that is generated: the decoder where there are two."""
-        two = "decoder_input_ids" in self._names
-        side = "decoder_" if two else ""
-        ids = given.get(f"{side}input_ids")
-        ids = given.get("labels") if ids is None and two else ids
-        ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
-        tokens = ids if ids is not None else given.get(f"{side}inputs_embeds")
-        return ids, tokens, given.get(f"{side}attention_mask")
-
     def rows(self, count: int) -> tuple[int, int]:
         """(batch, tokens) that `count` flat rows stand for; one sequence when they are not this call's tokens."""
         return self._shape if self._shape is not None and self._shape[0] * self._shape[1] == count else (1, count)
 
-    @property
-    def cache(self) -> Any:
-        """The cache of this call, None when it has none."""
-        return self._past[0]
-
-    def end(self) -> None:
+    def end(self, model: nn.Module) -> None:
         """The forward is over."""
+        if self._outer != id(model):
+            return
+        self._outer = None
         if self.now is not None:
             self.seconds += time.perf_counter() - self._started
-        self.now = None
+        if self._story is not None:
+            self._stories.after(self.cache, self._story)
+        self.now, self._story, self.cache = None, None, None
 
-    def _watches(self, model: nn.Module, decode: bool) -> bool:
+    def release(self) -> None:
+        """Let caches and ids go; the ids of the first watched forward stay, on the host."""
+        if self._first is not None:
+            self.first_ids = tuple(None if t is None else t.cpu().numpy() for t in self._first)  # type: ignore[assignment]
+        self._first = self.token_ids = self.valid_keys = self.now = self._story = self.cache = None
+        self._stories.release()
+        self._masks = []
+
+    # ------------------------------------------------------------------ what a call is
+
+    def _names_of(self, model: nn.Module) -> list[str]:
+        kind = type(model)
+        if kind not in self._names:
+            self._names[kind] = list(inspect.signature(kind.forward).parameters)[1:]
+        return self._names[kind]
+
+    def _read(self, names: list[str], given: dict[str, Any]) -> tuple[_Call, Any]:
+        """The tokens of the side that is generated, the decoder's where there are two, and their mask."""
+        two = "decoder_input_ids" in names
+        side = "decoder_" if two else ""
+        ids = given.get(f"{side}input_ids")
+        ids = given.get("labels") if ids is None and two else ids
+        ids = ids if _flat(ids) else None
+        tokens = ids if ids is not None else given.get(f"{side}inputs_embeds")
+        if tokens is None and not two:  # a model of the user's own: ids, or vectors
+            values = [v for v in given.values() if isinstance(v, Tensor)]
+            ids = next((v for v in values if v.dim() == 2 and v.dtype in (torch.int64, torch.int32)), None)
+            growing = values if self.cache is not None else []
+            tokens = ids if ids is not None else next((v for v in growing if v.dim() == 3), None)
+        laid = isinstance(tokens, Tensor) and tokens.dim() >= 2
+        batch, length = (tokens.shape[0], tokens.shape[1]) if laid else (0, None)  # type: ignore[union-attr]
+        return _Call(ids, batch, length), given.get(f"{side}attention_mask")
+
+    def _go_on(self, call: _Call, mask: Any) -> Story | None:
+        """The text that the call goes on with, None without a cache; and what is padding in it."""
+        if isinstance(mask, dict):  # one for each kind of attention
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        story = None
+        if self.cache is not None:
+            width = mask.shape[1] - (call.length or 0) if _flat(mask) else None
+            story, call.past = self._stories.of(self.cache, width)
+            if story.batch not in (0, call.batch):
+                story.phase = ""
+        call.real = _real(mask, story, call)
+        return story
+
+    def _follow(self, story: Story, kind: str, call: _Call) -> None:
+        """The text has grown by this call."""
+        story.batch, story.real = call.batch, call.real
+        length, ids = call.length or 0, call.ids
+        if call.past and ids is not None:
+            ids = torch.cat([story.ids, ids], 1) if story.ids is not None and len(story.ids) == len(ids) else None
+        story.ids, story.length = ids, call.past + length
+        if length > 1 or kind == "prompt":
+            story.floor = call.past
+            if kind == "prompt" or length > APART:
+                story.whole = story.length - call.tail
+        if not story.watched:
+            story.phase = {"prompt": "prefill", "token": "decode"}.get(kind, story.phase)
+
+    # ------------------------------------------------------------------ which of them are seen, and where they are put
+
+    def _watches(self, model: nn.Module, story: Story | None, kind: str) -> bool:
         if callable(self._when):
             wanted = bool(self._when(model))
         else:
             wanted = self._when == "always" or (self._when == "train") == model.training
-        if not wanted:
-            return False
-        if decode:
-            return self._row_calls > 0  # decode steps go with the prefill they belong to
-        self._seen += 1
-        if not self._manual and self._seen % self._every:
-            self._row_calls = 0
-            return False
-        return not (self._manual and self._row_calls > 0)  # of several forwards in one manual step the first is kept
+        if story is not None and kind != "prompt" and story.phase:
+            return wanted and story.watched
+        if wanted and self._manual:  # of several forwards in one manual step the first is kept
+            wanted = self._row_calls == 0
+        elif wanted:
+            self._seen += 1
+            wanted = self._seen % self._every == 0
+        if story is not None:
+            story.watched = wanted
+        return wanted
 
-    def _real(self, mask: Any, cached: bool, past: int, length: int | None) -> Tensor | None:
-        """(batch, keys) bool: which tokens so far are not padding; a static cache comes with a mask of pairs instead."""
-        if isinstance(mask, dict):  # one for each kind of attention
-            mask = mask.get("full_attention", next(iter(mask.values()), None))
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask.to(torch.bool, copy=True)  # it is read after the forward, when the caller may have changed it
-        if not (isinstance(mask, Tensor) and mask.dim() == 4 and cached and length):
-            return None
-        if past == 0:
-            return padding_of(mask, length)
-        before = self.valid_keys
-        if before is None or before.shape[1] != past:
-            return None
-        return torch.cat([before, before.new_ones(before.shape[0], length)], 1)
+    def _place(self, story: Story | None, kind: str, call: _Call, number: int) -> None:
+        """The moment, and where tokens of the call have moments of their own, the portions."""
+        if story is None:
+            self.now = Context(self._next(), number, "forward", 0, call.valid)
+            return
+        if kind == "prompt" or story.phase != ("prefill" if kind == "chunk" else "decode"):
+            story.begin(self._next(), "prefill" if kind == "prompt" else "decode")
+        held = call.real[:, : call.past] if call.real is not None and call.past else None
+        self.now = Context(story.step, number, story.phase, call.past, call.valid, held)
+        length = call.length or 0
+        together = length - call.tail
+        if kind != "prompt" and 1 < length <= APART:
+            together = 0
+        if together == length:
+            return
+        portions = [self._portion(0, together, call)] if together else []
+        if call.tail:
+            story.begin(self._next(), "decode")
+            self.now = replace(self.now, step=story.step, phase=story.phase)
+        portions += [self._portion(at, at + 1, call) for at in range(together, length)]
+        self.now = portions[0].context if together else self.now
+        self.now = replace(self.now, valid=call.valid)
+        self.portions = tuple(portions)
 
-    def _number(self, phase: str) -> int:
-        if self._manual:
-            self._step = max(self._step, 0)
-        elif phase != "decode" or not self._in_decode_row:
-            self._step += 1
-        self._in_decode_row = phase == "decode"
-        self._row_calls += 1
+    def _portion(self, start: int, stop: int, call: _Call) -> Portion:
+        now, past = self.now, call.past + start
+        assert now is not None
+        valid = None if call.valid is None else call.valid[:, start:stop]
+        held = call.real[:, :past] if call.real is not None and past else None
+        return Portion(start, stop, replace(now, past=past, valid=valid, held=held))
+
+    def _next(self) -> int:
+        """The number of a row that begins."""
+        self._step = max(self._step, 0) if self._manual else self._step + 1
         return self._step
 
-    def _history(self, cache: Any, ids: Tensor | None, tokens: Any) -> int:
-        """Tokens in `cache` before this call, counted; and the ids of all tokens so far."""
-        length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else 0
-        if cache is None:
-            self._past, self.token_ids = (None, 0, None), ids
-            return 0
-        known, count, before = self._past
-        if known is not cache:
-            held = cache.get_seq_length()
-            count, before = held if isinstance(held, int) else 0, None
-        together = ids if count == 0 else None if before is None or ids is None else torch.cat([before, ids], 1)
-        self._past, self.token_ids = (cache, count + length, together), together
-        return count
 
-    def release(self) -> None:
-        """Let the cache and the ids go; the ids of the first watched forward stay, on the host."""
-        if self._first is not None:
-            self.first_ids = tuple(None if t is None else t.cpu().numpy() for t in self._first)  # type: ignore[assignment]
-        self._first = None
-        self._past, self.token_ids, self.valid_keys, self.now = (None, 0, None), None, None, None
-        self._masks.clear()
+def _flat(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2
+
+
+def _kept(given: dict[str, Any]) -> int:
+    """Of how many last tokens logits are wanted; 0: of all, or of those that a tensor names."""
+    kept = given.get("logits_to_keep", 0)
+    return kept if isinstance(kept, int) else 0
+
+
+def _tail(kind: str, call: _Call, kept: int) -> int:
+    """Tokens at the end of a prompt that are guesses: their logits are wanted, not only the last one's."""
+    return kept - 1 if kind == "prompt" and 1 < kept <= min(call.length or 0, APART + 1) else 0
+
+
+def _masks(given: dict[str, Any]) -> list[Tensor]:
+    """(batch, tokens) bool of every side: which tokens are not padding."""
+    found = [m.bool() for name, m in given.items() if name.endswith("attention_mask") and _flat(m)]
+    padding = [real_of(m) for name, m in given.items() if name.endswith("key_padding_mask") and _flat(m)]
+    return found + [m for m in padding if m is not None]
+
+
+def _real(mask: Any, story: Story | None, call: _Call) -> Tensor | None:
+    """(batch, keys) bool: which tokens so far are not padding; a static cache comes with a mask of pairs instead."""
+    length, past = call.length, call.past
+    before = story.real if story is not None else None
+    fits = before is not None and before.shape == (call.batch, past)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        real = mask.to(torch.bool, copy=True)  # it is read after the forward, when the caller may have changed it
+        if past and before is not None and fits and real.shape[1] == length:
+            return torch.cat([before, real], 1)
+        return real[:, : past + length] if length is not None and story is not None else real
+    if story is None or length is None:
+        return None
+    if past == 0:
+        return padding_of(mask, length) if isinstance(mask, Tensor) and mask.dim() == 4 else None
+    return torch.cat([before, before.new_ones(call.batch, length)], 1) if before is not None and fits else None
 
 
 def padding_of(mask: Tensor, length: int) -> Tensor | None:
