@@ -58,6 +58,8 @@ class Context:
         Tokens in the cache before this call.
     valid : Tensor (batch, tokens) bool, optional
         Which tokens of this call are not padding; None when there is none.
+    held : Tensor (batch, past) bool, optional
+        Which tokens in the cache are not padding; None when there is none.
     """
 
     step: int
@@ -65,6 +67,7 @@ class Context:
     phase: str
     past: int = 0
     valid: Tensor | None = None
+    held: Tensor | None = None
 
 
 class BlockSeen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ class Row:
         For each token-like dim: which tokens are not padding.
     past : array (batch,) int, optional
         Tokens of each sequence that came before the first of these (a decode step has a past); None: none.
+    start : int
+        The same with padding counted: where in a cache the first of these stands.
     """
 
     step: int
@@ -40,11 +42,17 @@ class Row:
     values: dict[str, np.ndarray]
     valid: dict[str, np.ndarray] = field(default_factory=dict)
     past: np.ndarray | None = None
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
         """Of the values, and of the mask, `sequence` and `position` that come with each token-like axis."""
         return sum(v.nbytes for v in self.values.values()) + 9 * sum(m.size for m in self.valid.values())
+
+    @property
+    def end(self) -> int:
+        """Where in a cache the token after the last of these stands."""
+        return self.start + max((m.shape[1] for dim, m in self.valid.items() if dim in GROWING), default=0)
 
 
 def token_dim(variable: Variable) -> str | None:
@@ -84,7 +92,7 @@ def merged(rows: Sequence[Row], variables: Mapping[str, Variable]) -> Row:
     for dim in dict.fromkeys(dim for row in rows for dim in row.valid):
         masks = [row.valid[dim] for row in rows if dim in row.valid]
         valid[dim] = np.concatenate(masks, 1) if dim in GROWING and len(masks) > 1 else masks[-1]
-    return Row(first.step, first.layer, first.kind, first.phase, values, valid, first.past)
+    return Row(first.step, first.layer, first.kind, first.phase, values, valid, first.past, first.start)
 
 
 def _merged(parts: list[np.ndarray], variable: Variable) -> np.ndarray:
@@ -104,3 +112,38 @@ def _over(parts: list[np.ndarray], combine: np.ufunc) -> np.ndarray:
         where: tuple[Any, ...] = (*(slice(0, n) for n in part.shape), ...)
         combine(whole[where], part, out=whole[where])
     return whole
+
+
+def taken(row: Row, variables: Mapping[str, Variable], index: np.ndarray, batch: int) -> Row:
+    """`row` with its sequences (batch) taken anew by `index`; a row of another batch stays as it is.
+
+    Parameters
+    ----------
+    row : Row
+    variables : mapping of str to Variable
+    index : array (batch after,) int
+    batch : int
+        Sequences that `index` chooses from.
+    """
+    per_token = {name for name, variable in variables.items() if token_dim(variable) is not None}
+    if any(len(mask) != batch for mask in row.valid.values()):
+        return row
+    values = {name: value[index] if name in per_token else value for name, value in row.values.items()}
+    valid = {dim: mask[index] for dim, mask in row.valid.items()}
+    return replace(row, values=values, valid=valid, past=None if row.past is None else row.past[index])
+
+
+def shortened(row: Row, variables: Mapping[str, Variable], length: int) -> Row:
+    """`row` without the tokens from `length` on in their cache. Sums over them, and largest of them, stay as they are."""
+    own = max(length - row.start, 0)
+    kept = dict.fromkeys(GROWING, own) | {"key": length}
+    values = {}
+    for name, value in row.values.items():
+        dim = token_dim(variables[name])
+        if dim in kept:
+            axis = 1 + inner_dims(variables[name]).index(dim)
+            values[name] = value[(slice(None),) * axis + (slice(0, kept[dim]),)]
+        else:
+            values[name] = value
+    valid = {dim: mask[:, : kept[dim]] if dim in kept else mask for dim, mask in row.valid.items()}
+    return replace(row, values=values, valid=valid)

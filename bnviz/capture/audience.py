@@ -10,6 +10,8 @@ import torch
 
 from bnviz.observation import AttentionSeen, BlockSeen
 
+from .portions import apart
+
 if TYPE_CHECKING:
     from bnviz.observation import Site
 
@@ -54,9 +56,10 @@ class Audience:
         self._inside = True
         try:
             with torch.no_grad(), _plain_arithmetic(seen):
-                for name, probe in list(self._probes.items()):
-                    if seen.site.kind in probe.spec.sites:
-                        self._ask(name, probe, seen)
+                for part in apart(seen, self._clock.portions):
+                    for name, probe in list(self._probes.items()):
+                        if part.site.kind in probe.spec.sites:
+                            self._ask(name, probe, part)
         finally:
             self._inside = False
 

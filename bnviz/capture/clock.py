@@ -199,8 +199,6 @@ class Clock:
         story.ids, story.length = ids, call.past + length
         if length > 1 or kind == "prompt":
             story.floor = call.past
-            if kind == "prompt" or length > APART:
-                story.whole = story.length - call.tail
         if not story.watched:
             story.phase = {"prompt": "prefill", "token": "decode"}.get(kind, story.phase)
 

@@ -122,9 +122,10 @@ class Closing:
 
     def write(self, shelf: Shelf) -> None:
         """What was drained to disk, out of memory; a disk that cannot take it ends the streaming, not the capture."""
-        if self.stream is None or self.stream.error is not None or not shelf.rows:
+        rows = shelf.finished() if self.stream is not None and self.stream.error is None else {}
+        if self.stream is None or not rows:
             return
-        if self.stream.write({record: some.values() for record, some in shelf.rows.items()}):
+        if self.stream.write(rows):
             shelf.forget()
         else:
             self._notes.append(

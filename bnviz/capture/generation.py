@@ -40,8 +40,8 @@ class Story:
         Of the row that grows now: "prefill" or "decode", and its number. "": the next call begins one.
     steps : list of int
         All rows of the text.
-    floor, whole : int
-        Tokens before the last call with several; and the end of the last that were shown together.
+    floor : int
+        Tokens before the last call that had several.
     watched : bool
     speculative : bool
         Tokens were taken back, or may have been: a call with several tokens is a guess, not a prompt.
@@ -57,10 +57,10 @@ class Story:
     step: int = -1
     steps: list[int] = field(default_factory=list)
     floor: int = 0
-    whole: int = 0
     watched: bool = False
     speculative: bool = False
     tells: bool = True
+    moves: list[Tensor] = field(default_factory=list)  # of sequences, that no call has followed yet
 
     def begin(self, step: int, phase: str) -> None:
         """A row of its own."""
@@ -86,13 +86,13 @@ class Story:
             return "token"
         if isinstance(keep, int) and 1 < keep == count:
             return "token"
-        if known and self.phase == "decode":
-            return "token" if self.speculative else "prompt"
-        return "chunk" if known else "prompt"
+        if self.speculative and count <= APART:
+            return "token"
+        return "chunk" if known and self.phase == "prefill" else "prompt"
 
 
 Cut = Callable[[Story, int], None]
-Selected = Callable[[Story, Tensor], None]
+Selected = Callable[[Story, int, Tensor], None]
 
 
 class Stories:
@@ -103,7 +103,7 @@ class Stories:
     cut : callable
         Given a text and the number of tokens that are left when some were taken back.
     selected : callable
-        Given a text and an index (rows after,) of rows before, when its rows changed places or number.
+        Given texts, how many sequences they were, and the index (sequences after,) by which they are taken anew.
     """
 
     def __init__(self, cut: Cut, selected: Selected) -> None:
@@ -123,20 +123,21 @@ class Stories:
             Tokens in the cache as the mask of this call tells.
         """
         if isinstance(cache, Tensor):
-            story, length = self._known.setdefault(LEGACY, (None, Story()))[1], cache.shape[-2]
-            if story.length != length:
+            story, held = self._known.setdefault(LEGACY, (None, Story()))[1], int(cache.shape[-2])
+            if story.length != held:
                 self._known[LEGACY] = (None, story := Story())
-            return story, length
+            return story, held
         found = self._known.get(id(cache))
         if found is None or found[0]() is not cache:
             return self._met(cache, width)
         story, length = found[1], length_of(cache)
+        self._move(story)
         if length is None or not story.tells:
             return story, story.length
         if length < story.length:
             self._shorter(story, length)
-        elif length > story.length:  # another model went on with it
-            story.length, story.ids, story.real = length, None, None
+        elif length > story.length:  # another model went on with it: a row holds tokens that follow one another
+            story.length, story.ids, story.real, story.phase = length, None, None, ""
         return story, length
 
     def after(self, cache: Any, story: Story) -> None:
@@ -159,9 +160,8 @@ class Stories:
         if type(cache) not in self._classes:
             self._classes.add(type(cache))
             self._stack.enter_context(caches.listening(type(cache), self._changed))
-        length = length_of(cache)
-        if length is None:
-            length = first_length(cache, width)
+        told = length_of(cache)
+        length = first_length(cache, width) if told is None else told
         story, key = Story(length=length), id(cache)
         self._known[key] = (_weakly(cache, lambda _: self._known.pop(key, None)), story)
         return story, length
@@ -182,29 +182,31 @@ class Stories:
             if left is not None and left < story.length:
                 self._shorter(story, left)
         elif method == "batch_repeat_interleave" and isinstance(value, int):
-            self._moved(story, torch.arange(story.batch).repeat_interleave(value))
-        elif isinstance(value, Tensor):
-            self._moved(story, value)
+            batch = len(story.moves[-1]) if story.moves else story.batch
+            story.moves.append(torch.arange(batch).repeat_interleave(value))
+        elif isinstance(value, Tensor) and value.dim() == 1:
+            index = value.detach().clone()
+            story.moves.append(index.nonzero().flatten() if index.dtype == torch.bool else index)
 
     def _shorter(self, story: Story, length: int) -> None:
         story.length = length
         story.ids = None if story.ids is None else story.ids[:, :length]
         story.real = None if story.real is None else story.real[:, :length]
-        if length < story.whole or length <= story.floor:  # no guess: the text begins anew from there
+        if length <= story.floor:  # a whole call was undone, so it was no guess: the text begins anew from there
             story.phase, story.speculative = "", False
         else:
             self._cut(story, length)
 
-    def _moved(self, story: Story, index: Tensor) -> None:
-        if index.dim() != 1:
-            return
-        index = index.nonzero().flatten() if index.dtype == torch.bool else index
-        story.batch = len(index)
-        if story.ids is not None:
-            story.ids = story.ids.index_select(0, index.to(story.ids.device))
-        if story.real is not None:
-            story.real = story.real.index_select(0, index.to(story.real.device))
-        self._selected(story, index.detach().clone())
+    def _move(self, story: Story) -> None:
+        """The sequences have changed places since the last call. A move that no call follows changes nothing that was seen."""
+        for index in story.moves:
+            before, story.batch = story.batch, len(index)
+            if story.ids is not None:
+                story.ids = story.ids.index_select(0, index.to(story.ids.device))
+            if story.real is not None:
+                story.real = story.real.index_select(0, index.to(story.real.device))
+            self._selected(story, before, index)
+        story.moves.clear()
 
 
 def _weakly(value: Any, gone: Callable[[Any], Any]) -> Callable[[], Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bnviz.observation import AttentionSeen, Context
+from bnviz.observation import AttentionSeen, BlockSeen, Context
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,29 @@ def apart(seen: Any, portions: tuple[Portion, ...]) -> Iterator[Any]:
         yield seen
         return
     for portion in portions:
-        yield _attention(seen, portion) if isinstance(seen, AttentionSeen) else _rows(seen, portion)
+        if isinstance(seen, AttentionSeen):
+            yield _attention(seen, portion)
+        else:
+            yield _block(seen, portion) if isinstance(seen, BlockSeen) else _rows(seen, portion)
 
 
 def _tokens(seen: Any) -> int:
     """Tokens of the call that an observation shows; -1 where it shows none of them."""
     if isinstance(seen, AttentionSeen):
         return seen.query.shape[-2]
+    if isinstance(seen, BlockSeen):
+        return seen.shape[1]
     shown = next((v for f in fields(seen) if isinstance(v := getattr(seen, f.name), Tensor)), None)
     return shown.shape[1] if shown is not None and shown.dim() >= 2 else -1
+
+
+def _block(seen: BlockSeen, portion: Portion) -> BlockSeen:
+    count, here = seen.shape[1], slice(portion.start, portion.stop)
+    before = seen.input[:, here] if seen.input.shape[1] == count else seen.input
+    context = _moment(seen, portion)
+    if seen.written is not None:
+        return BlockSeen(seen.site, context, before, written=seen.written[:, here])
+    return BlockSeen(seen.site, context, before, seen.output[:, here])
 
 
 def _rows(seen: Any, portion: Portion) -> Any:

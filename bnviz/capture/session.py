@@ -24,6 +24,7 @@ from .blocks.tap import follow_blocks, tap_blocks
 from .census import Census
 from .clock import Clock
 from .closing import Closing, labels_record
+from .generation import Story
 from .instruments import Instruments
 from .layers import Layers
 from .options import Options, told
@@ -61,7 +62,7 @@ class Session:
         labels_record(options.labels)  # refused before anything is attached
         self._plan = sites(model, attention=options.attention, routers=options.routers)
         self._choose(self._plan)
-        self.clock = Clock(model, options.step, options.when, options.every)
+        self.clock = Clock(options.step, options.when, options.every, self._cut, self._moved)
         self._layers = Layers(len(self._plan.blocks))
         self.census = Census(self._plan, self.clock)
         specs = {n: p.spec for n, p in self._probes.items()}
@@ -149,7 +150,7 @@ class Session:
             Nothing was observed.
         """
         self.shelf.drain()
-        self._note_budget()
+        self._note_rest()
         records = self._instruments.records()
         elapsed = time.perf_counter() - self.started
         counts = self.census.counts(self._layers)
@@ -166,8 +167,14 @@ class Session:
         self._layers.begin()
         self.clock.begin(module, args, kwargs)
 
-    def _end(self, *_: Any) -> None:
-        self.clock.end()
+    def _end(self, module: nn.Module, *_: Any) -> None:
+        self.clock.end(module)
+
+    def _cut(self, story: Story, length: int) -> None:
+        self.shelf.cut(set(story.steps), length)
+
+    def _moved(self, story: Story, batch: int, index: torch.Tensor) -> None:
+        self.shelf.move(frozenset(story.steps), batch, index)
 
     def _drain(self) -> None:
         """What waits to the host, and on to the disk where one is given."""
@@ -195,7 +202,12 @@ class Session:
         if self.options.strict and not unasked:
             raise CaptureError(f"Probe {name!r} failed: {sentence}") from error
 
-    def _note_budget(self) -> None:
+    def _note_rest(self) -> None:
+        if self.shelf.inexact:
+            self.notes.append(
+                f"{self.shelf.inexact} observations of tokens that were taken back again could not be left out of sums over "
+                "queries: they had been added up before."
+            )
         if self.shelf.full_at is not None:
             self.notes.append(
                 f"budget of {self.options.budget} reached at step {self.shelf.full_at}: later observations were not kept. "

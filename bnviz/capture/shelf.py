@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnviz.errors import CaptureError, SchemaError
 from bnviz.observation import Context, Site
-from bnviz.rows import Row, batch_of, merged, token_dim
+from bnviz.rows import GROWING, Row, batch_of, merged, shortened, taken, token_dim
 from bnviz.schema import Variable
 
 SHARE, MOST, MANY = (
@@ -21,6 +21,8 @@ SHARE, MOST, MANY = (
     64 << 20,
     4096,
 )  # part of the ceiling, bytes, observations: what waits beyond is brought to the host
+FEW = 64  # decode steps on disk whose length is remembered
+HELD = "held"
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -49,6 +51,20 @@ class _Waiting:
     context: Context
     values: dict[str, Tensor]
     valid: dict[str, Tensor | None]
+    size: int
+    limit: int | None = None
+
+
+@dataclass(slots=True)
+class _Move:
+    """The sequences of some steps changed places, or number."""
+
+    steps: frozenset[int]
+    batch: int
+    index: Tensor
+
+
+_Order = tuple[np.ndarray, int]  # an index of sequences, and how many it chooses from
 
 
 class Shelf:
@@ -64,7 +80,9 @@ class Shelf:
 
     def __init__(self, declared: Mapping[str, tuple[Variable, ...]], ceiling: int) -> None:
         self._declared = {record: {v.name: v for v in some} for record, some in declared.items()}
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_Waiting | _Move] = []
+        self._live: set[int] = set()  # steps whose tokens may still be taken back, or change places
+        self._written: dict[int, int] = {}  # of the last decode steps on disk: the tokens in their cache
         self._waiting_bytes = 0
         self._on_host = True
         self._of_forward, self._largest = 0, 0
@@ -72,6 +90,7 @@ class Shelf:
         self.ceiling, self.held = ceiling, 0
         self.full_at: int | None = None
         self.given: Counter[str] = Counter()
+        self.inexact = 0
         self.make_room: Callable[[], None] = self.drain
 
     def put(
@@ -98,13 +117,15 @@ class Shelf:
         if self.held + size > self.ceiling:
             self.full_at = context.step
             return False
+        if self._live and context.step > max(self._live):
+            self._live.clear()  # another text has begun
         self.held += size
         self._waiting_bytes += size
         self._of_forward += size
         self.given[record] += 1
         self._on_host = self._on_host and on_host
         kept = {name: _own(value) for name, value in values.items()}
-        self._waiting.append(_Waiting(record, site, context, kept, dict(valid)))
+        self._waiting.append(_Waiting(record, site, context, kept, dict(valid), size))
         return True
 
     def _layout_bytes(self, record: str, values: Mapping[str, Tensor]) -> int:
@@ -123,46 +144,123 @@ class Shelf:
         tight = self.held + self._largest > self.ceiling
         return bool(self._waiting) and (tight or self._waiting_bytes > share or len(self._waiting) > MANY)
 
+    def cut(self, steps: Set[int], length: int) -> None:
+        """Leave out the tokens of some steps from `length` on in their cache: they were taken back.
+
+        What waits is left out exactly. What is in a row already is cut off its end, but stays in sums over queries.
+        """
+        self._live |= steps
+        kept: list[_Waiting | _Move] = []
+        for one in self._waiting:
+            if isinstance(one, _Waiting) and one.context.step in steps:
+                if one.context.past >= length:
+                    self.held -= one.size
+                    self._waiting_bytes -= one.size
+                    continue
+                if one.context.phase == "decode" and one.context.past + self._tokens(one) > length:
+                    one.limit = length
+                    self.inexact += 1
+            kept.append(one)
+        self._waiting = kept
+        for record, rows in self.rows.items():
+            for at, row in rows.items():
+                if row.step in steps and row.phase == "decode" and row.end > length:
+                    rows[at] = shortened(row, self._declared[record], length)
+                    self.held += rows[at].nbytes - row.nbytes
+                    self.inexact += 1
+        self.inexact += sum(self._written.get(step, 0) > length for step in steps)
+
+    def move(self, steps: frozenset[int], batch: int, index: Tensor) -> None:
+        """The sequences of some steps (batch of them) are taken anew by `index` (batch after,)."""
+        self._live |= steps
+        self._waiting.append(_Move(steps, batch, index))
+
     def drain(self) -> None:
         """Bring what waits to the host and merge what one site gave in one step.
 
         Called between forwards: copying waits for the device. An interrupt leaves all as it was, or all done.
         """
         made: dict[tuple[str, tuple[int, int, str]], list[Row]] = {}
-        for one, values, valid in self._on_the_host():
+        orders, last = self._orders()
+        for (one, values, valid), order in zip(self._on_the_host(), orders, strict=True):
             row = self._row(one, values, valid)
+            row = row if one.limit is None else shortened(row, self._declared[one.record], one.limit)
+            row = row if order is None else taken(row, self._declared[one.record], *order)
             made.setdefault((one.record, (row.step, row.layer, row.kind)), []).append(row)
+        for record, rows in self.rows.items():
+            for at in rows:
+                if at[0] in last:
+                    made.setdefault((record, at), [])
         change = -self._waiting_bytes
         fresh: dict[str, dict[tuple[int, int, str], Row]] = {}
         for (record, at), some in made.items():
             before = self.rows.get(record, {}).get(at)
-            row = merged([*([] if before is None else [before]), *some], self._declared[record])
-            change += row.nbytes - (0 if before is None else before.nbytes)
+            change -= 0 if before is None else before.nbytes
+            if before is not None:
+                order = last.get(at[0])
+                some.insert(0, before if order is None else taken(before, self._declared[record], *order))
+            row = merged(some, self._declared[record])
+            change += row.nbytes
             fresh.setdefault(record, {})[at] = row
         self._waiting, self._waiting_bytes, self._on_host = [], 0, True
         self.held += change
         for record, rows in fresh.items():
             self.rows.setdefault(record, {}).update(rows)
 
+    def _orders(self) -> tuple[list[_Order | None], dict[int, _Order]]:
+        """How the sequences of each observation that waits stand in the end; and those of rows, by step."""
+        moves = [one for one in self._waiting if isinstance(one, _Move)]
+        indices = dict(zip(map(id, moves), to_host([move.index for move in moves]), strict=True))
+        later: dict[int, _Order] = {}
+        found: list[_Order | None] = []
+        for one in reversed(self._waiting):
+            if isinstance(one, _Waiting):
+                found.append(later.get(one.context.step))
+                continue
+            for step in one.steps:
+                index = indices[id(one)]
+                later[step] = (index[later[step][0]] if step in later else index, one.batch)
+        return found[::-1], later
+
+    def finished(self) -> dict[str, list[Row]]:
+        """Rows that no later token changes the past of, by record."""
+        found = {record: [r for r in some.values() if r.step not in self._live] for record, some in self.rows.items()}
+        return {record: some for record, some in found.items() if some}
+
     def forget(self) -> None:
-        """Let the rows go: they are on disk."""
-        self.held -= sum(row.nbytes for some in self.rows.values() for row in some.values())
-        self.rows = {}
+        """Let the finished rows go: they are on disk."""
+        for record, some in self.finished().items():
+            for row in some:
+                self.held -= row.nbytes
+                del self.rows[record][row.step, row.layer, row.kind]
+                if row.phase == "decode":
+                    self._written[row.step] = max(row.end, self._written.get(row.step, 0))
+        self._written = dict(list(self._written.items())[-FEW:])
 
     def _on_the_host(self) -> Iterator[tuple[_Waiting, dict[str, np.ndarray], dict[str, np.ndarray]]]:
         """Each observation that waits with its values and the masks it needs, copied together."""
-        tensors = [value for one in self._waiting for value in one.values.values()]
-        masks = {id(m): m for one in self._waiting for m in self._masks(one).values()}
+        waiting = [one for one in self._waiting if isinstance(one, _Waiting)]
+        tensors = [value for one in waiting for value in one.values.values()]
+        masks = {id(m): m for one in waiting for m in self._masks(one).values()}
         arrays = iter(to_host([*tensors, *masks.values()]))
-        values = [{name: next(arrays) for name in one.values} for one in self._waiting]
+        values = [{name: next(arrays) for name in one.values} for one in waiting]
         known = dict(zip(masks, arrays, strict=True))
-        for one, held in zip(self._waiting, values, strict=True):
+        for one, held in zip(waiting, values, strict=True):
             yield one, held, {dim: known[id(m)] for dim, m in self._masks(one).items()}
+
+    def _tokens(self, one: _Waiting) -> int:
+        """Tokens of its call that an observation shows."""
+        for name, value in one.values.items():
+            variable = self._declared[one.record][name]
+            batch = batch_of(variable, value.shape)
+            if batch is not None and token_dim(variable) in GROWING:
+                return batch[1]
+        return 1
 
     def _masks(self, one: _Waiting) -> dict[str, Tensor]:
         dims = {token_dim(self._declared[one.record][name]) for name in one.values}
-        dims |= {"key"} if one.context.past else set()  # says how many tokens came before
-        return {dim: m for dim, m in one.valid.items() if m is not None and dim in dims}
+        found = {dim: m for dim, m in one.valid.items() if m is not None and dim in dims}
+        return found if one.context.held is None else {**found, HELD: one.context.held}
 
     def _row(self, one: _Waiting, values: dict[str, np.ndarray], masks: dict[str, np.ndarray]) -> Row:
         """A row with an all-true mask where the model gave none, so that later masks of the same step can join it."""
@@ -174,8 +272,9 @@ class Shelf:
                 continue
             mask = masks.get(dim)
             valid[dim] = mask if mask is not None and mask.shape == batch else np.ones(batch, bool)
-        past = _past(one.context, valid, masks.get("key"))
-        return Row(one.context.step, one.site.layer, one.site.part, one.context.phase, values, valid, past)
+        past = _past(one.context, valid, masks.get(HELD))
+        now = one.context
+        return Row(now.step, one.site.layer, one.site.part, now.phase, values, valid, past, now.past)
 
     @property
     def waiting(self) -> bool:
@@ -183,14 +282,12 @@ class Shelf:
         return bool(self._waiting)
 
 
-def _past(context: Context, valid: Mapping[str, np.ndarray], keys: np.ndarray | None) -> np.ndarray | None:
+def _past(context: Context, valid: Mapping[str, np.ndarray], held: np.ndarray | None) -> np.ndarray | None:
     """Tokens each sequence had before this call, padding left out."""
-    if context.past == 0 or not (valid or keys is not None):
+    if context.past == 0 or not valid:
         return None
-    if keys is not None and keys.shape[1] > context.past:
-        counted: np.ndarray = keys[:, : context.past].sum(1)
-        return counted
-    return np.full(len(next(iter(valid.values()), keys)), context.past)  # type: ignore[arg-type]
+    batch = len(next(iter(valid.values())))
+    return held.sum(1) if held is not None and len(held) == batch else np.full(batch, context.past)
 
 
 def to_host(values: Sequence[Tensor]) -> list[np.ndarray]:
