@@ -85,6 +85,10 @@ class Clock:
         """End a manual step."""
         self._step, self._row_calls = self._step + 1, 0
 
+    def skip(self) -> None:
+        """A forward begins that cannot be watched."""
+        self.calls, self.now = self.calls + 1, None
+
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context | None:
         """The context of the forward that starts now; None when it is not to be watched."""
         self.now, self.portions, self._story, self.cache = None, (), None, None
