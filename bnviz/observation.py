@@ -24,7 +24,7 @@ class Site:
     Parameters
     ----------
     kind : str
-        "model", "block", "sublayer", "attention", "router", "gradient" or "module".
+        "model", "block", "sublayer", "attention", "cross_attention", "router", "gradient" or "module".
     path : str
         As in `model.named_modules()`.
     layer : int
@@ -145,6 +145,14 @@ class AttentionSeen:
         Which keys are not padding; None when there is none, or not known.
     dropped : int
         Keys at the start that a sliding cache no longer holds: zeros here, and no query sees them.
+    across : bool
+        The keys are not the queries' own tokens (another text, an image, a pooled sequence): distances mean nothing.
+
+    Notes
+    -----
+    Attention written by hand may not show its queries and keys, or its values: the last dimension of what is not known is 0. Then
+    `allowed` holds the logits that the model gave its softmax, `scale` is 1, and softmax(scale x query.key + allowed) is the
+    model's own weights all the same.
     """
 
     site: Site
@@ -161,6 +169,7 @@ class AttentionSeen:
     token_ids: Tensor | None = None
     valid_keys: Tensor | None = None
     dropped: int = 0
+    across: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,19 +72,8 @@ class Audience:
             self._failed(name, error)
 
     def _valid(self, seen: Any) -> dict[str, Any]:
-        valid, held = seen.context.valid, self._clock.valid_keys
-        keys = held
-        if isinstance(seen, AttentionSeen):
-            count = seen.key.shape[-2]
-            keys = (
-                seen.valid_keys
-                if seen.valid_keys is not None
-                else held
-                if held is not None and held.shape[1] == count
-                else valid
-                if count == seen.query.shape[-2]
-                else None
-            )
+        valid = seen.context.valid
+        keys = seen.valid_keys if isinstance(seen, AttentionSeen) else self._clock.valid_keys
         sample = None if isinstance(seen, BlockSeen) and seen.shape[1] == 1 else valid
         return {"token": valid, "query": valid, "key": keys, "sample": sample}
 

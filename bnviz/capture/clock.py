@@ -85,10 +85,6 @@ class Clock:
         """End a manual step."""
         self._step, self._row_calls = self._step + 1, 0
 
-    def skip(self) -> None:
-        """A forward begins that cannot be watched."""
-        self.calls, self.now = self.calls + 1, None
-
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context | None:
         """The context of the forward that starts now; None when it is not to be watched."""
         self.now, self.portions, self._story, self.cache = None, (), None, None
@@ -136,6 +132,11 @@ class Clock:
     def rows(self, count: int) -> tuple[int, int]:
         """(batch, tokens) that `count` flat rows stand for; one sequence when they are not this call's tokens."""
         return self._shape if self._shape is not None and self._shape[0] * self._shape[1] == count else (1, count)
+
+    @property
+    def batch(self) -> int | None:
+        """Sequences in this call of the model, where its tokens tell."""
+        return None if self._shape is None else self._shape[0]
 
     def end(self, model: nn.Module) -> None:
         """The forward is over."""

@@ -67,7 +67,6 @@ class Closing:
         self._declared = {record: spec.variables for record, spec in specs.items()}
         self._kinds = {record: spec.sites for record, spec in specs.items() if spec.sites}
         self._paths = {s.layer: s.path for s, _ in plan.blocks}
-        self._attention_paths = {a.site.layer: a.site.path for a in plan.attention}
         self._router_paths = {s.layer: s.path for s, _ in plan.routers}
         self._block_bytes = {s.layer: parameter_bytes(b.first) for s, b in plan.blocks}
         self._expert_bytes = {s.layer: parameter_bytes(r.experts) // r.count for s, r in plan.routers}
@@ -92,9 +91,11 @@ class Closing:
         return {} if record in OWN_LAYERS else self._layers.order()
 
     def _paths_of(self, record: str) -> dict[int, str]:
+        attention = {a.site.layer: a.site.path for a in self._plan.attention if a.site.kind == "attention"}
         known = {
-            "attention": self._attention_paths,
-            "keys_values": self._attention_paths,
+            "attention": attention,
+            "keys_values": attention,
+            "cross_attention": self._plan.cross,
             "routing": self._router_paths,
         }.get(record, self._paths)
         return known if record in OWN_LAYERS else self._layers.paths(known)

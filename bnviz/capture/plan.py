@@ -40,6 +40,10 @@ class Plan:
         of `bnviz.capture` that names it ("" where naming does not help).
     fused : callable
         Tells paths where a hook would switch off a native fused path.
+    suspects : list of AttentionSite
+        Those of the unknown that are listened to all the same: they join `attention` when they show any.
+    cross : dict of int to str
+        After a capture: path of every place that is no layer's self-attention, by its number in the record `cross_attention`.
     """
 
     model: str = ""
@@ -48,16 +52,27 @@ class Plan:
     routers: list[tuple[Site, RouterSite]] = field(default_factory=list)
     fused: Callable[[str], bool] = lambda path: False
     unknown: list[Unknown] = field(default_factory=list)
+    suspects: list[AttentionSite] = field(default_factory=list)
+    cross: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def compiled(self) -> bool:
+        """A module calls an attention function that was compiled."""
+        return any(place.compiled for place in (*self.attention, *self.suspects))
 
     def count(self, kind: str) -> int:
         """Sites of one kind."""
         return {
             "block": len(self.blocks),
             "sublayer": len(self.blocks),
-            "attention": len(self.attention),
+            "attention": self._attention("attention"),
+            "cross_attention": self._attention("cross_attention"),
             "router": len(self.routers),
             "gradient": len(self.blocks),
         }.get(kind, 1)
+
+    def _attention(self, kind: str) -> int:
+        return sum(place.site.kind == kind for place in (*self.attention, *self.suspects))
 
     def __repr__(self) -> str:
         return text(tree(self))
@@ -102,8 +117,9 @@ def sites(model: nn.Module, *, attention: Any = None, routers: Any = None) -> Pl
         plan.blocks.append((Site("block", block.path, number, "block", block.evidence), block))
     if routers is not None:
         raise CaptureError("sites: routers cannot be named yet; leave routers= out.")
-    plan.attention, unknown = find_attention(model, partial(_layer, plan), plan.fused, attention)
-    plan.unknown += unknown
+    found = find_attention(model, partial(_block, plan), plan.fused, attention)
+    plan.attention, plan.suspects = found.sites, found.suspects
+    plan.unknown += found.unknown
     for router in find_routers(model):
         where = _layer(plan, router.path)
         plan.routers.append(
@@ -114,4 +130,10 @@ def sites(model: nn.Module, *, attention: Any = None, routers: Any = None) -> Pl
 
 def _layer(plan: Plan, path: str) -> int:
     """The block a path lies in; -1 outside every block."""
-    return next((s.layer for s, _ in plan.blocks if s.path in ("", path) or path.startswith(f"{s.path}.")), -1)
+    return _block(plan, path)[0]
+
+
+def _block(plan: Plan, path: str) -> tuple[int, str]:
+    """Number and path of the block a path lies in; (-1, "") outside every block."""
+    inside = ((s.layer, s.path) for s, _ in plan.blocks if s.path in ("", path) or path.startswith(f"{s.path}."))
+    return next(inside, (-1, ""))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,9 +24,7 @@ from .blocks.tap import follow_blocks, tap_blocks
 from .census import Census
 from .clock import Clock
 from .closing import Closing, labels_record
-from .generation import Story, recomputing
-from .gradients.outputs import in_transform
-from .gradients.tap import GradientTap, Needs, tap_gradients, wants_of
+from .generation import Story
 from .instruments import Instruments
 from .layers import Layers
 from .options import Options, told
@@ -37,8 +34,7 @@ from .routers.tap import tap_routers
 from .shelf import Shelf, budget_bytes
 from .watch import Watch
 
-if TYPE_CHECKING:
-    from .blocks.writers import Writers
+KINDS = ("block", "attention", "cross_attention", "router")
 
 
 class Session:
@@ -78,13 +74,12 @@ class Session:
         self.shelf.make_room = self._drain
         self.started = time.perf_counter()
         self._stack = contextlib.ExitStack()
-        self._gradients: GradientTap | None = None
 
     def _facts(self) -> dict[str, Any]:
         options: dict[str, Any] = {"probes": list(self._probes), "budget": str(self.options.budget)}
         options["of_probes"] = {name: told(probe) for name, probe in self._probes.items()}
         facts = provenance(self.model, self.options.name, options)
-        facts["found"] = {kind: self._plan.count(kind) for kind in ("block", "attention", "router")}
+        facts["found"] = {kind: self._plan.count(kind) for kind in KINDS}
         return facts
 
     def _choose(self, plan: Plan) -> None:
@@ -98,7 +93,7 @@ class Session:
                 sentence += f" ({plan.unknown[0]})"
             if self._named:
                 raise CaptureError(f"{sentence}; bnviz.sites(model) lists what there is.")
-            if name != "routing":
+            if name not in ("routing", "cross_attention"):
                 self.notes.append(f"{sentence}.")
             del self._probes[name]
 
@@ -117,7 +112,7 @@ class Session:
     def _attach(self, plan: Plan, stack: contextlib.ExitStack) -> None:
         wanted = {kind for p in self._probes.values() for kind in p.spec.sites}
         stack.callback(self.clock.release)
-        if any(
+        if plan.compiled or any(
             hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in self.model.modules()
         ):
             previous = torch.compiler.set_stance("force_eager")
@@ -128,36 +123,18 @@ class Session:
         fused = isinstance(self.model, nn.TransformerEncoderLayer)
         stack.enter_context(around(self.model, self._begin, None, quiet=fused, first=True))
         audience = Audience(self._probes, self.clock, self.shelf, self._failed, self.census.saw)
-        watch = Watch(self.clock, self._layers, audience.emit, self._instruments.own)
-        if "gradient" in wanted:
-            watch = self._watch_gradients(plan, watch, stack)
-        if wanted & {"block", "sublayer", "gradient"}:
-            inside = bool(wanted & {"sublayer", "gradient"})
-            self._closing.writers = tap_blocks(plan, watch, stack, inside=inside)
+        watch = Watch(self.clock, self._layers, audience.emit, self._instruments.own, trouble=self._trouble)
+        if "block" in wanted or "sublayer" in wanted:
+            self._closing.writers = tap_blocks(plan, watch, stack, inside="sublayer" in wanted)
         elif wanted:
             follow_blocks(plan, watch, stack)
-        if "attention" in wanted:
+        if wanted & {"attention", "cross_attention"}:
             tap_attention(plan, watch, stack)
         if "router" in wanted:
             tap_routers(plan, watch, stack)
         self.census.attach(self.model, wanted, stack)
         stack.enter_context(around(self.model, None, self._end, quiet=fused))
         self._instruments.start(self.model, stack)
-
-    def _watch_gradients(self, plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> Watch:
-        mine = {name: probe for name, probe in self._probes.items() if "gradient" in probe.spec.sites}
-
-        def failed(error: Exception) -> None:
-            for name in mine:
-                self._failed(name, error)
-
-        needs = Needs(wants_of(mine.values()), failed, self.shelf.ceiling - self.shelf.held, self.notes)
-        self._gradients = tap_gradients(self.model, plan, watch, stack, needs, self._writers)
-        self.shelf.held += self._gradients.held
-        return replace(watch, flow=self._gradients.flow)
-
-    def _writers(self) -> list[Writers | None]:
-        return self._closing.writers()
 
     def release(self) -> None:
         """Take everything off the model; what an interrupt leaves on, a second pass takes off."""
@@ -174,9 +151,6 @@ class Session:
         CaptureError
             Nothing was observed.
         """
-        if self._gradients is not None:
-            self.shelf.held -= self._gradients.held
-            self._gradients.between(end=True)
         self.shelf.drain()
         self._note_rest()
         records = self._instruments.records()
@@ -187,29 +161,16 @@ class Session:
     # ------------------------------------------------------------------ while the model runs
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if recomputing():  # checkpointing runs the model again: no new forward
-            return
-        if in_transform():
-            self.clock.skip()
-            self._say(
-                "Forwards inside torch.func (grad, vmap) were not watched: their tensors have no values of their own."
-            )
-            return
-        if self._gradients is not None:
-            self._gradients.between()
         if self.shelf.crowded() or (
             self.shelf.waiting and self._closing.stream is not None and self._closing.stream.due
         ):
             self._drain()
         self._instruments.forward_begins(self.clock.calls)
         self._layers.begin()
-        context = self.clock.begin(module, args, kwargs)
-        if self._gradients is not None:
-            self._gradients.begins(context)
+        self.clock.begin(module, args, kwargs)
 
     def _end(self, module: nn.Module, *_: Any) -> None:
-        if not recomputing():
-            self.clock.end(module)
+        self.clock.end(module)
 
     def _cut(self, story: Story, length: int) -> None:
         self.shelf.cut(set(story.steps), length)
@@ -225,8 +186,6 @@ class Session:
 
     def advance(self) -> None:
         """End a step."""
-        if self._gradients is not None:
-            self._gradients.between()
         self.clock.advance()
 
     def _failed(self, name: str, error: Exception) -> None:
@@ -245,9 +204,12 @@ class Session:
         if self.options.strict and not unasked:
             raise CaptureError(f"Probe {name!r} failed: {sentence}") from error
 
-    def _say(self, sentence: str) -> None:
-        if sentence not in self.notes:
-            self.notes.append(sentence)
+    def _trouble(self, where: str, error: Exception) -> None:
+        """A place that could not be read is left alone from then on; strict raises."""
+        sentence = str(error) if isinstance(error, BnvizError) else f"{type(error).__name__}: {error}"
+        self.notes.append(f"{where} was not read: {sentence.rstrip('.')}. The model was not affected.")
+        if self.options.strict:
+            raise CaptureError(f"Reading {where} failed: {sentence}") from error
 
     def _note_rest(self) -> None:
         if self.shelf.inexact:

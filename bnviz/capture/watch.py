@@ -21,6 +21,10 @@ Emit = Callable[[Any], None]
 Flow = Callable[[Site, Tensor, float], None]
 
 
+def _raised(where: str, error: Exception) -> None:
+    raise error
+
+
 @dataclass(frozen=True, slots=True)
 class Watch:
     """What a tap needs of the recorder.
@@ -38,6 +42,8 @@ class Watch:
     flow : callable, optional
         Takes (site, tensor, scale): what a block gave, and what each of its residual writers gave and is multiplied by before it
         is added, as they are in the graph: whoever takes them must not keep them.
+    trouble : callable
+        Takes (where, error): what went wrong in reading a place; the model goes on.
     """
 
     clock: Clock
@@ -45,6 +51,7 @@ class Watch:
     emit: Emit
     own: Callable[[], contextlib.AbstractContextManager[Any]]
     flow: Flow | None = None
+    trouble: Callable[[str, Exception], None] = _raised
 
 
 def tokens_first(value: Tensor) -> Tensor | None:

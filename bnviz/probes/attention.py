@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from bnviz.errors import SchemaError
 from bnviz.observation import AttentionSeen
-from bnviz.schema import Variable, probe
+from bnviz.schema import ProbeSpec, Variable, probe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,14 +94,18 @@ class Attention:
     [1.833, 0.833, 0.333]
     """
 
+    spec: ClassVar[ProbeSpec]
+
     def __init__(self, *, window: int = 64, sinks: int = 4, local: int = 128, bins: int = 64) -> None:
         for name, value in (("window", window), ("sinks", sinks), ("local", local), ("bins", bins)):
             if value < 1:
-                raise SchemaError(f"Probe attention: {name} is {value}, expected 1 or more.")
+                raise SchemaError(f"Probe {self.spec.name}: {name} is {value}, expected 1 or more.")
         self.window, self.sinks, self.local, self.bins = window, sinks, local, bins
 
     def observe(self, seen: AttentionSeen) -> dict[str, Tensor]:
         """Sums of one call; see `observation.Probe` for the axes."""
+        import torch
+
         from bnviz.reduce.attention_stats import Pattern, Statistics, attention_stats
 
         pattern = Pattern(seen.causal, seen.window, seen.allowed, seen.softcap, seen.sinks, seen.scale)
@@ -111,12 +115,15 @@ class Attention:
                 seen.key,
                 pattern=pattern,
                 statistics=Statistics(self._names(seen), self.window, self.sinks, self.local, self.bins),
-                valid=seen.context.valid if seen.valid_keys is None else seen.valid_keys,
+                valid=seen.context.valid if seen.valid_keys is None or seen.across else seen.valid_keys,
                 token_ids=seen.token_ids,
             )
         )
         if "pooled" in kept:
             kept["pooled"] = _over_batch(kept["pooled"])
+        if seen.across:
+            for name in ("local_mass", "previous_mass"):
+                kept[name] = torch.full_like(kept[name], torch.nan)
         if seen.token_ids is not None:
             _blank_ambiguous(kept, seen.token_ids, queries=seen.query.shape[-2])
         kept["visible"] = _visible(seen)
@@ -173,7 +180,7 @@ def _visible(seen: AttentionSeen) -> Tensor:
         sees = sees & ((here - place).abs() < seen.window)
     if seen.allowed is not None:
         sees = sees & _as_bool(seen.allowed)
-    if valid is not None and valid.shape[1] == columns:
+    if valid is not None and valid.shape[1] == columns and not seen.across:
         sees = sees & valid[:, None, None, :]
     return sees.sum(-1).amax(1).float().expand(batch, rows)
 

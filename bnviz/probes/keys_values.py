@@ -16,10 +16,12 @@ _KEY = ("step", "layer", "kv_head", "key")
 @probe(
     sites=("attention",),
     variables=(
-        Variable("key_norm", _KEY, "norm", "L2 norm of a key after rotation, as the kernel got it", "last"),
-        Variable("value_norm", _KEY, "norm", "L2 norm of a value", "last"),
-        Variable("value_norm_l1", _KEY, "norm", "L1 norm of a value", "last"),
-        Variable("bytes_per_token", ("step", "layer"), "B", "bytes of one token's keys and values in a layer", "last"),
+        Variable("key_norm", _KEY, "norm", "L2 norm of a key after rotation, as the kernel got it", "last", True),
+        Variable("value_norm", _KEY, "norm", "L2 norm of a value", "last", True),
+        Variable("value_norm_l1", _KEY, "norm", "L1 norm of a value", "last", True),
+        Variable(
+            "bytes_per_token", ("step", "layer"), "B", "bytes of one token's keys and values in a layer", "last", True
+        ),
     ),
     memory="3 x 4 B a key, key-value head and layer",
 )
@@ -34,7 +36,8 @@ class KeysValues:
     `key_norm` = ||k_j||_2, `value_norm` = ||v_j||_2, `value_norm_l1` = ||v_j||_1, in float32 or wider. `bytes_per_token` =
     kv_heads x (key dim + value dim) x bytes of the dtype that the kernel was given: a model that repeats its heads before the
     kernel, or caches something smaller (a latent, a quantised cache), is overstated. In decoding all keys are seen again at
-    each step; the last step stays, NaN where a sliding cache no longer holds the key. Cost: one pass over keys and values.
+    each step; the last step stays, NaN where a sliding cache no longer holds the key. What attention written by hand does not
+    show (its keys, its values) is left out, and the bytes with it. Cost: one pass over keys and values.
 
     Examples
     --------
@@ -53,12 +56,15 @@ class KeysValues:
 
         key, value = seen.key, seen.value
         taken = key.shape[1] * (key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size())
-        exact = torch.promote_types(key.dtype, torch.float32)
-        norms = {
-            "key_norm": torch.linalg.vector_norm(key, dim=-1, dtype=exact),
-            "value_norm": torch.linalg.vector_norm(value, dim=-1, dtype=exact),
-            "value_norm_l1": torch.linalg.vector_norm(value, ord=1, dim=-1, dtype=exact),
-        }
-        for norm in norms.values():
+        exact = [torch.promote_types(t.dtype, torch.float32) for t in (key, value)]
+        kept: dict[str, Tensor] = {}
+        if key.shape[-1]:
+            kept["key_norm"] = torch.linalg.vector_norm(key, dim=-1, dtype=exact[0])
+        if value.shape[-1]:
+            kept["value_norm"] = torch.linalg.vector_norm(value, dim=-1, dtype=exact[1])
+            kept["value_norm_l1"] = torch.linalg.vector_norm(value, ord=1, dim=-1, dtype=exact[1])
+        for norm in kept.values():
             norm[..., : seen.dropped] = torch.nan
-        return {**norms, "bytes_per_token": torch.tensor(taken, dtype=torch.int64)}
+        if key.shape[-1] and value.shape[-1]:
+            kept["bytes_per_token"] = torch.tensor(taken, dtype=torch.int64)
+        return kept

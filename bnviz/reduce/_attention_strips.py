@@ -191,7 +191,8 @@ def _logits(work: Work, query: Tensor, key: Tensor, heads: slice, sight: Sight, 
     kv = slice(heads.start // work.group, (heads.stop - 1) // work.group + 1)
     k = key[:, kv, sight.start : sight.stop].flatten(0, 1)
     s = buffers.view(0, (*query.shape[:3], k.shape[1]))
-    torch.bmm(query.reshape(k.shape[0], -1, query.shape[-1]), k.mT, out=s.view(k.shape[0], -1, k.shape[1]))
+    flat = s.view(k.shape[0], -1, k.shape[1])
+    torch.bmm(query.reshape(*flat.shape[:2], query.shape[-1]), k.mT, out=flat)
     if work.pattern.softcap is not None:
         s.div_(work.pattern.softcap).tanh_().mul_(work.pattern.softcap)
     if sight.bias is not None:

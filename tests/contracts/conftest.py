@@ -19,6 +19,15 @@ def net(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2))
 
 
+def encoder_decoder() -> nn.Module:
+    """A small model of two texts, with random weights."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=64, decoder_start_token_id=0, **sizes)).eval()
+
+
 @pytest.fixture(scope="session")
 def experts_run(load_model: Any) -> Run:
     """Every default probe on the trained mixture-of-experts model."""

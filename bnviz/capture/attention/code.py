@@ -1,0 +1,159 @@
+"""What the code of a module's class reaches: read from its bytecode, without running it."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import weakref
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+INTERFACE, SDPA, FLEX, MULTI_HEAD = "interface", "sdpa", "flex", "multi_head"
+SOFTMAX, PRODUCT, COMPILED = "softmax", "product", "compiled"
+_NAMES = {
+    "ALL_ATTENTION_FUNCTIONS": INTERFACE,
+    "scaled_dot_product_attention": SDPA,
+    "flex_attention": FLEX,
+    "multi_head_attention_forward": MULTI_HEAD,
+    **dict.fromkeys(("softmax", "Softmax", "_softmax"), SOFTMAX),
+    **dict.fromkeys(("matmul", "bmm", "baddbmm", "einsum", "@"), PRODUCT),
+}
+_VALUES: dict[int, str] = {
+    id(F.scaled_dot_product_attention): SDPA,
+    id(F.multi_head_attention_forward): MULTI_HEAD,
+    id(F.softmax): SOFTMAX,
+}
+STEPS, FAR_STEPS = 1, 3
+
+
+def reaches(module: nn.Module, *, far: bool = False) -> frozenset[str]:
+    """What a module's own code reaches: "interface", "sdpa", "flex", "multi_head", "softmax", "product", "compiled".
+
+    Reads its class's forward, the methods and functions that forward names, and what is called on objects that the module holds
+    and that are no modules (a processor).
+
+    Parameters
+    ----------
+    module : nn.Module
+    far : bool
+        Follow functions over three steps instead of one: for what is named attention.
+
+    Examples
+    --------
+    >>> sorted(reaches(nn.Softmax(-1)))
+    ['softmax']
+    """
+    cls = type(module)
+    if cls.forward is nn.Module.forward:
+        return frozenset()
+    names = _reached(cls, FAR_STEPS if far else STEPS)
+    found = {_NAMES[name] for name in names if name in _NAMES} | {n for n in names if n in _KINDS}
+    for held, value in vars(module).items():
+        if held in names and not held.startswith("__") and _is_processor(value):
+            found |= {_NAMES[n] for n in _reached(type(value), STEPS, "__call__") if n in _NAMES}
+    if any(isinstance(child, nn.Softmax) and name in names for name, child in module.named_children()):
+        found.add(SOFTMAX)
+    return frozenset(found)
+
+
+def bypasses(module: nn.Module) -> bool:
+    """Whether methods of a module's class may compute attention beside transformers' interface."""
+    cls = type(module)
+    names = set(_own(cls.forward))
+    for name in tuple(names):
+        names |= _own(inspect.getattr_static(cls, name, None))
+    return bool({"softmax", "scaled_dot_product_attention"} & names)
+
+
+def _own(function: Any) -> frozenset[str]:
+    found = _code_of(function)
+    return _code_names(found.__code__) if found is not None else frozenset()
+
+
+_known: weakref.WeakKeyDictionary[type, dict[tuple[int, str], frozenset[str]]] = weakref.WeakKeyDictionary()
+_KINDS = frozenset({INTERFACE, SDPA, FLEX, MULTI_HEAD, SOFTMAX, PRODUCT, COMPILED})
+
+
+def _is_processor(value: Any) -> bool:
+    return callable(value) and not isinstance(value, nn.Module | type | FunctionType)
+
+
+def _reached(cls: type, steps: int, entry: str = "forward") -> frozenset[str]:
+    known = _known.setdefault(cls, {})
+    if (steps, entry) not in known:
+        known[steps, entry] = _read(cls, steps, entry)
+    return known[steps, entry]
+
+
+def _read(cls: type, steps: int, entry: str) -> frozenset[str]:
+    """Every name in the code that `entry` reaches, and what the values behind names are."""
+    start = _code_of(inspect.getattr_static(cls, entry, None))
+    if start is None:
+        return frozenset()
+    names: set[str] = set()
+    seen: set[CodeType] = set()
+    edge = [start]
+    for step in range(steps + 1):
+        following: list[FunctionType] = []
+        for function in edge:
+            if function.__code__ in seen:
+                continue
+            seen.add(function.__code__)
+            own = _code_names(function.__code__)
+            names |= own
+            names |= set(_behind(function, own))
+            if step < steps:
+                following += _named_functions(cls, function, own)
+        edge = following
+    return frozenset(names)
+
+
+def _behind(function: FunctionType, names: frozenset[str]) -> Iterator[str]:
+    """What the values of global names and of closures are, whatever they are called here."""
+    free = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+    values = [function.__globals__.get(name) for name in names]
+    values += [_content(cell) for _, cell in free]
+    for value in values:
+        if id(value) in _VALUES:
+            yield _VALUES[id(value)]
+        inner = getattr(value, "_torchdynamo_orig_callable", None) if isinstance(value, FunctionType) else None
+        if inner is not None:
+            yield COMPILED
+        if "flex_attention" in (getattr(value, "__name__", ""), getattr(inner, "__name__", "")):
+            yield FLEX
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _named_functions(cls: type, function: FunctionType, names: frozenset[str]) -> Iterator[FunctionType]:
+    """Methods of the class and functions of the module that a function names; torch's own are known by name."""
+    for name in names:
+        found = _code_of(inspect.getattr_static(cls, name, None)) or _code_of(function.__globals__.get(name))
+        if found is not None and not str(found.__module__).startswith("torch."):
+            yield found
+
+
+def _code_of(function: Any) -> FunctionType | None:
+    if isinstance(function, staticmethod | classmethod):
+        function = function.__func__
+    function = inspect.unwrap(function) if isinstance(function, FunctionType) else function
+    return function if isinstance(function, FunctionType) else None
+
+
+@functools.lru_cache(maxsize=16384)
+def _code_names(code: CodeType) -> frozenset[str]:
+    names = set(code.co_names)
+    if any(i.opname == "BINARY_OP" and i.argrepr == "@" for i in dis.get_instructions(code)):
+        names.add("@")
+    inner = (_code_names(c) for c in code.co_consts if isinstance(c, CodeType))
+    return frozenset(names).union(*inner)

@@ -1,0 +1,310 @@
+"""Follows a hand-written softmax to the values it is multiplied into, and back to the queries and keys it came from.
+
+Inside one call of a module, every product of two tensors, every softmax and what is made of them are followed by shapes alone, so
+nothing waits for the device. Tensors on the way are held weakly: the model frees them when it would have. A softmax is attention
+when its result, through dropout, casts, views or masks, is summed with a product over just the axis that was normalised.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .axes import Axis, Layout, cut, extent, reshaped, root
+from .products import Product, product, version
+
+SOFTMAX = frozenset({"softmax", "special_softmax", "_softmax"})
+_VIEWS = frozenset(
+    {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel", "squeeze_"}
+)
+_TURNS = frozenset(
+    {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "transpose_", ".T", ".mT", ".H", ".mH"}
+)
+_CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "cuda", "cpu"}
+_DROPOUTS = {"dropout", "dropout_", "alpha_dropout", "feature_dropout"}
+_COPIES = {"contiguous", "clone", "detach", "alias", ".data", "requires_grad_", "expand", "expand_as"}
+_SAME = _CASTS | _DROPOUTS | _COPIES | {"nan_to_num", "nan_to_num_"}  # leave attention weights what they are
+_TIMES = {"mul", "rmul", "imul", "multiply"}
+_OVER = {"div", "truediv", "itruediv", "true_divide", "divide"}
+
+
+@dataclass(frozen=True, slots=True)
+class Soft:
+    """A softmax: what it was given and what it gave.
+
+    Parameters
+    ----------
+    logits, weights : Tensor
+    layout : Layout
+        Of both, in axes of the scores they come from, or in their own.
+    over : tuple of Atom
+        The axis that was normalised.
+    version : int
+        Of the logits; a later in-place change shows.
+    scores : Product, optional
+        What the logits come from; None where they come from no product, or from a cat of several tensors.
+    scale : float
+        The plain numbers that the scores were multiplied by on the way.
+    compared : bool
+        The logits come from a product of two tensors at all.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    layout: Layout
+    over: Axis
+    version: int
+    scores: Product | None
+    scale: float
+    compared: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """Where one tensor came from.
+
+    Parameters
+    ----------
+    layout : Layout
+        Its axes in those of the scores, or of the softmax.
+    scores : Product, optional
+    scale : float
+    compared : bool
+        It comes from a product of two tensors.
+    soft : Soft, optional
+        None before the softmax.
+    altered : bool
+        Changed since the softmax by more than dropout, a cast or a view.
+    dropped : bool
+        Dropout took some away; what changes later can't be told from it.
+    plain : (Tensor, Layout), optional
+        Of altered weights, before dropout took some away.
+    """
+
+    layout: Layout
+    scores: Product | None = None
+    scale: float = 1.0
+    compared: bool = False
+    soft: Soft | None = None
+    altered: bool = False
+    dropped: bool = False
+    plain: tuple[Tensor, Layout] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """A softmax that was multiplied into values.
+
+    Parameters
+    ----------
+    soft : Soft
+    used : Tensor
+        The weights as they were multiplied, after dropout and masks.
+    layout : Layout
+        Of `used`.
+    labels : tuple of str
+        Of the axes of `used` in the product.
+    into : Product
+    altered : (Tensor, Layout), optional
+        The weights, where they are not those of the softmax any more: some were taken away, or made larger.
+    """
+
+    soft: Soft
+    used: Tensor
+    layout: Layout
+    labels: tuple[str, ...]
+    into: Product
+    altered: tuple[Tensor, Layout] | None
+
+    @property
+    def value(self) -> tuple[Tensor, tuple[str, ...]]:
+        """The values and the labels of their axes."""
+        into = self.into
+        return (into.right, into.of_right) if self.used is into.left else (into.left, into.of_left)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call of a torch function, and which of its tensors is followed."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Tensor
+    source: Tensor
+
+
+class Trail:
+    """What is followed in one call of a module."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], Track]] = {}
+        self._shown: set[int] = set()
+
+    def hear(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Mixed | None:
+        """Take notice of a torch function that the module called; gives a softmax that it multiplied into values."""
+        name = named(function)
+        if name == "__setitem__":
+            self._overwritten(args[0])
+        if not isinstance(output, Tensor):
+            return None
+        if name in SOFTMAX:
+            self._softmax(args, kwargs, output)
+            return None
+        found = product(name, args, kwargs)
+        if found is None:
+            if self._known:
+                self._derived(function, Step(name, args, kwargs, output, output))
+            return None
+        mixed = self._mixes(found)
+        if mixed is None:
+            self._follow(output, Track(root(output.shape), found, found.scale, compared=True))
+        elif id(mixed.soft) not in self._shown:
+            self._shown.add(id(mixed.soft))
+            return mixed
+        return None
+
+    def _track(self, value: Any) -> Track | None:
+        known = self._known.get(id(value))
+        return known[1] if known is not None and known[0]() is value else None
+
+    def _follow(self, tensor: Tensor, track: Track) -> None:
+        place, known = id(tensor), self._known
+
+        def gone(reference: weakref.ref[Tensor]) -> None:
+            if place in known and known[place][0] is reference:
+                del known[place]
+
+        known[place] = (weakref.ref(tensor, gone), track)
+
+    def _softmax(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        logits = args[0] if args else kwargs.get("input", kwargs.get("self"))
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if not isinstance(logits, Tensor) or logits.shape != output.shape or logits is output:
+            return
+        dim = (0 if logits.dim() in (0, 1, 3) else 1) if dim is None else dim  # torch's own default, deprecated
+        known = self._track(logits)
+        before = known if known is not None and known.soft is None else Track(root(logits.shape))
+        over, scores, scale = before.layout[dim], before.scores, before.scale
+        soft = Soft(logits, output, before.layout, over, version(logits), scores, scale, before.compared)
+        self._follow(output, Track(before.layout, soft=soft))
+
+    def _mixes(self, found: Product) -> Mixed | None:
+        """The softmax that a product multiplies into values, over just the axis that was normalised."""
+        for used, labels, other in (
+            (found.left, found.of_left, found.of_right),
+            (found.right, found.of_right, found.of_left),
+        ):
+            track = self._track(used)
+            if track is None or track.soft is None:
+                continue
+            at = [place for place, label in enumerate(labels) if label in other and label not in found.of_output]
+            over = chain.from_iterable(track.layout[place] for place in at)
+            if at and [a.uncut for a in over] == [a.uncut for a in track.soft.over]:
+                altered = (track.plain or (used, track.layout)) if track.altered else None
+                return Mixed(track.soft, used, track.layout, labels, found, altered)
+        return None
+
+    def _overwritten(self, tensor: Any) -> None:
+        track = self._track(tensor)
+        if track is not None and track.soft is not None:
+            self._follow(tensor, replace(track, altered=True))
+
+    def _derived(self, function: Any, step: Step) -> None:
+        lists = (v for v in step.args if isinstance(v, list | tuple))
+        given = [v for v in (*step.args, *chain(*lists), *step.kwargs.values()) if isinstance(v, Tensor)]
+        tracked = [(v, t) for v in given if (t := self._track(v)) is not None]
+        if not tracked or step.output.is_nested:
+            return
+        source, track = max(tracked, key=lambda one: one[1].soft is not None)
+        if len({id(t.soft) for _, t in tracked if t.soft is not None}) > 1:
+            return  # a difference of two softmaxes is no attention of one
+        step = replace(step, source=source)
+        layout = _layout_after(function, step, track.layout)
+        if layout is None:
+            if track.soft is None:
+                self._follow(step.output, Track(root(step.output.shape), compared=True))
+            return
+        if track.soft is None:
+            track = replace(track, scale=track.scale * _factor(step.name, step.args))
+        elif _drops(step):
+            track = replace(track, plain=(source, track.layout) if track.altered else track.plain, dropped=True)
+        elif not (step.name in _VIEWS | _TURNS | _SAME or step.name == "__getitem__" or track.dropped):
+            track = replace(track, altered=True)
+        self._follow(step.output, replace(track, layout=layout))
+
+
+def named(function: Any) -> str:
+    """The bare name of a torch function: "softmax" for `F.softmax`, `Tensor.softmax`, `aten.softmax.int`; ".T" for a property."""
+    name = getattr(function, "__name__", "")
+    if name == "__get__":
+        return "." + getattr(getattr(function, "__self__", None), "__name__", "")
+    return name.partition(".")[0] if type(function).__module__ == "torch._ops" else name
+
+
+def _layout_after(function: Any, step: Step, layout: Layout) -> Layout | None:
+    """The layout of what a function made of its source; None when it can't be told."""
+    name, output, source = step.name, step.output, step.source
+    if name in _TURNS:
+        return _turned(function, step, layout) if step.args and source is step.args[0] else None
+    if name in _VIEWS:
+        return reshaped(layout, output.shape) if output.dtype == source.dtype else None
+    if name == "__getitem__":
+        return _piece(step.args[1], layout, output.shape)
+    return layout if output.shape == source.shape else None
+
+
+def _turned(function: Any, step: Step, layout: Layout) -> Layout | None:
+    """After a permutation: the same one of a tensor without values, whose axes all differ in size."""
+    marker = torch.empty(tuple(range(2, 2 + len(layout))), device="meta")
+    turned = function(marker, *step.args[1:], **step.kwargs)
+    return tuple(layout[size - 2] for size in turned.shape)
+
+
+def _piece(index: Any, layout: Layout, shape: torch.Size) -> Layout | None:
+    """After indexing with slices, numbers, None and an ellipsis."""
+    index = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(i, bool) or not (i is None or i is Ellipsis or isinstance(i, int | slice)) for i in index):
+        return None
+    spread = (slice(None),) * (len(layout) - sum(i is not None and i is not Ellipsis for i in index))
+    at = next((place for place, i in enumerate(index) if i is Ellipsis), len(index))
+    axes: list[Axis] = []
+    left = list(layout)
+    for i in (*index[:at], *spread, *index[at + 1 :]):
+        if i is None:
+            axes.append(())
+            continue
+        axis = left.pop(0)
+        start, stop, step = (slice(i, i + 1 or None) if isinstance(i, int) else i).indices(extent(axis))
+        piece = cut(axis, start, stop) if step == 1 else None
+        if piece is None:
+            return None
+        axes.append(piece)
+    return reshaped(tuple(axes), shape)
+
+
+def _factor(name: str, args: tuple[Any, ...]) -> float:
+    """The plain number that a function multiplies by; 1 where it does something else."""
+    if name.strip("_") not in _TIMES | _OVER or len(args) < 2:
+        return 1.0
+    number = args[1]
+    if isinstance(number, Tensor) and number.numel() == 1 and number.device.type == "cpu":
+        number = float(number)
+    if not isinstance(number, int | float):
+        return 1.0
+    return 1 / number if name.strip("_") in _OVER and number else float(number)
+
+
+def _drops(step: Step) -> bool:
+    """Whether a call of dropout drops anything."""
+    if "dropout" not in step.name:
+        return False
+    p = step.kwargs.get("p", step.args[1] if len(step.args) > 1 else 0.5)
+    training = step.kwargs.get("training", step.kwargs.get("train", step.args[2] if len(step.args) > 2 else True))
+    return bool(training) and p > 0
