@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from bnviz.observation import Context
 
-from .generation import APART, Cut, Selected, Stories, Story, cache_in, recomputing
-from .native import real_of
+from .generation import APART, Follower, Stories, Story, cache_in, recomputing
+from .padding import flat, masks_of, real_tokens
 from .portions import Portion
+
+_FROM_ENCODER = ("encoder_outputs", "encoder_hidden_states")  # what a decoder is given of another call
 
 
 @dataclass(slots=True)
@@ -38,6 +40,15 @@ class _Call:
         return self.real[:, -self.length :] if self.real is not None and self.length else None
 
 
+@dataclass(slots=True)
+class _Joint:
+    """A forward that parts of the model, called by themselves, have begun: who called, and the number of its row."""
+
+    callers: set[int]
+    step: int
+    watched: bool
+
+
 class Clock:
     """Turns calls of the watched model into contexts.
 
@@ -49,8 +60,8 @@ class Clock:
         Which forwards are watched; a callable is given the model.
     every : int
         Watch one forward in `every` (decode steps follow their prefill).
-    cut, selected : callable, optional
-        Told when tokens of a text are taken back, and when the texts of a batch change places; see `Stories`.
+    follower : Follower, optional
+        Told what becomes of texts between calls.
     """
 
     def __init__(
@@ -58,15 +69,16 @@ class Clock:
         step: str,
         when: str | Callable[[nn.Module], bool],
         every: int,
-        cut: Cut = lambda *_: None,
-        selected: Selected = lambda *_: None,
+        follower: Follower | None = None,
     ) -> None:
         self._manual, self._when, self._every = step == "manual", when, every
         self._step, self._seen, self._row_calls = -1, -1, 0
-        self._stories = Stories(cut, selected)
+        self._stories = Stories(follower)
         self._story: Story | None = None
+        self._alone: Story | None = None  # what the last call without a cache has read: a cache may come of it
         self._names: dict[type, list[str]] = {}
         self._outer: int | None = None
+        self._joint: _Joint | None = None
         self.cache: Any = None
         self.calls = 0
         self.forwards_watched = 0
@@ -85,34 +97,60 @@ class Clock:
         """End a manual step."""
         self._step, self._row_calls = self._step + 1, 0
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context | None:
-        """The context of the forward that starts now; None when it is not to be watched."""
+    @property
+    def running(self) -> bool:
+        """A forward is under way, watched or not."""
+        return self._outer is not None
+
+    @property
+    def batch(self) -> int | None:
+        """Sequences in this call of the model, where its tokens tell."""
+        return None if self._shape is None else self._shape[0]
+
+    def begin(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, part: bool = False
+    ) -> Context | None:
+        """The context of the forward that starts now; None when it is not to be watched.
+
+        Parameters
+        ----------
+        model : nn.Module
+        args, kwargs : tuple, dict
+            Of the call.
+        part : bool
+            A part of the model (an encoder) is called by itself.
+        """
         self.now, self.portions, self._story, self.cache = None, (), None, None
         self._times.clear()
         self._outer = id(model)
         if recomputing():
             return None
-        number, self.calls = self.calls, self.calls + 1
         names = self._names_of(model)
         given = dict(zip(names, args, strict=False)) | kwargs
         self.cache = cache_in(given)
         call, mask = self._read(names, given)
         story = self._story = self._go_on(call, mask)
         kind = "forward" if story is None else story.takes(call.past, call.length, call.batch, _kept(given))
-        watched = self._watches(model, story, kind)
+        joint = self._joins(model, kind, given, part=part)
+        self.calls += joint is None
+        watched = self._watches(model, story, kind, joint)
         if story is not None:
             call.tail = _tail(kind, call, _kept(given))
             self._follow(story, kind, call)
         self.token_ids, self.valid_keys = (call.ids, call.real) if story is None else (story.ids, story.real)
+        if part and joint is None:
+            self._joint = _Joint({id(model)}, self._following, watched)
+        alone = Story(call.length or 0, call.ids, call.real, call.batch, "prefill", watched=watched)
+        self._alone = alone if story is None else None
         if not watched:
             return None
-        self._place(story, kind, call, number)
-        self._masks = _masks(given)
+        self._place(story, kind, call, joint)
+        self._masks = masks_of(given)
         self._shape = (call.batch, call.length) if call.length is not None else None
         self._row_calls += 1
-        self.forwards_watched += 1
+        self.forwards_watched += joint is None
         self._started = time.perf_counter()
-        if self._first is None and call.ids is not None:
+        if self._first is None and call.ids is not None and not part:
             self._first = (call.ids.detach(), call.valid)
         return self.now
 
@@ -133,11 +171,6 @@ class Clock:
         """(batch, tokens) that `count` flat rows stand for; one sequence when they are not this call's tokens."""
         return self._shape if self._shape is not None and self._shape[0] * self._shape[1] == count else (1, count)
 
-    @property
-    def batch(self) -> int | None:
-        """Sequences in this call of the model, where its tokens tell."""
-        return None if self._shape is None else self._shape[0]
-
     def end(self, model: nn.Module) -> None:
         """The forward is over."""
         if self._outer != id(model):
@@ -153,7 +186,7 @@ class Clock:
         """Let caches and ids go; the ids of the first watched forward stay, on the host."""
         if self._first is not None:
             self.first_ids = tuple(None if t is None else t.cpu().numpy() for t in self._first)  # type: ignore[assignment]
-        self._first = self.token_ids = self.valid_keys = self.now = self._story = self.cache = None
+        self._first = self.token_ids = self.valid_keys = self.now = self._story = self._alone = self.cache = None
         self._stories.release()
         self._masks = []
 
@@ -171,7 +204,7 @@ class Clock:
         side = "decoder_" if two else ""
         ids = given.get(f"{side}input_ids")
         ids = given.get("labels") if ids is None and two else ids
-        ids = ids if _flat(ids) else None
+        ids = ids if flat(ids) else None
         tokens = ids if ids is not None else given.get(f"{side}inputs_embeds")
         if tokens is None and not two:  # a model of the user's own: ids, or vectors
             values = [v for v in given.values() if isinstance(v, Tensor)]
@@ -188,11 +221,13 @@ class Clock:
             mask = mask.get("full_attention", next(iter(mask.values()), None))
         story = None
         if self.cache is not None:
-            width = mask.shape[1] - (call.length or 0) if _flat(mask) else None
+            width = mask.shape[1] - (call.length or 0) if flat(mask) else None
             story, call.past = self._stories.of(self.cache, width)
+            if not story.batch and call.past and self._alone is not None:  # a cache that came of a call without one
+                story.adopt(self._alone, call.past, call.batch)
             if story.batch not in (0, call.batch):
                 story.phase = ""
-        call.real = _real(mask, story, call)
+        call.real = real_tokens(mask, None if story is None else (story.real, call.past), call.batch, call.length)
         return story
 
     def _follow(self, story: Story, kind: str, call: _Call) -> None:
@@ -209,14 +244,29 @@ class Clock:
 
     # ------------------------------------------------------------------ which of them are seen, and where they are put
 
-    def _watches(self, model: nn.Module, story: Story | None, kind: str) -> bool:
+    def _joins(self, model: nn.Module, kind: str, given: dict[str, Any], *, part: bool) -> _Joint | None:
+        """The forward that a part of the model, called by itself, has begun, when this call is more of it.
+
+        That is another part; or the model itself, given what its encoder made.
+        """
+        joint, self._joint = self._joint, None
+        reads = part or any(given.get(name) is not None for name in _FROM_ENCODER)
+        if joint is None or kind not in ("forward", "prompt") or not reads or id(model) in joint.callers:
+            return None
+        joint.callers.add(id(model))
+        self._joint = joint if part else None
+        return joint
+
+    def _watches(self, model: nn.Module, story: Story | None, kind: str, joint: _Joint | None) -> bool:
         if callable(self._when):
             wanted = bool(self._when(model))
         else:
             wanted = self._when == "always" or (self._when == "train") == model.training
         if story is not None and kind != "prompt" and story.phase:
             return wanted and story.watched
-        if wanted and self._manual:  # of several forwards in one manual step the first is kept
+        if joint is not None:
+            wanted = joint.watched
+        elif wanted and self._manual:  # of several forwards in one manual step the first is kept
             wanted = self._row_calls == 0
         elif wanted:
             self._seen += 1
@@ -225,13 +275,16 @@ class Clock:
             story.watched = wanted
         return wanted
 
-    def _place(self, story: Story | None, kind: str, call: _Call, number: int) -> None:
+    def _place(self, story: Story | None, kind: str, call: _Call, joint: _Joint | None) -> None:
         """The moment, and where tokens of the call have moments of their own, the portions."""
+        number = self.calls - 1
         if story is None:
-            self.now = Context(self._next(), number, "forward", 0, call.valid)
+            self.now = Context(self._next(joint), number, "forward", 0, call.valid)
+            if self._alone is not None:
+                self._alone.step = self.now.step
             return
         if kind == "prompt" or story.phase != ("prefill" if kind == "chunk" else "decode"):
-            story.begin(self._next(), "prefill" if kind == "prompt" else "decode")
+            story.begin(self._next(joint), "prefill" if kind == "prompt" else "decode")
         held = call.real[:, : call.past] if call.real is not None and call.past else None
         self.now = Context(story.step, number, story.phase, call.past, call.valid, held)
         length = call.length or 0
@@ -256,14 +309,16 @@ class Clock:
         held = call.real[:, :past] if call.real is not None and past else None
         return Portion(start, stop, replace(now, past=past, valid=valid, held=held))
 
-    def _next(self) -> int:
+    def _next(self, joint: _Joint | None = None) -> int:
         """The number of a row that begins."""
-        self._step = max(self._step, 0) if self._manual else self._step + 1
+        if joint is not None:
+            return joint.step
+        self._step = self._following
         return self._step
 
-
-def _flat(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 2
+    @property
+    def _following(self) -> int:
+        return max(self._step, 0) if self._manual else self._step + 1
 
 
 def _kept(given: dict[str, Any]) -> int:
@@ -275,45 +330,3 @@ def _kept(given: dict[str, Any]) -> int:
 def _tail(kind: str, call: _Call, kept: int) -> int:
     """Tokens at the end of a prompt that are guesses: their logits are wanted, not only the last one's."""
     return kept - 1 if kind == "prompt" and 1 < kept <= min(call.length or 0, APART + 1) else 0
-
-
-def _masks(given: dict[str, Any]) -> list[Tensor]:
-    """(batch, tokens) bool of every side: which tokens are not padding."""
-    found = [m.bool() for name, m in given.items() if name.endswith("attention_mask") and _flat(m)]
-    padding = [real_of(m) for name, m in given.items() if name.endswith("key_padding_mask") and _flat(m)]
-    return found + [m for m in padding if m is not None]
-
-
-def _real(mask: Any, story: Story | None, call: _Call) -> Tensor | None:
-    """(batch, keys) bool: which tokens so far are not padding; a static cache comes with a mask of pairs instead."""
-    length, past = call.length, call.past
-    before = story.real if story is not None else None
-    fits = before is not None and before.shape == (call.batch, past)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        real = mask.to(torch.bool, copy=True)  # it is read after the forward, when the caller may have changed it
-        if past and before is not None and fits and real.shape[1] == length:
-            return torch.cat([before, real], 1)
-        return real[:, : past + length] if length is not None and story is not None else real
-    if story is None or length is None:
-        return None
-    if past == 0:
-        return padding_of(mask, length) if isinstance(mask, Tensor) and mask.dim() == 4 else None
-    return torch.cat([before, before.new_ones(call.batch, length)], 1) if before is not None and fits else None
-
-
-def padding_of(mask: Tensor, length: int) -> Tensor | None:
-    """(batch, length) bool, False for padding, from a mask (batch, 1, length, keys) of pairs of a whole prompt.
-
-    Padding on the left: a row that sees nothing, or everything (so that no kernel makes NaN of it), and is not seen by the last.
-
-    Examples
-    --------
-    >>> padding_of(torch.tensor([[1, 1, 1], [0, 1, 0], [0, 1, 1]]).bool()[None, None], 3)
-    tensor([[False,  True,  True]])
-    """
-    sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    sees = sees[:, 0, :, :length]
-    if sees.shape[1:] != (length, length):
-        return None
-    odd = sees.all(-1) | ~sees.any(-1)
-    return ~(odd & ~sees[:, -1])

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +68,12 @@ class Story:
         if step not in self.steps:
             self.steps.append(step)
 
+    def adopt(self, call: Story, past: int, batch: int) -> None:
+        """Go on from a call that had no cache yet and gave this one back, if it read as many tokens."""
+        if (call.length, call.batch) == (past, batch):
+            self.ids, self.real, self.batch, self.watched = call.ids, call.real, batch, call.watched
+            self.begin(call.step, call.phase)
+
     def takes(self, past: int, count: int | None, batch: int, keep: Any) -> str:
         """What a call with `count` tokens after `past` is to the text.
 
@@ -91,8 +97,17 @@ class Story:
         return "chunk" if known and self.phase == "prefill" else "prompt"
 
 
-Cut = Callable[[Story, int], None]
-Selected = Callable[[Story, int, Tensor], None]
+class Follower(Protocol):
+    """Keeps what was seen of the texts, in steps, and follows what becomes of them."""
+
+    def hold(self, steps: Set[int]) -> None:
+        """These steps will change."""
+
+    def cut(self, steps: Set[int], length: int) -> None:
+        """Tokens from `length` on in their cache were taken back."""
+
+    def move(self, steps: Set[int], batch: int, index: Tensor) -> None:
+        """Their sequences, `batch` of them, are taken anew by `index` (batch after,)."""
 
 
 class Stories:
@@ -100,14 +115,11 @@ class Stories:
 
     Parameters
     ----------
-    cut : callable
-        Given a text and the number of tokens that are left when some were taken back.
-    selected : callable
-        Given texts, how many sequences they were, and the index (sequences after,) by which they are taken anew.
+    follower : Follower, optional
     """
 
-    def __init__(self, cut: Cut, selected: Selected) -> None:
-        self._cut, self._selected = cut, selected
+    def __init__(self, follower: Follower | None) -> None:
+        self._follower = follower
         self._known: dict[int, tuple[Any, Story]] = {}
         self._stack = contextlib.ExitStack()
         self._classes: set[type] = set()
@@ -172,6 +184,8 @@ class Stories:
         if found is None or found[0]() is not cache:
             return
         story = found[1]
+        if self._follower is not None and method != "reset":
+            self._follower.hold(frozenset(story.steps))
         if method == "reset":
             del self._known[id(cache)]
         elif method == "crop":
@@ -194,8 +208,8 @@ class Stories:
         story.real = None if story.real is None else story.real[:, :length]
         if length <= story.floor:  # a whole call was undone, so it was no guess: the text begins anew from there
             story.phase, story.speculative = "", False
-        else:
-            self._cut(story, length)
+        elif self._follower is not None:
+            self._follower.cut(frozenset(story.steps), length)
 
     def _move(self, story: Story) -> None:
         """The sequences have changed places since the last call. A move that no call follows changes nothing that was seen."""
@@ -205,7 +219,8 @@ class Stories:
                 story.ids = story.ids.index_select(0, index.to(story.ids.device))
             if story.real is not None:
                 story.real = story.real.index_select(0, index.to(story.real.device))
-            self._selected(story, before, index)
+            if self._follower is not None:
+                self._follower.move(frozenset(story.steps), before, index)
         story.moves.clear()
 
 

@@ -128,6 +128,26 @@ def sites(model: nn.Module, *, attention: Any = None, routers: Any = None) -> Pl
     return plan
 
 
+def parts(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    """Modules below the model that hold lists of blocks, and may be called without it: an encoder, a tower, a body.
+
+    Examples
+    --------
+    >>> net = nn.Transformer(8, 2, 2, 2, 8, batch_first=True)
+    >>> [type(module).__name__ for module in parts(net, sites(net))]
+    ['TransformerEncoder', 'TransformerDecoder']
+    """
+    found: dict[str, nn.Module] = {}
+    for site, _ in plan.blocks:
+        holder = site.path.rpartition(".")[0]
+        path = (
+            holder if holder and isinstance(model.get_submodule(holder), nn.Sequential) else holder.rpartition(".")[0]
+        )
+        if path:
+            found[path] = model.get_submodule(path)
+    return [module for module in found.values() if type(module).forward is not nn.Module.forward]
+
+
 def _layer(plan: Plan, path: str) -> int:
     """The block a path lies in; -1 outside every block."""
     return _block(plan, path)[0]

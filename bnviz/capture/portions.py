@@ -76,7 +76,7 @@ def _rows(seen: Any, portion: Portion) -> Any:
 def _attention(seen: AttentionSeen, portion: Portion) -> AttentionSeen:
     """Its queries, and the keys up to the last of them; all keys where they are another text's."""
     queries, keys = seen.query.shape[-2], seen.key.shape[-2]
-    own = seen.site.kind != "cross_attention" and keys == seen.context.past + queries
+    own = not seen.across and keys == seen.context.past + queries
     stop = keys - queries + portion.stop if own else keys
     allowed = seen.allowed
     if allowed is not None:

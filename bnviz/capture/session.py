@@ -24,11 +24,10 @@ from .blocks.tap import follow_blocks, tap_blocks
 from .census import Census
 from .clock import Clock
 from .closing import Closing, labels_record
-from .generation import Story
 from .instruments import Instruments
 from .layers import Layers
 from .options import Options, told
-from .plan import Plan, sites
+from .plan import Plan, parts, sites
 from .provenance import provenance
 from .routers.tap import tap_routers
 from .shelf import Shelf, budget_bytes
@@ -64,11 +63,11 @@ class Session:
         labels_record(options.labels)  # refused before anything is attached
         self._plan = sites(model, attention=options.attention, routers=options.routers)
         self._choose(self._plan)
-        self.clock = Clock(options.step, options.when, options.every, self._cut, self._moved)
         self._layers = Layers(len(self._plan.blocks))
-        self.census = Census(self._plan, self.clock)
         specs = {n: p.spec for n, p in self._probes.items()}
         self.shelf = Shelf({n: spec.variables for n, spec in specs.items()}, budget_bytes(options.budget))
+        self.clock = Clock(options.step, options.when, options.every, self.shelf)
+        self.census = Census(self._plan, self.clock)
         self._instruments = Instruments(self._probes, self._failed, notes)
         self._closing = Closing(model, self._plan, self._facts(), specs, options, self._layers, notes)
         self.shelf.make_room = self._drain
@@ -122,6 +121,8 @@ class Session:
             )
         fused = isinstance(self.model, nn.TransformerEncoderLayer)
         stack.enter_context(around(self.model, self._begin, None, quiet=fused, first=True))
+        for module in parts(self.model, plan):
+            stack.enter_context(around(module, self._begin_part, None, first=True))
         audience = Audience(self._probes, self.clock, self.shelf, self._failed, self.census.saw)
         watch = Watch(self.clock, self._layers, audience.emit, self._instruments.own, trouble=self._trouble)
         if "block" in wanted or "sublayer" in wanted:
@@ -133,7 +134,8 @@ class Session:
         if "router" in wanted:
             tap_routers(plan, watch, stack)
         self.census.attach(self.model, wanted, stack)
-        stack.enter_context(around(self.model, None, self._end, quiet=fused))
+        for module in (self.model, *parts(self.model, plan)):
+            stack.enter_context(around(module, None, self._end, quiet=fused and module is self.model))
         self._instruments.start(self.model, stack)
 
     def release(self) -> None:
@@ -160,23 +162,21 @@ class Session:
 
     # ------------------------------------------------------------------ while the model runs
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, part: bool = False) -> None:
         if self.shelf.crowded() or (
             self.shelf.waiting and self._closing.stream is not None and self._closing.stream.due
         ):
             self._drain()
         self._instruments.forward_begins(self.clock.calls)
         self._layers.begin()
-        self.clock.begin(module, args, kwargs)
+        self.clock.begin(module, args, kwargs, part=part)
+
+    def _begin_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.clock.running:
+            self._begin(module, args, kwargs, part=True)
 
     def _end(self, module: nn.Module, *_: Any) -> None:
         self.clock.end(module)
-
-    def _cut(self, story: Story, length: int) -> None:
-        self.shelf.cut(set(story.steps), length)
-
-    def _moved(self, story: Story, batch: int, index: torch.Tensor) -> None:
-        self.shelf.move(frozenset(story.steps), batch, index)
 
     def _drain(self) -> None:
         """What waits to the host, and on to the disk where one is given."""

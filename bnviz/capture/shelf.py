@@ -144,12 +144,16 @@ class Shelf:
         tight = self.held + self._largest > self.ceiling
         return bool(self._waiting) and (tight or self._waiting_bytes > share or len(self._waiting) > MANY)
 
+    def hold(self, steps: Set[int]) -> None:
+        """Keep the rows of some steps in memory: their tokens may be taken back, or change places."""
+        self._live |= steps
+
     def cut(self, steps: Set[int], length: int) -> None:
         """Leave out the tokens of some steps from `length` on in their cache: they were taken back.
 
         What waits is left out exactly. What is in a row already is cut off its end, but stays in sums over queries.
         """
-        self._live |= steps
+        self.hold(steps)
         kept: list[_Waiting | _Move] = []
         for one in self._waiting:
             if isinstance(one, _Waiting) and one.context.step in steps:
@@ -170,10 +174,10 @@ class Shelf:
                     self.inexact += 1
         self.inexact += sum(self._written.get(step, 0) > length for step in steps)
 
-    def move(self, steps: frozenset[int], batch: int, index: Tensor) -> None:
+    def move(self, steps: Set[int], batch: int, index: Tensor) -> None:
         """The sequences of some steps (batch of them) are taken anew by `index` (batch after,)."""
-        self._live |= steps
-        self._waiting.append(_Move(steps, batch, index))
+        self.hold(steps)
+        self._waiting.append(_Move(frozenset(steps), batch, index))
 
     def drain(self) -> None:
         """Bring what waits to the host and merge what one site gave in one step.

@@ -378,3 +378,124 @@ def test_a_forward_that_backward_repeats_is_no_step() -> None:
             checkpoint(block, x.clone().requires_grad_(), use_reentrant=False).sum().backward()
     assert recorder.run["activations"].sizes["step"] == 2
     assert recorder.run.provenance["calls"] == 2
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_an_encoder_and_its_decoder_are_one_text(beams: int, cache: str | None) -> None:
+    from .test_recorder import t5
+
+    model, ids, mask = t5("sdpa"), torch.randint(3, 61, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.4)
+    mask[1, 6:] = 0
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "num_beams": beams,
+        "num_return_sequences": beams,
+    }
+    options |= {"do_sample": False, "attention_mask": mask, "cache_implementation": cache}
+    plain = model.generate(ids, **options)
+    with captured(model, "attention", "activations") as recorder:
+        assert torch.equal(plain, model.generate(ids, **options))
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        given = {"input_ids": ids.repeat_interleave(beams, 0), "attention_mask": mask.repeat_interleave(beams, 0)}
+        told = eager(**given, decoder_input_ids=plain[:, :-1], output_attentions=True)
+    record = recorder.run["attention"]
+    assert list(record.phase.values) == ["prefill", "decode"]
+    encoder = torch.stack(told.encoder_attentions)[:, ::beams].double().numpy()
+    mass = [encoder[:, b, :, :n, :n].sum(-2) for b, n in ((0, 9), (1, 6))]
+    assert np.allclose(
+        record["mass"].isel(step=0).sel(layer=[0, 1]).values[..., :15], np.concatenate(mass, -1), atol=1e-5
+    )
+    maps = torch.stack(told.decoder_attentions).double().numpy()
+    decode = record.isel(step=1).sel(layer=[2, 3])
+    if beams == 1:
+        for sequence in range(2):
+            check_rows(decode, maps[:, sequence], sequence, 1)
+    else:
+        rows = [row_of(decode, maps[:, sequence], 1) for sequence in range(2 * beams)]
+        assert len(set(rows)) == len({tuple(row) for row in plain[:, :-1].tolist()})
+
+
+def test_parts_of_a_model_that_are_called_alone_are_seen() -> None:
+    from .test_recorder import t5
+
+    model, ids = t5("sdpa"), torch.randint(3, 61, (2, 9))
+    with torch.no_grad(), captured(model, "activations", every=2) as recorder:
+        for _ in range(4):
+            model.get_encoder()(ids)
+    record = recorder.run["activations"]
+    assert record.sizes["step"] == 2
+    assert list(record.layer.values) == [0, 1]
+
+
+class Gpt(torch.nn.Module):
+    """A decoder as people write it: no names that are known, its cache a list of tuples of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = torch.nn.Embedding(31, 16), torch.nn.Linear(16, 31)
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.ModuleDict({"attn": Causal(), "mlp": torch.nn.Linear(16, 16)}) for _ in range(2)
+        )
+
+    def forward(self, tokens: Tensor, past: Any = None) -> tuple[Tensor, list[Any]]:
+        x, kept = self.table(tokens), []
+        for at, block in enumerate(self.blocks):
+            y, held = block["attn"](x, None if past is None else past[at])
+            x = x + y + block["mlp"](x)
+            kept.append(held)
+        return self.head(x), kept
+
+
+class Causal(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, past: Any) -> tuple[Tensor, Any]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2)), (k, v)
+
+
+def test_a_cache_of_tuples_is_followed() -> None:
+    model, ids = Gpt().eval(), torch.randint(0, 31, (2, 10))
+    with torch.no_grad(), captured(model) as whole:
+        model(ids)
+    with torch.no_grad(), captured(model) as recorder:
+        _, past = model(ids[:, :5])
+        for at in range(5, 10):
+            _, past = model(ids[:, at : at + 1], past)
+    record, all_at_once = recorder.run["attention"], whole.run["attention"].isel(step=0)
+    assert list(record.phase.values) == ["forward", "decode"]
+    decode = record.isel(step=1)
+    for sequence in range(2):
+        _, mine = of_sequence(decode, sequence)
+        _, other = of_sequence(all_at_once, sequence)
+        assert mine.query_position.values.tolist() == [5, 6, 7, 8, 9]
+        for name in ("entropy", "echo_mass", "previous_mass"):
+            assert np.allclose(mine[name].values, other[name].values[..., 5:], atol=1e-5, equal_nan=True), name
+
+
+def test_beams_that_are_streamed_to_disk_keep_their_history(tmp_path: Any) -> None:
+    model, ids = tiny("Llama"), torch.randint(3, 61, (2, 7))
+    options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 8, "num_return_sequences": 3, "pad_token_id": 0}
+    options |= {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    with captured(model, path=tmp_path / "run.zarr") as recorder:
+        for _ in range(2):
+            plain = model.generate(ids, **options)
+    maps, record = maps_of(model, plain[:, :-1]), recorder.run["attention"]
+    assert list(record.phase.values) == ["prefill", "decode"] * 2
+    for step in (1, 3):
+        rows = [row_of(record.isel(step=step), maps[:, sequence], 7) for sequence in range(6)]
+        assert len(set(rows)) == len({tuple(row) for row in plain[:, :-1].tolist()})

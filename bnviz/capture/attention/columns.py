@@ -20,10 +20,10 @@ def aligned(call: Call, module: nn.Module, cache: Any, past: int) -> tuple[Call,
     """
     layer = _layer(cache, module)
     tokens, columns = past + call.query.shape[-2], call.key.shape[-2]
-    if columns > tokens and getattr(layer, "is_compileable", False):
+    if columns > tokens and layer is not None and _reserves(layer, cache):
         mask = None if call.mask is None else call.mask[..., :tokens]
         return replace(call, key=call.key[..., :tokens, :], value=call.value[..., :tokens, :], mask=mask), 0
-    if columns < tokens and getattr(layer, "is_sliding", False):
+    if columns < tokens and (getattr(layer, "is_sliding", False) or (layer is not None and call.window is not None)):
         gone = tokens - columns
         key, value = (pad(held, (0, 0, gone, 0)) for held in (call.key, call.value))
         return replace(call, key=key, value=value, mask=_wider(call, gone)), gone
@@ -32,10 +32,17 @@ def aligned(call: Call, module: nn.Module, cache: Any, past: int) -> tuple[Call,
 
 def _layer(cache: Any, module: nn.Module) -> Any:
     """The cache's layer that belongs to an attention module, None when it can't be told."""
+    cache = getattr(cache, "self_attention_cache", cache)  # a decoder that has an encoder keeps two
     layers, index = getattr(cache, "layers", None), getattr(module, "layer_idx", None)
     if not isinstance(layers, list) or not isinstance(index, int) or not 0 <= index < len(layers):
         return None
     return layers[index]
+
+
+def _reserves(layer: Any, cache: Any) -> bool:
+    """Whether a layer holds columns that no token has filled yet; one that reads another's cache is as the cache is."""
+    fixed = getattr(layer, "is_compileable", None)
+    return bool(getattr(cache, "is_compileable", False) if fixed is None else fixed)
 
 
 def _wider(call: Call, gone: int) -> Tensor | None:
