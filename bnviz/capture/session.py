@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +25,9 @@ from .blocks.tap import follow_blocks, tap_blocks
 from .census import Census
 from .clock import Clock
 from .closing import Closing, labels_record
+from .generation import recomputing
+from .gradients.outputs import in_transform
+from .gradients.tap import GradientTap, Needs, tap_gradients, wants_of
 from .instruments import Instruments
 from .layers import Layers
 from .options import Options, told
@@ -32,6 +36,9 @@ from .provenance import provenance
 from .routers.tap import tap_routers
 from .shelf import Shelf, budget_bytes
 from .watch import Watch
+
+if TYPE_CHECKING:
+    from .blocks.writers import Writers
 
 KINDS = ("block", "attention", "cross_attention", "router")
 
@@ -73,6 +80,7 @@ class Session:
         self.shelf.make_room = self._drain
         self.started = time.perf_counter()
         self._stack = contextlib.ExitStack()
+        self._gradients: GradientTap | None = None
 
     def _facts(self) -> dict[str, Any]:
         options: dict[str, Any] = {"probes": list(self._probes), "budget": str(self.options.budget)}
@@ -125,8 +133,11 @@ class Session:
             stack.enter_context(around(module, self._begin_part, None, first=True))
         audience = Audience(self._probes, self.clock, self.shelf, self._failed, self.census.saw)
         watch = Watch(self.clock, self._layers, audience.emit, self._instruments.own, trouble=self._trouble)
-        if "block" in wanted or "sublayer" in wanted:
-            self._closing.writers = tap_blocks(plan, watch, stack, inside="sublayer" in wanted)
+        if "gradient" in wanted:
+            watch = self._watch_gradients(plan, watch, stack)
+        if wanted & {"block", "sublayer", "gradient"}:
+            inside = bool(wanted & {"sublayer", "gradient"})
+            self._closing.writers = tap_blocks(plan, watch, stack, inside=inside)
         elif wanted:
             follow_blocks(plan, watch, stack)
         if wanted & {"attention", "cross_attention"}:
@@ -137,6 +148,21 @@ class Session:
         for module in (self.model, *parts(self.model, plan)):
             stack.enter_context(around(module, None, self._end, quiet=fused and module is self.model))
         self._instruments.start(self.model, stack)
+
+    def _watch_gradients(self, plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> Watch:
+        mine = {name: probe for name, probe in self._probes.items() if "gradient" in probe.spec.sites}
+
+        def failed(error: Exception) -> None:
+            for name in mine:
+                self._failed(name, error)
+
+        needs = Needs(wants_of(mine.values()), failed, self.shelf.ceiling - self.shelf.held, self.notes)
+        self._gradients = tap_gradients(self.model, plan, watch, stack, needs, self._writers)
+        self.shelf.held += self._gradients.held
+        return replace(watch, flow=self._gradients.flow)
+
+    def _writers(self) -> list[Writers | None]:
+        return self._closing.writers()
 
     def release(self) -> None:
         """Take everything off the model; what an interrupt leaves on, a second pass takes off."""
@@ -153,6 +179,9 @@ class Session:
         CaptureError
             Nothing was observed.
         """
+        if self._gradients is not None:
+            self.shelf.held -= self._gradients.held
+            self._gradients.between(end=True)
         self.shelf.drain()
         self._note_rest()
         records = self._instruments.records()
@@ -163,20 +192,33 @@ class Session:
     # ------------------------------------------------------------------ while the model runs
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, part: bool = False) -> None:
+        if recomputing():  # checkpointing runs the model again: no new forward
+            return
+        if in_transform():
+            self.clock.skip(module)
+            self._say(
+                "Forwards inside torch.func (grad, vmap) were not watched: their tensors have no values of their own."
+            )
+            return
+        if self._gradients is not None:
+            self._gradients.between()
         if self.shelf.crowded() or (
             self.shelf.waiting and self._closing.stream is not None and self._closing.stream.due
         ):
             self._drain()
         self._instruments.forward_begins(self.clock.calls)
         self._layers.begin()
-        self.clock.begin(module, args, kwargs, part=part)
+        context = self.clock.begin(module, args, kwargs, part=part)
+        if self._gradients is not None:
+            self._gradients.begins(context)
 
     def _begin_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.clock.running:
             self._begin(module, args, kwargs, part=True)
 
     def _end(self, module: nn.Module, *_: Any) -> None:
-        self.clock.end(module)
+        if not recomputing():
+            self.clock.end(module)
 
     def _drain(self) -> None:
         """What waits to the host, and on to the disk where one is given."""
@@ -186,6 +228,8 @@ class Session:
 
     def advance(self) -> None:
         """End a step."""
+        if self._gradients is not None:
+            self._gradients.between()
         self.clock.advance()
 
     def _failed(self, name: str, error: Exception) -> None:
@@ -210,6 +254,10 @@ class Session:
         self.notes.append(f"{where} was not read: {sentence.rstrip('.')}. The model was not affected.")
         if self.options.strict:
             raise CaptureError(f"Reading {where} failed: {sentence}") from error
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
 
     def _note_rest(self) -> None:
         if self.shelf.inexact:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bnviz.capture.blocks.writers import stream
+from bnviz.capture.generation import recomputing
 from bnviz.capture.watch import hooked
 from bnviz.observation import Context, Site
 
@@ -31,9 +32,9 @@ def task() -> int:
     return _task()
 
 
-def in_backward() -> bool:
-    """A backward pass runs in this thread: a forward in it is a recomputation."""
-    return _task() != -1
+def in_transform() -> bool:
+    """Code runs inside torch.func (grad, vmap): its tensors stand for others and have no values to keep."""
+    return _level() is not None
 
 
 class Outputs:
@@ -61,7 +62,7 @@ class Outputs:
     def flow(self, site: Site, value: Tensor, scale: float) -> None:
         """A place gave `value`, which is multiplied by `scale` before it joins the stream."""
         now = self._clock.now
-        if now is None or _level() is not None:  # inside torch.func nothing of this graph is ours
+        if now is None or in_transform():
             return
         if value.grad_fn is not None:
             self._hook(site, now, value, scale)
@@ -72,10 +73,10 @@ class Outputs:
 
     def _again(self, site: Site) -> Callable[[nn.Module, Any, Any], None]:
         def again(_: nn.Module, __: Any, output: Any) -> None:
-            if self._clock.now is not None or not in_backward():
+            if self._clock.now is not None or not recomputing():
                 return
             found, value = self._without.pop(site.path, None), stream(output)
-            if found is not None and value is not None and value.grad_fn is not None and _level() is None:
+            if found is not None and value is not None and value.grad_fn is not None and not in_transform():
                 self._hook(*found, value, 1.0)
 
         return again

@@ -30,6 +30,10 @@ class Row:
         What its loss was multiplied by; None: not known yet.
     late : bool
         It was not known when the gradients were made.
+    means : dict, optional
+        By layer whose window of steps ends here, its steps and the norms of the means; None: its passes are not over.
+    scaled_means : bool
+        They are multiplied by `scale` too: it was not known when they were taken.
     """
 
     context: Context
@@ -43,7 +47,8 @@ class Row:
     outputs: dict[Place, tuple[Site, Tensor]] = field(default_factory=dict)
     total: dict[int, Tensor] = field(default_factory=dict)
     changes: dict[int, Tensor] = field(default_factory=dict)
-    means: dict[int, tuple[int, dict[int, Tensor]]] = field(default_factory=dict)
+    means: dict[int, tuple[int, dict[int, Tensor]]] | None = None
+    scaled_means: bool = False
 
     def add(self, index: int, gradient: Tensor, weight: Tensor, before: Tensor | None) -> None:
         """A backward pass adds `gradient` to parameter `index`, whose gradient was `before`.
@@ -86,7 +91,8 @@ def read(row: Row) -> Told:
         ("added", row.added), ("weights", row.weights), ("total", row.total), ("changes", row.changes), ("lost", row.lost),
     ):  # fmt: skip
         by |= {(name, index): value for index, value in some.items()}
-    for layer, (_, some) in row.means.items():
+    means = row.means or {}
+    for layer, (_, some) in means.items():
         by |= {(f"mean {layer}", index): value for index, value in some.items()}
     if isinstance(row.scale, Tensor):
         by["scale", 0] = row.scale
@@ -101,7 +107,7 @@ def read(row: Row) -> Told:
         of("weights", row.weights),
         of("total", row.total),
         of("changes", row.changes),
-        {layer: (window, of(f"mean {layer}", some)) for layer, (window, some) in row.means.items()},
+        {layer: (window, of(f"mean {layer}", some)) for layer, (window, some) in means.items()},
         {index: int(host["lost", index]) for index in row.lost},
         scale,
     )
@@ -148,6 +154,7 @@ def show(row: Row, told: Told, places: Places, sites: Mapping[Place, Site]) -> I
         if site is None:
             continue
         window, means = told.means.get(place[0], (0, {}))
+        means = {index: norm / factor for index, norm in means.items()} if row.scaled_means else means
         yield GradientSeen(
             Site("gradient", site.path, site.layer, site.part, site.evidence),
             row.context,

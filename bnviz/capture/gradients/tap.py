@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,14 @@ class Needs:
     notes: list[str]
 
 
+def wants_of(probes: Iterable[Any]) -> GradientWants:
+    """What all probes of gradients together ask for."""
+    every = [probe.wants for probe in probes if hasattr(probe, "wants")]
+    return GradientWants(
+        any(w.projection for w in every), max((w.window for w in every), default=0), any(w.changes for w in every)
+    )
+
+
 def tap_gradients(
     model: nn.Module,
     plan: Plan,
@@ -93,7 +101,7 @@ class GradientTap:
         self._last: Row | None = None
         self._latest: Context | None = None
         self._by_task: tuple[int, Context | None] = (-1, None)
-        self._ended = self._seen = False
+        self._ended = self._broken = self._seen = False
         trained = sum(p.nbytes for p in places.parameters if p.value.requires_grad and p.blocks)
         self.held = trained if self._means is not None else 0
         changes = sum(p.value.nbytes for p in places.parameters if p.value.requires_grad) if needs.wants.changes else 0
@@ -145,7 +153,7 @@ class GradientTap:
             with torch.no_grad(), self._watch.own():
                 yield
         except Exception as error:
-            self._ended = True
+            self._ended = self._broken = True
             self._needs.failed(error)
 
     # ------------------------------------------------------------------ while gradients are made
@@ -237,22 +245,21 @@ class GradientTap:
 
     def between(self, *, end: bool = False) -> None:
         """Read and show the steps whose backward passes are over; at the end all that are left."""
-        if self._ended and not end:
+        if self._broken or (self._ended and not end):
             return
+        self._close_windows()
         self._latest, self._by_task = None, (-1, None)
         over = [step for step, row in self._rows.items() if end or (row.scale is not None and self._complete(row))]
         over += [step for step in self._rows if step not in over][: max(0, len(self._rows) - len(over) - HOLD)]
         rows = [self._rows.pop(step) for step in sorted(over)]
         self._last = self._last if any(row is self._last for row in self._rows.values()) else None
-        for row in rows:
-            self._means_of(row)
         told = [read(row) for row in rows]
         sites = self._places.sites() if rows else {}
         for row, numbers in zip(rows, known_scales(rows, told), strict=True):
             for seen in show(row, numbers, self._places, sites):
                 self._seen = True
                 self._watch.emit(seen)
-        if end and not self._seen and not self._ended:
+        if end and not self._seen:
             self._needs.notes.append(
                 "gradients: no backward pass reached a trained parameter or the output of a block: call loss.backward() inside "
                 "the with block."
@@ -269,19 +276,16 @@ class GradientTap:
         """A forward begins; None: it is not watched."""
         self._latest = context
 
-    def _means_of(self, row: Row) -> None:
-        if self._means is None:
-            return
-        layers: dict[int, list[int]] = {}
-        for index in row.added:
-            for layer, part in self._places.of(index):
-                if part == "block":
-                    layers.setdefault(layer, [])
-        for index in range(len(self._places.parameters)):
-            for layer, part in self._places.of(index):
-                if part == "block" and layer in layers:
-                    layers[layer].append(index)
-        row.means = self._means.step(layers)
+    def _close_windows(self) -> None:
+        """Take the means of layers whose window ends with a step whose passes are over."""
+        every = range(len(self._places.parameters)) if self._means is not None else ()
+        blocks = {i: [layer for layer, part in self._places.of(i) if part == "block"] for i in every}
+        for row in [row for row in self._rows.values() if row.means is None and row.added]:
+            row.means, row.scaled_means = {}, row.scale is None
+            if self._means is not None:
+                reached = {layer for index in row.added for layer in blocks[index]}
+                layers = {layer: [i for i, some in blocks.items() if layer in some] for layer in sorted(reached)}
+                row.means = self._means.step(layers)
 
 
 def local(value: Tensor) -> Tensor:
