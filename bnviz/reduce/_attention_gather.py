@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from ._attention_marks import dtype_of
 from ._attention_pairs import partners
 from ._attention_pattern import Pattern
 from ._attention_sight import Tokens, hides
-from ._attention_strips import dtype_of
 
 
 def gather(

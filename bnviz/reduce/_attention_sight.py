@@ -91,8 +91,9 @@ class Sight:
 
     Parameters
     ----------
-    patches : tuple of (first column, Tensor (batch | 1, heads | 1, rows, columns))
-        Where pairs are hidden; columns without a patch are seen by every row.
+    patches : tuple of (first column, Tensor (batch | 1, heads | 1, rows, columns), Tensor or None)
+        Where pairs are hidden; columns without a patch are seen by every row. Either a bool mask and None, or what is added to
+        the logits and what shares are multiplied by.
     bias : Tensor, optional
         What an additive mask adds.
     visible : Tensor (batch | 1, heads | 1, rows, 1)
@@ -105,38 +106,94 @@ class Sight:
     count: int
     start: int
     stop: int
-    patches: tuple[tuple[int, Tensor], ...]
+    patches: tuple[tuple[int, Tensor, Tensor | None], ...]
     bias: Tensor | None
     visible: Tensor
     dead: Tensor | None
 
 
-def look(pattern: Pattern, of: Tokens, batch: slice, rows: slice, device: torch.device) -> Sight:
-    """What the rows of one strip see."""
-    count, at = rows.stop - rows.start, rows.start + of.shift
-    start = reach(pattern, at, of.keys)[0]
-    stop = reach(pattern, at + count - 1, of.keys)[1]
-    edges = _edges(pattern, (at, count), (start, stop), device)
-    bias = None
-    if pattern.allowed is None:
-        visible = _counted(pattern, torch.arange(at, at + count, device=device), of.keys)[None, None, :, None]
-    else:
-        picked = slice(None) if pattern.allowed.shape[0] == 1 else batch
-        allowed = pattern.allowed[picked, :, rows, start:stop]
-        hidden = hides(allowed)
-        for column, patch in edges:
-            hidden[..., column : column + patch.shape[-1]] |= patch
-        edges = ((0, hidden),)
-        bias = None if allowed.dtype == torch.bool else allowed
-        visible = (stop - start) - hidden.sum(-1, keepdim=True)
-    dead = None
-    if of.rows is not None or pattern.allowed is not None or of.shift < 0:
+class Look:
+    """Works out what the rows of each strip see; what strips have in common is made once a call.
+
+    Parameters
+    ----------
+    pattern : Pattern
+    of : Tokens
+    like : Tensor
+        On the device, and of the dtype that logits are computed in.
+    tame : bool
+        All logits are finite: patches may then be numbers to add, 0 or HIDDEN, which costs a fifth of filling by a mask.
+    """
+
+    def __init__(self, pattern: Pattern, of: Tokens, like: Tensor, *, tame: bool) -> None:
+        self._pattern, self._of, self._like = pattern, of, like
+        self._tame = tame and pattern.allowed is None
+        self._patches: dict[tuple[int, int, int, bool], tuple[Tensor, Tensor | None]] = {}
+        self._counted: Tensor | None = None
+        if pattern.allowed is None:
+            at = torch.arange(of.shift, of.keys, device=like.device)
+            self._counted = _counted(pattern, at, of.keys)[None, None, :, None].to(like.dtype)
+
+    def at(self, batch: slice, rows: slice) -> Sight:
+        """What these rows of these sequences see."""
+        pattern, of = self._pattern, self._of
+        count, at = rows.stop - rows.start, rows.start + of.shift
+        start = reach(pattern, at, of.keys)[0]
+        stop = reach(pattern, at + count - 1, of.keys)[1]
+        edges = self._edges((at, count), (start, stop))
+        bias = None
+        if pattern.allowed is None:
+            assert self._counted is not None
+            visible = self._counted[:, :, rows]
+        else:
+            picked = slice(None) if pattern.allowed.shape[0] == 1 else batch
+            allowed = pattern.allowed[picked, :, rows, start:stop]
+            hidden = hides(allowed)
+            for column, patch, _ in edges:
+                hidden[..., column : column + patch.shape[-1]] |= patch
+            edges = ((0, hidden, None),)
+            bias = None if allowed.dtype == torch.bool else allowed
+            visible = (stop - start) - hidden.sum(-1, keepdim=True)
+        return Sight(rows.start, count, start, stop, edges, bias, visible, self._dead(visible, batch, rows))
+
+    def _dead(self, visible: Tensor, batch: slice, rows: slice) -> Tensor | None:
+        of = self._of
+        if of.rows is None and self._pattern.allowed is None and of.shift >= 0:
+            return None
         dead = visible == 0
         if of.rows is not None:
             dead = dead | ~of.rows[batch, None, rows, None]
-        if device.type == "cpu" and not dead.any():  # asking a GPU would wait for it
-            dead = None
-    return Sight(rows.start, count, start, stop, edges, bias, visible, dead)
+        if dead.device.type == "cpu" and not dead.any():  # asking a GPU would wait for it
+            return None
+        return dead
+
+    def _edges(self, rows: tuple[int, int], keys: tuple[int, int]) -> tuple[tuple[int, Tensor, Tensor | None], ...]:
+        """The patches of the diagonal and of the window's edges: only columns that some row of the strip can't see.
+
+        `rows` is the position of the first row and how many there are.
+        """
+        (at, count), (start, stop), pattern = rows, keys, self._pattern
+        found: list[tuple[int, Tensor, Tensor | None]] = []
+        if pattern.causal and (low := max(at + 1, start)) < stop:
+            found.append((low - start, *self._patch(count, stop - low, at - low + 1, upper=True)))
+        if pattern.window is not None:
+            high = min(stop, at + count - pattern.window)
+            if start < high:
+                found.append((0, *self._patch(count, high - start, at - start - pattern.window, upper=False)))
+            low = max(at + pattern.window, start)
+            if not pattern.causal and low < stop:
+                found.append((low - start, *self._patch(count, stop - low, at - low + pattern.window, upper=True)))
+        return tuple(found)
+
+    def _patch(self, count: int, columns: int, diagonal: int, *, upper: bool) -> tuple[Tensor, Tensor | None]:
+        """(1, 1, count, columns): hidden on and above (below) the diagonal."""
+        name = (count, columns, diagonal, upper)
+        if name not in self._patches:
+            ones = torch.ones(1, 1, count, columns, dtype=torch.bool, device=self._like.device)
+            hidden = ones.triu_(diagonal) if upper else ones.tril_(diagonal)
+            seen = (~hidden).to(self._like.dtype)
+            self._patches[name] = ((1 - seen) * HIDDEN, seen) if self._tame else (hidden, None)
+        return self._patches[name]
 
 
 def _counted(pattern: Pattern, at: Tensor, keys: int) -> Tensor:
@@ -147,28 +204,3 @@ def _counted(pattern: Pattern, at: Tensor, keys: int) -> Tensor:
     first = (at - pattern.window + 1).clamp_min(0)
     last = last if pattern.causal else (at + pattern.window - 1).clamp_max(keys - 1)
     return (last - first + 1).clamp_min(0)
-
-
-def _edges(
-    pattern: Pattern, rows: tuple[int, int], keys: tuple[int, int], device: torch.device
-) -> tuple[tuple[int, Tensor], ...]:
-    """The patches of the diagonal and of the window's edges: only columns that some row of the strip can't see.
-
-    `rows` is the position of the first row and how many there are.
-    """
-    (at, count), (start, stop) = rows, keys
-    found: list[tuple[int, Tensor]] = []
-
-    def block(low: int, high: int) -> Tensor:
-        return torch.ones(1, 1, count, high - low, dtype=torch.bool, device=device)
-
-    if pattern.causal and (low := max(at + 1, start)) < stop:
-        found.append((low - start, block(low, stop).triu_(at - low + 1)))
-    if pattern.window is not None:
-        high = min(stop, at + count - pattern.window)
-        if start < high:
-            found.append((0, block(start, high).tril_(at - start - pattern.window)))
-        low = max(at + pattern.window, start)
-        if not pattern.causal and low < stop:
-            found.append((low - start, block(low, stop).triu_(at - low + pattern.window)))
-    return tuple(found)

@@ -1,4 +1,4 @@
-"""What one strip of normalised attention adds to every statistic.
+"""What one strip of normalised attention adds to every statistic, as operations on its buffers.
 
 Sums over rows are matrix products with a few rows of weights (ones, bins, the last rows): several times faster on a CPU than
 `sum(-2)` over booleans or squares, and one product serves mass, pooled map, window and last row.
@@ -7,234 +7,203 @@ Sums over rows are matrix products with a few rows of weights (ones, bins, the l
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ._attention_pattern import BY_KEY, BY_QUERY, Statistics
-from ._attention_sight import Sight, Tokens, of_heads
+from ._attention_marks import Marks, bin_size
+from ._attention_sheet import Sheet, Step
+from ._attention_sight import Sight, of_heads
+from ._scratch import Scratch
 
 PIVOT_MARGIN = 1e-4  # a row that is uniform up to rounding has no pivotal key
+WEIGHTED, COLUMNS, SINGLES = 3, 4, 5  # numbers of buffers
 
 
-@dataclass(frozen=True, slots=True)
-class Marks:
-    """Rows and keys that some statistics single out; None where they follow from the position alone.
-
-    Parameters
-    ----------
-    partner : mapping of str to Tensor (batch | 1, queries) int
-        The key whose share is the statistic; -1: not defined.
-    first_key : Tensor (batch,) int, optional
-    window_rows, last_row : Tensor (batch, queries) bool, optional
-    """
-
-    partner: dict[str, Tensor]
-    first_key: Tensor | None
-    window_rows: Tensor | None
-    last_row: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the heads of one strip share: views of the accumulators, weights of the rows, places of single keys.
+class StripSums:
+    """The sums of one strip.
 
     Parameters
     ----------
-    out : mapping of str to Tensor
-        (batch, heads, keys of the strip), (batch, heads, rows of the strip) or (batch, heads, query bins, key bins).
-    weights : Tensor (batch | 1, m, rows)
-    place : mapping of str to int
-        Row of `weights` a statistic begins at; "bins": how many rows make up the mass.
-    ones : Tensor (1, 1, rows)
-    limit : Tensor (batch | 1, heads | 1, rows, 1)
-        What a pivotal share exceeds.
-    near : (first column, Tensor (rows, columns))
-        Weights of `local_mass`.
-    sink : Tensor (batch, 1, keys, 1) or int
-        Weights of `sink_mass`, or how many of the first columns it takes.
-    single : tuple of (Tensor, Tensor, Tensor), optional
-        Column, hidden and undefined (batch | 1, rows, names) of the shares of single keys.
+    marks : Marks
+    sight : Sight
+    batch : slice
+        The strip's sequences: one, or several with all their heads at once.
+    step : int
+        Heads that are taken at once.
+    buffers : Scratch
     """
 
-    sight: Sight
-    batch: slice
-    out: dict[str, Tensor]
-    weights: Tensor
-    place: dict[str, int]
-    ones: Tensor
-    limit: Tensor | None
-    near: tuple[int, Tensor] | None
-    sink: Tensor | int
-    single: tuple[Tensor, Tensor, Tensor] | None
-    names: tuple[str, ...]
-    wide: int
-    heads: int
+    def __init__(self, marks: Marks, sight: Sight, batch: slice, step: int, buffers: Scratch) -> None:
+        self._marks, self._sight, self._batch = marks, sight, batch
+        many, heads = batch.stop - batch.start, marks.some.shape[1]
+        self._rows = slice(sight.first, sight.first + sight.count)
+        self._keys = slice(sight.start, sight.stop)
+        self._weights, self._place = self._of_rows()
+        (lanes, keys), names = (many * heads, sight.stop - sight.start), marks.out
+        at_once = step if many == 1 else lanes
+        columns = buffers.view(COLUMNS, 3, lanes, 1, keys)
+        self._of_columns = [one.unbind(0) for one in torch.split(columns, at_once, 1)]
+        self._columns = columns.view(3, many, heads, keys).unbind(0)
+        self._limit = (1 + PIVOT_MARGIN) / sight.visible.to(marks.some.dtype) if "pivotal" in names else None
+        self._of_weighted: tuple[Tensor, ...] = ()
+        if self._weights is not None:
+            self._weighted = buffers.view(WEIGHTED, many, heads, self._weights.shape[1], keys)
+            self._of_weighted = torch.split(self._weighted.view(lanes, -1, keys), at_once)
+        self._shares = buffers.view(SINGLES, many, heads, sight.count, len(marks.singles))
+        self._of_shares = torch.split(self._shares, step, 1)
+
+    def steps(self, number: int, sheet: Sheet, heads: slice, rows: tuple[Tensor, ...]) -> Iterator[Step]:
+        """Take the sheet's shares of set `number` of heads; its logits are overwritten. `rows`: where sink and local mass go."""
+        p, lanes, spare, names = sheet.p, sheet.lanes, sheet.spare, self._marks.out
+        squares, pivots, peaks = self._of_columns[number]
+        ones = self._marks.ones(self._sight.count).expand(len(lanes), -1, -1)
+        if self._weights is not None:
+            yield partial(torch.bmm, self._weights_of(sheet), lanes, out=self._of_weighted[number])
+        if "mass_squared" in names:
+            yield partial(torch.mul, lanes, lanes, out=spare)
+            yield partial(torch.bmm, ones, spare, out=squares)
+        if "peak" in names:
+            yield partial(torch.amax, lanes, 1, keepdim=True, out=peaks)
+        if self._limit is not None:
+            yield partial(torch.gt, p, of_heads(self._limit, heads), out=sheet.s)
+            yield partial(torch.bmm, ones, spare, out=pivots)
+        if "sink_mass" in names:
+            yield self._sink(p, rows[0])
+        if "local_mass" in names:
+            first, band = self._band()
+            part = p[..., first : first + band.shape[1]]
+            weighed = sheet.s.view(-1)[: part.numel()].view(part.shape)
+            yield partial(torch.mul, part, band, out=weighed)
+            yield partial(torch.sum, weighed, -1, keepdim=True, out=rows[1])
+        if self._marks.singles:
+            yield from self._single(p, self._of_shares[number])
+
+    def last(self, rows: Tensor) -> Iterator[Step]:
+        """Bring what the heads gave to the accumulators; `rows` (2, batch, heads, rows, 1): sink and local mass."""
+        out, where = self._marks.out, (self._batch, slice(None), self._keys)
+        if self._weights is not None:
+            yield from self._last_weighted()
+        for name, found in zip(("mass_squared", "pivotal"), self._columns, strict=False):
+            if name in out:
+                yield partial(out[name][where].add_, found)
+        if "peak" in out:
+            peak = out["peak"][where]
+            yield partial(torch.maximum, peak, self._columns[2], out=peak)
+        found_rows = dict(zip(("sink_mass", "local_mass"), rows[..., 0].unbind(0), strict=True))
+        found_rows |= zip(self._marks.singles, self._shares.unbind(-1), strict=True)
+        for name, found in found_rows.items():
+            if name in out:
+                yield from self.keep(name, found)
+
+    def keep(self, name: str, found: Tensor) -> Iterator[Step]:
+        """Bring a number of each row (batch, heads, rows) to its accumulator; NaN where the row sees nothing."""
+        into = self._marks.out[name][self._batch, :, self._rows]
+        yield partial(into.copy_, found)
+        if self._sight.dead is not None:
+            yield partial(into.masked_fill_, self._sight.dead[..., 0], math.nan)
+
+    def _last_weighted(self) -> Iterator[Step]:
+        out, of, sizes, sight = self._marks.out, self._marks.of, self._marks.sizes, self._sight
+        bins, where = self._weighted[:, :, : self._place["bins"]], (self._batch, slice(None), self._keys)
+        if "mass" in out:
+            yield from (partial(out["mass"][where].add_, one) for one in bins.unbind(2))
+        for name in ("window_mass", "last_row"):
+            if name in self._place:
+                yield partial(out[name][where].add_, self._weighted[:, :, self._place[name]])
+        if "pooled" not in out:
+            return
+        tall, wide = bin_size(of.queries, sizes.bins), bin_size(of.keys, sizes.bins)
+        down = slice(sight.first // tall, (sight.first + sight.count - 1) // tall + 1)
+        first, last = -(-sight.start // wide), sight.stop // wide  # whole bins, and parts of one before and after
+        into = out["pooled"][self._batch, :, down]
+        if first > last:  # all within one bin
+            yield partial(_add_sum, into[..., last], bins)
+            return
+        if not (sight.start % wide or sight.stop % wide):
+            summed = bins.new_empty((*self._weighted.shape[:-1], last - first))
+            yield partial(torch.mv, self._weighted.view(-1, wide), self._marks.ones(wide)[0, 0], out=summed.view(-1))
+            yield partial(into[..., first:last].add_, summed[:, :, : self._place["bins"]])
+            return
+        if sight.start % wide:
+            yield partial(_add_sum, into[..., first - 1], bins[..., : first * wide - sight.start])
+        if first < last:
+            whole = bins[..., first * wide - sight.start : last * wide - sight.start]
+            yield partial(_add_sum, into[..., first:last], whole.view(*whole.shape[:-1], -1, wide))
+        if sight.stop % wide:
+            yield partial(_add_sum, into[..., last], bins[..., last * wide - sight.start :])
+
+    def _weights_of(self, sheet: Sheet) -> Tensor:
+        """(batch x heads, m, rows): of every lane of a sheet."""
+        assert self._weights is not None
+        if self._weights.shape[0] == 1:
+            return self._weights.expand(len(sheet.lanes), -1, -1)
+        return self._weights[:, None].expand(-1, sheet.p.shape[1], -1, -1).flatten(0, 1)
+
+    def _of_rows(self) -> tuple[Tensor | None, dict[str, int]]:
+        """(batch | 1, m, rows) weights: query bins (their total is the mass), the snap window, the last row.
+
+        And the row of the weights that each begins at; "bins": how many there are of those.
+        """
+        marks, rows = self._marks, self._rows
+        out, of, parts, place = marks.out, marks.of, list[Tensor](), dict[str, int]()
+        if "pooled" in out:
+            tall = bin_size(of.queries, marks.sizes.bins)
+            parts.append(marks.bins(rows.start % tall, rows.stop - rows.start, tall))
+        elif "mass" in out:
+            parts.append(marks.ones(rows.stop - rows.start))
+        place["bins"] = used = parts[0].shape[1] if parts else 0
+        singled = (("window_mass", marks.sizes.snap, marks.window_rows), ("last_row", 1, marks.last_row))
+        for name, last, marked in singled:
+            if name not in out or (marked is None and rows.stop <= of.queries - last):
+                continue
+            if marked is not None:
+                row = marked[self._batch, None, rows].to(marks.some.dtype)
+            else:
+                row = marks.ones(rows.stop - rows.start).clone()
+                row[..., : max(0, of.queries - last - rows.start)] = 0
+            parts.append(row)
+            place[name], used = used, used + 1
+        if not parts:
+            return None, place
+        widest = max(part.shape[0] for part in parts)
+        return parts[0] if len(parts) == 1 else torch.cat([part.expand(widest, -1, -1) for part in parts], 1), place
+
+    def _band(self) -> tuple[int, Tensor]:
+        """The band |i - j| < local: its first column, and which of its pairs count."""
+        sight, local = self._sight, self._marks.sizes.local
+        at = sight.first + self._marks.of.shift
+        low = max(sight.start, at - local + 1)
+        high = max(low, min(sight.stop, at + sight.count - 1 + local))
+        return low - sight.start, self._marks.band(sight.count, high - low, at - low)
+
+    def _sink(self, p: Tensor, into: Tensor) -> Step:
+        """The share of the first real keys."""
+        sight, first_key, sink = self._sight, self._marks.first_key, self._marks.sizes.sink
+        if first_key is None:
+            return partial(torch.sum, p[..., : max(0, sink - sight.start)], -1, keepdim=True, out=into)
+        at = torch.arange(sight.start, sight.stop, device=first_key.device)
+        first = first_key[self._batch, None]
+        weights = ((at >= first) & (at < first + sink)).to(p.dtype)[:, None, :, None]
+        return lambda: into.copy_(torch.matmul(p, weights))
+
+    def _single(self, p: Tensor, into: Tensor) -> Iterator[Step]:
+        """Shares of single keys; 0 where the strip does not reach them."""
+        sight, marks = self._sight, self._marks
+        of = (self._batch if len(marks.partner) > 1 else slice(None), slice(None), self._rows)
+        column, wide = marks.column[of].expand(*p.shape[:2], -1, -1), sight.stop - sight.start
+        if sight.start == 0 and sight.stop >= sight.first + sight.count + marks.of.shift:
+            yield partial(torch.gather, p, -1, column, out=into)  # a partner is never later than the row's own token
+            return
+
+        def within() -> None:
+            at = column - sight.start
+            torch.gather(p, -1, at.clamp(0, wide - 1), out=into).masked_fill_((at < 0) | (at >= wide), 0.0)
+
+        yield within
 
 
-def bin_size(count: int, bins: int) -> int:
-    """Whole tokens in one bin of `pooled`: ceil(count / bins); index i lies in bin i // size.
-
-    Examples
-    --------
-    >>> bin_size(1024, 64), bin_size(100, 64), bin_size(5, 64)
-    (16, 2, 1)
-    """
-    return max(1, -(-count // bins))
-
-
-def plan(out: dict[str, Tensor], sizes: Statistics, of: Tokens, marks: Marks, sight: Sight, batch: slice) -> Plan:
-    """Everything about one strip that does not depend on the head."""
-    some = next(iter(out.values()))
-    weights, place = _row_weights(out, sizes, of, marks, sight, batch)
-    names = tuple(marks.partner)
-    limit = None
-    if "pivotal" in out:
-        limit = (1 + PIVOT_MARGIN) / sight.visible.to(some.dtype)
-    return Plan(
-        sight=sight,
-        batch=batch,
-        out=_views(out, sizes, of, sight, batch),
-        weights=weights,
-        place=place,
-        ones=some.new_ones(1, 1, sight.count),
-        limit=limit,
-        near=_near(sizes.local, of.shift, sight, some) if "local_mass" in out else None,
-        sink=_sink(sizes.sink, marks.first_key, sight, batch, some) if "sink_mass" in out else 0,
-        single=_single(marks.partner, sight, batch) if names else None,
-        names=names,
-        wide=bin_size(of.keys, sizes.bins),
-        heads=some.shape[1],
-    )
-
-
-def _views(out: dict[str, Tensor], sizes: Statistics, of: Tokens, sight: Sight, batch: slice) -> dict[str, Tensor]:
-    rows = slice(sight.first, sight.first + sight.count)
-    views: dict[str, Tensor] = {}
-    for name, whole in out.items():
-        if name in BY_KEY:
-            views[name] = whole[batch, :, sight.start : sight.stop]
-        elif name in BY_QUERY:
-            views[name] = whole[batch, :, rows]
-        else:
-            tall, wide = bin_size(of.queries, sizes.bins), bin_size(of.keys, sizes.bins)
-            down = slice(rows.start // tall, (rows.stop - 1) // tall + 1)
-            views[name] = whole[batch, :, down, sight.start // wide : (sight.stop - 1) // wide + 1]
-    return views
-
-
-def _row_weights(
-    out: dict[str, Tensor], sizes: Statistics, of: Tokens, marks: Marks, sight: Sight, batch: slice
-) -> tuple[Tensor, dict[str, int]]:
-    """Weights of the rows: query bins (their total is the mass), the snap window, the last row."""
-    some = next(iter(out.values()))
-    rows = slice(sight.first, sight.first + sight.count)
-    parts: list[Tensor] = []
-    if "pooled" in out:
-        tall = bin_size(of.queries, sizes.bins)
-        bins = torch.arange(rows.start // tall, (rows.stop - 1) // tall + 1, device=some.device)
-        bin_of = torch.arange(rows.start, rows.stop, device=some.device) // tall
-        parts.append((bins[:, None] == bin_of)[None].to(some.dtype))
-    elif "mass" in out:
-        parts.append(some.new_ones(1, 1, sight.count))
-    place = {"bins": parts[0].shape[1] if parts else 0}
-    used = place["bins"]
-    for name, last, marked in (("window_mass", sizes.snap, marks.window_rows), ("last_row", 1, marks.last_row)):
-        if name not in out or (marked is None and rows.stop <= of.queries - last):
-            continue
-        if marked is not None:
-            row = marked[batch, None, rows].to(some.dtype)
-        else:
-            row = some.new_ones(1, 1, sight.count)
-            row[..., : max(0, of.queries - last - rows.start)] = 0
-        parts.append(row)
-        place[name], used = used, used + 1
-    if not parts:
-        return some.new_empty(1, 0, sight.count), place
-    widest = max(part.shape[0] for part in parts)
-    return torch.cat([part.expand(widest, -1, -1) for part in parts], 1), place
-
-
-def _near(local: int, shift: int, sight: Sight, some: Tensor) -> tuple[int, Tensor]:
-    """The columns of the band |i - j| < local, and which of its pairs count."""
-    at = sight.first + shift
-    low = max(sight.start, at - local + 1)
-    high = max(low, min(sight.stop, at + sight.count - 1 + local))
-    band = some.new_ones(sight.count, high - low)
-    return low - sight.start, band.tril_(at - low + local - 1).triu_(at - low - local + 1)
-
-
-def _sink(sink: int, first_key: Tensor | None, sight: Sight, batch: slice, some: Tensor) -> Tensor | int:
-    if first_key is None:
-        return max(0, sink - sight.start)
-    at = torch.arange(sight.start, sight.stop, device=some.device)
-    first = first_key[batch, None]
-    return ((at >= first) & (at < first + sink)).to(some.dtype)[:, None, :, None]
-
-
-def _single(partner: dict[str, Tensor], sight: Sight, batch: slice) -> tuple[Tensor, Tensor, Tensor]:
-    rows = slice(sight.first, sight.first + sight.count)
-    chosen = [which[batch if which.shape[0] > 1 else slice(None), rows] for which in partner.values()]
-    widest = max(which.shape[0] for which in chosen)
-    index = torch.stack([which.expand(widest, -1) for which in chosen], -1)
-    column, wide = index - sight.start, sight.stop - sight.start
-    hidden = (column < 0) | (column >= wide)
-    return column.clamp(0, wide - 1)[:, None], hidden[:, None], (index < 0)[:, None]
-
-
-def _columns(weights: Tensor, p: Tensor) -> Tensor:
-    """weights (batch | 1, m, rows) times p (batch, heads, rows, keys): m sums over rows a head."""
-    batch, heads, rows, keys = p.shape
-    if weights.shape[0] == 1:
-        spread = weights.expand(batch * heads, -1, -1)
-    else:
-        spread = weights[:, None].expand(-1, heads, -1, -1).flatten(0, 1)
-    return torch.bmm(spread, p.view(batch * heads, rows, keys)).view(batch, heads, -1, keys)
-
-
-def add_strip(plan: Plan, p: Tensor, scratch: Tensor, heads: slice) -> None:
-    """Add p (batch, heads, rows, keys) to the statistics of these heads; `scratch` is overwritten."""
-    whole = heads.stop - heads.start == plan.heads
-    out = plan.out if whole else {name: view[:, heads] for name, view in plan.out.items()}
-    if plan.weights.shape[1]:
-        _add_weighted(plan, out, _columns(plan.weights, p))
-    if "mass_squared" in out:
-        out["mass_squared"].add_(_columns(plan.ones, torch.mul(p, p, out=scratch))[..., 0, :])
-    if "peak" in out:
-        torch.maximum(out["peak"], p.amax(-2), out=out["peak"])
-    if plan.limit is not None:
-        above = torch.gt(p, of_heads(plan.limit, heads), out=scratch)
-        out["pivotal"].add_(_columns(plan.ones, above)[..., 0, :])
-    if isinstance(plan.sink, Tensor):
-        out["sink_mass"].copy_(torch.matmul(p, plan.sink)[..., 0])
-    elif "sink_mass" in out:
-        torch.sum(p[..., : plan.sink], -1, out=out["sink_mass"])
-    if plan.near is not None:
-        first, band = plan.near
-        part = p[..., first : first + band.shape[1]]
-        torch.sum(
-            torch.mul(part, band, out=scratch.view(-1)[: part.numel()].view(part.shape)), -1, out=out["local_mass"]
-        )
-    if plan.single is not None:
-        column, hidden, undefined = plan.single
-        share = p.gather(-1, column.expand(p.shape[0], p.shape[1], -1, -1))
-        share.masked_fill_(hidden, 0.0).masked_fill_(undefined, math.nan)
-        for number, name in enumerate(plan.names):
-            out[name].copy_(share[..., number])
-
-
-def _add_weighted(plan: Plan, out: dict[str, Tensor], sums: Tensor) -> None:
-    bins = sums[..., : plan.place["bins"], :]
-    if "mass" in out:
-        out["mass"].add_(bins[..., 0, :] if bins.shape[-2] == 1 else bins.sum(-2))
-    for name in ("window_mass", "last_row"):
-        if name in plan.place:
-            out[name].add_(sums[..., plan.place[name], :])
-    if "pooled" in out:
-        wide, sight = plan.wide, plan.sight
-        before = sight.start % wide
-        after = -sight.stop % wide
-        if before or after:
-            bins = torch.nn.functional.pad(bins, (before, after))
-        out["pooled"].add_(bins.reshape(*bins.shape[:-1], -1, wide).sum(-1))
+def _add_sum(into: Tensor, values: Tensor) -> None:
+    into.add_(values.sum(-1))

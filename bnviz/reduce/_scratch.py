@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 ELEMENTS = 1 << 17  # of a buffer: 512 KiB in float32; two of them and what they are made from fit in 2 MiB of L2
-VIEWS = 64
+LARGEST = 8 * ELEMENTS  # of a buffer that is kept
+VIEWS = 512
 _kept = threading.local()
 
 
@@ -32,7 +33,7 @@ class Scratch:
     def _new(self, number: int, shape: tuple[int, ...]) -> Tensor:
         count = math.prod(shape)
         with torch.inference_mode(False):  # it outlives the mode it is first used in
-            if count > ELEMENTS and self.device.type == "cpu":
+            if count > LARGEST and self.device.type == "cpu":
                 return torch.empty(shape, dtype=self.dtype, device=self.device)  # not kept: it is no cache's size
             flat = self._flat.get(number)
             if flat is None or flat.numel() < count:
