@@ -179,8 +179,11 @@ class Strip:
             yield partial(torch.sum, p, -1, keepdim=True, out=total)
             if sinks is not None:
                 yield lambda: total.add_(torch.exp(sinks - shift))
-            yield partial(torch.reciprocal, total, out=inverse)
-            yield partial(p.mul_, inverse)
+            if self._call.gentle:  # only so is e / e one
+                yield partial(p.div_, total)
+            else:
+                yield partial(torch.reciprocal, total, out=inverse)
+                yield partial(p.mul_, inverse)
         if self._sight.dead is not None:
             yield partial(p.masked_fill_, of_heads(self._sight.dead, heads), 0.0)
         if "entropy" in self._call.marks.out:
@@ -198,3 +201,4 @@ class Strip:
             sinks = self._sinks
             yield lambda: total.mul_(1 - torch.exp(sinks - shift) * inverse)
         yield partial(mean.add_, total)
+        yield partial(mean.clamp_min_, 0.0)

@@ -146,3 +146,10 @@ def test_queries_without_numbers_leave_the_logits_to_the_mask() -> None:
     torch.testing.assert_close(got["entropy"].double(), torch.special.entr(p).sum(-1), rtol=1e-5, atol=1e-5)
     uniform = attention_stats(query, key, pattern=Pattern(scale=1.0), statistics=Statistics(names=("entropy",)))
     torch.testing.assert_close(uniform["entropy"][0, 0], torch.arange(1.0, 101.0).log(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_that_sees_one_key_gives_it_all() -> None:
+    query, key, _ = case((1, 16, 16, 100, 100), 2.0, 0)
+    got = attention_stats(query, key, pattern=Pattern(window=1))
+    assert (got["mass"] == 1).all() and (got["peak"] == 1).all()
+    assert (got["entropy"] >= 0).all() and got["entropy"].max() < 5e-6
