@@ -88,6 +88,7 @@ class Clock:
         self._shape: tuple[int, int] | None = None
         self._first: tuple[Tensor, Tensor | None] | None = None
         self.first_ids: tuple[Any, Any] | None = None
+        self.ending: list[Callable[[], None]] = []  # called when a watched forward ends, while it is still now
         self.now: Context | None = None
         self.portions: tuple[Portion, ...] = ()
         self.token_ids: Tensor | None = None
@@ -180,11 +181,15 @@ class Clock:
         if self._outer != id(model):
             return
         self._outer = None
-        if self.now is not None:
-            self.seconds += time.perf_counter() - self._started
-        if self._story is not None:
-            self._stories.after(self.cache, self._story)
-        self.now, self._story, self.cache = None, None, None
+        try:
+            if self.now is not None:
+                self.seconds += time.perf_counter() - self._started
+                for told in tuple(self.ending):
+                    told()
+        finally:
+            if self._story is not None:
+                self._stories.after(self.cache, self._story)
+            self.now, self._story, self.cache = None, None, None
 
     def release(self) -> None:
         """Let caches and ids go; the ids of the first watched forward stay, on the host."""

@@ -68,13 +68,14 @@ class Closing:
         self._kinds = {record: spec.sites for record, spec in specs.items() if spec.sites}
         self._paths = {s.layer: s.path for s, _ in plan.blocks}
         self._router_paths = {s.layer: s.path for s, _ in plan.routers}
-        self._block_bytes = {s.layer: parameter_bytes(b.first) for s, b in plan.blocks}
+        self._block_bytes = {s.layer: b.nbytes for s, b in plan.blocks}
         self._expert_bytes = {s.layer: parameter_bytes(r.experts) // r.count for s, r in plan.routers}
         told, known = facts["options"]["of_probes"], _attributes(model)
         known["ops"]["alone"] = not set(specs) - {"ops", "memory", "host"}  # no hook's Python lies between operators
         self._attrs = {name: {**told.get(name, {}), **known.get(name, {})} for name in {**told, **known}}
         self._plan, self._model = plan, type(model).__name__
         self.writers: Callable[[], list[Writers | None]] = list
+        self.undivided: Callable[[], list[str]] = list
         self.stream = None if options.path is None else Stream(options.path, self._header)
 
     def _header(self) -> dict[str, Any]:
@@ -159,7 +160,7 @@ class Closing:
             self.discard()
             raise CaptureError(self._why_empty(clock, notes))
         self._add_labels(beside_rows, streamed, notes)
-        notes += self._silent(counts, clock.forwards_watched)
+        notes += [*self.undivided(), *self._silent(counts, clock.forwards_watched)]
         self._facts |= {"calls": clock.calls, "watched": clock.forwards_watched, "notes": notes}
         self._facts["sites"] = [one.to_json() for one in counts]
         self._facts |= {"seconds": clock.seconds, "capture_seconds": elapsed}

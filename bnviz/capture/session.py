@@ -136,8 +136,10 @@ class Session:
         if "gradient" in wanted:
             watch = self._watch_gradients(plan, watch, stack)
         if wanted & {"block", "sublayer", "gradient"}:
-            inside = bool(wanted & {"sublayer", "gradient"})
-            self._closing.writers = tap_blocks(plan, watch, stack, inside=inside)
+            taps = tap_blocks(plan, watch, stack, inside=bool(wanted & {"sublayer", "gradient"}))
+            self._closing.writers = taps
+            if "sublayer" in wanted:
+                self._closing.undivided = taps.notes
         elif wanted:
             follow_blocks(plan, watch, stack)
         if wanted & {"attention", "cross_attention"}:

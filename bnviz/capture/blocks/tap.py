@@ -3,37 +3,67 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from bnviz.capture.around import around
 from bnviz.capture.native import LAYERS, hidden_state, real_tokens
-from bnviz.capture.watch import Watch, tokens_first
-from bnviz.observation import BlockSeen, Site
+from bnviz.capture.watch import Watch
+from bnviz.errors import BnvizError
+from bnviz.observation import BlockSeen, Context, Site
 
-from .find import Block
-from .writers import Search, Writers, stream
+from .axes import batch_axis, features_axis, tokens_first
+from .cells import Cell, first_input
+from .find import Block, matrices
+from .inside import Inside, Known, Written
+from .notes import sentences
+from .outside import OutsideTap
+from .stream import Links, Place, Route, called_with, fetch, fetch_given, floats, routes
+from .writers import Unsolved, Writers
 
 if TYPE_CHECKING:
     from bnviz.capture.plan import Plan
 
 
-def tap_blocks(
-    plan: Plan, watch: Watch, stack: contextlib.ExitStack, *, inside: bool
-) -> Callable[[], list[Writers | None]]:
-    """Show every block, and its verified residual writers when `inside`; returns what tells the writers of each block."""
-    writers: dict[tuple[type, str], Writers | None] = {}
-    taps = [
-        BlockTap(site, block, watch, writers, inside and not plan.fused(f"{site.path}.x"))
-        for site, block in plan.blocks
-    ]
-    for tap in taps:
-        tap.attach(stack)
-    return lambda: [writers.get(tap.key) for tap in taps]
+class Taps:
+    """The taps of all blocks; called, they tell the writers of each."""
+
+    def __init__(self, taps: list[BlockTap | OutsideTap]) -> None:
+        self._taps = taps
+
+    def __call__(self) -> list[Writers | None]:
+        return [one if isinstance(one, Writers) else None for one in map(_last, self._taps)]
+
+    def notes(self) -> list[str]:
+        """Why some blocks are not seen part by part."""
+        unsolved = [
+            (type(tap.block.first).__name__, verdict.reason)
+            for tap in self._taps
+            if isinstance(verdict := _last(tap), Unsolved)
+        ]
+        return sentences(unsolved, len(self._taps))
+
+
+def tap_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack, *, inside: bool) -> Taps:
+    """Show every block, and its verified residual writers when `inside`."""
+    known: Known = {}
+    links = Links()
+    taps: list[BlockTap | OutsideTap] = []
+    for site, block in plan.blocks:
+        if block.parts:
+            taps.append(OutsideTap(site, block, watch, parts=inside))
+            taps[-1].attach(stack)
+            continue
+        parts = inside and block.first is block.last and matrices(block.first) > 1 and not plan.fused(f"{site.path}.x")
+        taps.append(BlockTap(site, block, watch, links, Inside(block.first, known) if parts else None))
+        taps[-1].attach(stack)
+    watch.clock.ending.append(links.ends)
+    stack.callback(watch.clock.ending.remove, links.ends)
+    return Taps(taps)
 
 
 def follow_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None:
@@ -52,147 +82,256 @@ def follow_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None
 
 
 class BlockTap:
-    """Shows one block: its input and output, and what its writers add."""
+    """Shows one block: its input and output, and what its writers add.
 
-    def __init__(
-        self,
-        site: Site,
-        block: Block,
-        watch: Watch,
-        writers: dict[tuple[type, str], Writers | None],
-        inside: bool,
-    ) -> None:
-        self._site, self._block, self._watch = site, block, watch
-        self._clock, self._emit = watch.clock, watch.emit
-        self._writers, self._inside = writers, inside and block.first is block.last
-        self.key = (type(block.first), str([n for n, _ in block.first.named_modules()]))
-        self._before: Tensor | None = None
-        self._at = site
-        self._real: Tensor | None = None
+    Parameters
+    ----------
+    site : Site
+    block : Block
+    watch : Watch
+    links : Links
+        Shared by all taps: tells which of several routes a stream takes.
+    inside : Inside, optional
+        Looks for its writers; None: it is watched as a whole.
+    """
+
+    def __init__(self, site: Site, block: Block, watch: Watch, links: Links, inside: Inside | None) -> None:
+        self._site, self.block, self._watch, self._links, self.inside = site, block, watch, links, inside
+        self._clock, self._members = watch.clock, block.members or (block.first,)
         self._native = isinstance(block.first, LAYERS)
-        self._version, self._in_place = -1, False
-        self._search: Search | None = None
-        self._written: dict[tuple[str, int], Tensor] = {}
-        self._called: Counter[str] = Counter()
-        self._hooked: list[Any] = []
+        self._cell = Cell(block.first)
+        self._route: Route | None = None
+        self._layout: tuple[int, int, int] | None = None
+        self._copy = self._broken = False
+        self._call = _Call(site)
+        self._held: list[Callable[[], None]] = []
 
     def attach(self, stack: contextlib.ExitStack) -> None:
         """Put the hooks on; the stack takes them off."""
-        first, last = self._block.first, self._block.last
-        stack.enter_context(around(first, self._begin, None, quiet=isinstance(first, nn.TransformerEncoderLayer)))
-        stack.enter_context(around(last, None, self._finish, quiet=isinstance(last, nn.TransformerEncoderLayer)))
+        first, last = self.block.first, self.block.last
+        begin, finish = self._guarded(self._begin), self._guarded(self._finish)
+        stack.enter_context(around(first, begin, None, quiet=isinstance(first, nn.TransformerEncoderLayer)))
+        stack.enter_context(around(last, None, finish, quiet=isinstance(last, nn.TransformerEncoderLayer)))
+        if self._cell.over_time:
+            self._links.at_end(self._emit_tokens)
         stack.callback(self._release)
 
+    def _guarded(self, run: Callable[..., None]) -> Callable[..., None]:
+        """An error of bnviz's own ends the looking, not the model; one that a probe's `strict` raised goes on."""
+
+        def guarded(*call: Any) -> None:
+            if self._broken:
+                return
+            try:
+                run(*call)
+            except BnvizError:
+                raise
+            except Exception as error:
+                self._broken = True
+                self._drop()
+                self._watch.trouble(self._site.path, error)
+
+        return guarded
+
+    # ------------------------------------------------------------------ a call of the block
+
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._before = None
-        self._written.clear()
-        self._called.clear()
-        if self._clock.now is None:
+        now = self._clock.now
+        if now is None:
             return
+        self._links.begins(args, kwargs)
+        route = self._cell.carried(now.call, args, kwargs, self._route)
+        if route is not None:
+            self._route = route
+            self._links.at_end(self._emit_tokens)
+        self._flush()
+        self._drop()
+        call = self._call = _Call(self._numbered())
+        known = fetch_given(args, kwargs, self._route.given) if self._route is not None else None
+        if known is None or self._route is None:
+            self._route = None
+            call.given = called_with(args, kwargs)
+            first = first_input(self.block.first, call.given)
+            if first is not None:
+                call.given = {first: call.given[first]}
+        else:
+            call.given = {self._route.given: known}
+        if call.site is None or not call.given:
+            call.given = {}
+            return
+        call.versions = {place: _version(x) for place, x in call.given.items()}
+        if self._copy or (self._route is None and not self._native):
+            some = next(iter(call.given.values())).shape
+            call.copies = {place: x.detach().clone() for place, x in call.given.items() if x.shape == some}
+        call.real = real_tokens(self.block.first, args, kwargs) if self._native else None
+        if self.inside is not None:
+            self.inside.begin(call.given)
+
+    def _numbered(self) -> Site | None:
+        """The block as the layer that this call of it is."""
+        if self._cell.over_time and self._cell.begun:
+            return self._call.site
         number = self._watch.layers.enter(self._site.layer)
-        if number is None:
-            return
-        self._at = self._site if number == self._site.layer else replace(self._site, layer=number)
-        self._before = stream(args) if args else stream(kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
-        if self._before is None:
-            return
-        self._real = real_tokens(self._block.first, args, kwargs) if self._native else None
-        self._before = self._before.detach().clone() if self._in_place else self._before
-        self._version = _version(self._before)
-        if not self._inside:
-            return
-        if self.key not in self._writers:
-            self._search = Search(self._block.first, tuple(self._before.shape))
-        elif not self._hooked and self._writers[self.key] is not None:
-            self._hook_writers()
-
-    def _hook_writers(self) -> None:
-        found = self._writers[self.key]
-        for path in dict.fromkeys(found.paths if found else ()):
-            module = self._block.first.get_submodule(path)
-            self._hooked.append(module.register_forward_hook(self._keep(path)))
-
-    def _keep(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            seen = stream(output)
-            if seen is not None and self._clock.now is not None:
-                self._written[path, self._called[path]] = seen
-                self._called[path] += 1
-
-        return keep
+        if number is None or number == self._site.layer:
+            return self._site if number is not None else None
+        return replace(self._site, layer=number)
 
     def _finish(self, _: nn.Module, __: Any, ___: Any, output: Any) -> None:
-        before, self._before = self._before, None
-        search, self._search = self._search, None
-        after = stream(output)
-        context = self._clock.now
-        try:
-            if before is None or after is None or context is None:
-                return
-            if _version(before) != self._version:  # the block wrote into its own input: from now on a copy is kept
-                self._in_place = True
-                return
-            with self._watch.own():
-                self._read(search, before, after)
-        finally:
-            if search is not None:
-                search.close()
-            self._written.clear()
-
-    def _read(self, search: Search | None, before: Tensor, after: Tensor) -> None:
-        """Find the writers if they are not known, and show what was seen."""
-        if search is not None:
-            found, outputs = search.found(before, after) if before.shape == after.shape else (None, [])
-            self._writers[self.key] = found
-            self._written = dict(zip(_calls(found), outputs, strict=False))
-        self._show(before, after)
-
-    def _show(self, before: Tensor, after: Tensor) -> None:
-        first, last = self._state(before), self._state(after)
-        context = self._clock.seen(last.shape[1]) if last is not None else None
-        if first is None or last is None or context is None:
+        call, context = self._call, self._clock.now
+        if context is None or not call.given or output is None:
+            self._drop()
             return
-        context = context if self._real is None else replace(context, valid=self._real)
-        self._emit(BlockSeen(self._at, context, first, last))
+        self._cell.gave(context.call, output)
+        if self._route is not None:
+            after = fetch(output, self._route.made)
+            if after is not None:
+                self._read(self._route, call, context, after)
+            self._drop()
+            return
+        made = dict(floats(output))
+        first = first_input(self.block.first, call.given)
+        found = routes(call.given, made) if first is None else [Route(first, place) for place in made][:1]
+        known = self._links.known.get(type(self.block.first))
+        if not found:
+            self._drop()
+        elif len(found) == 1 or known in found:
+            self._settle(known if known in found and known is not None else found[0], call, context, made)
+        else:
+            self._links.wait(found, made, self._decider(call, context, made))
+
+    def _decider(self, call: _Call, context: Context, made: dict[Place, Tensor]) -> Callable[[Route], None]:
+        versions = {place: _version(x) for place, x in made.items()}
+
+        def decide(route: Route) -> None:
+            self._links.known[type(self.block.first)] = route
+            if versions[route.made] == _version(made[route.made]):
+                self._settle(route, call, context, made)
+            else:
+                self._route = route
+            self._drop()
+
+        return decide
+
+    def _settle(self, route: Route, call: _Call, context: Context, made: dict[Place, Tensor]) -> None:
+        """The way of the stream is known; what a cell may be is shown when it is called again, or the forward ends."""
+        self._route = route
+        after = made[route.made]
+        if after.dim() == 2 and len(call.given) > 1 and not self._cell.over_time:
+            self._held.append(lambda: self._read(self._route or route, call, context, after))
+            self._links.at_end(self._flush)
+        else:
+            self._read(route, call, context, after)
+            self._drop()
+
+    def _read(self, route: Route, call: _Call, context: Context, after: Tensor) -> None:
+        before = call.given.get(route.given)
+        if before is None or call.site is None:
+            return
+        copied = call.copies.get(route.given)
+        if self._wrote_into(before, copied, call.versions[route.given]):
+            self._copy = True  # from now on
+            if copied is None:
+                return
+        with self._watch.own():
+            self._show(call.site, call, context, before if copied is None else copied, after)
+
+    def _wrote_into(self, before: Tensor, copied: Tensor | None, version: int) -> bool:
+        """The block wrote into its own input; where torch keeps no count of that, its first call is compared."""
+        if before.is_inference():
+            return copied is not None and not self._copy and not torch.equal(before, copied)
+        return _version(before) != version
+
+    def _show(self, site: Site, call: _Call, context: Context, before: Tensor, after: Tensor) -> None:
+        if not self._native and (self._layout is None or min(before.dim(), after.dim()) != self._layout[2]):
+            axes = features_axis(self._members, before), features_axis(self._members, after)
+            self._layout = (*axes, min(before.dim(), after.dim()))
+        first, last = self._state(before, 0, call), self._state(after, 1, call)
+        if self._cell.over_time:
+            self._cell.add(first, last)
+            return
+        context = self._clock.seen(last.shape[1]) or context
+        context = context if call.real is None else replace(context, valid=call.real)
+        self._watch.emit(BlockSeen(site, context, first, last))
         flow = self._watch.flow
         if flow is not None:
-            flow(self._at, after, 1.0)
-        found = self._writers.get(self.key)
-        if found is None or not set(_calls(found)) <= set(self._written) or len(set(found.parts)) != len(found.parts):
-            return
-        shown: BlockSeen | None = None
-        for (path, call), part, scale in zip(_calls(found), found.parts, found.scales, strict=True):
-            written = self._state(self._written[path, call])
-            if written is None or written.shape != first.shape:
-                return
-            written = written if scale == 1.0 else scale * written
-            reads = first if found.parallel or shown is None else shown.output
-            site = Site("sublayer", f"{self._site.path}.{path}", self._at.layer, part, "verified residual writer")
-            shown = BlockSeen(site, context, reads, written=written)
-            self._emit(shown)
-            if flow is not None:
-                flow(site, self._written[path, call], scale)
+            flow(site, after, 1.0)
+        if self.inside is not None:
+            self._show_parts(self.inside.finish(before, after), site, context, first, call)
 
-    def _state(self, value: Tensor) -> Tensor | None:
+    def _show_parts(self, parts: list[Written], block: Site, context: Context, first: Tensor, call: _Call) -> None:
+        shown: BlockSeen | None = None
+        flow = self._watch.flow
+        for part in parts:
+            value = self._state(part.value, 1, call)
+            site = Site("sublayer", f"{self._site.path}.{part.path}", block.layer, part.part, part.evidence)
+            reads = first if part.parallel or shown is None else shown.output
+            if part.whole:
+                shown = BlockSeen(site, context, reads, value)
+            else:
+                written = value if isinstance(part.factor, float) and part.factor == 1.0 else part.factor * value
+                shown = BlockSeen(site, context, reads, written=written)
+            self._watch.emit(shown)
+            if flow is not None and part.traced is not None and isinstance(part.factor, float):
+                flow(site, part.traced, part.factor)
+
+    def _state(self, value: Tensor, side: int, call: _Call) -> Tensor:
         """A hidden state as (batch, tokens, features)."""
-        if not self._native:
-            return tokens_first(value.detach())
-        state, real = hidden_state(self._block.first, value.detach())
-        self._real = self._real if real is None else real
-        return state
+        if self._native:
+            state, real = hidden_state(self.block.first, value.detach())
+            call.real = call.real if real is None else real
+            return state
+        assert self._layout is not None
+        batch = batch_axis(self._members) if value.dim() == 3 and self._layout[side] == -1 else 0
+        if batch and self._clock.rows(value.shape[0] * value.shape[1]) == tuple(value.shape[:2]):
+            batch = 0
+        return tokens_first(value.detach(), self._layout[side], batch)
+
+    # ------------------------------------------------------------------ ends
+
+    def _flush(self) -> None:
+        held, self._held = self._held, []
+        for show in held:
+            show()
+        if held:
+            self._drop()
+
+    def _emit_tokens(self) -> None:
+        """The forward ends: what a cell saw in all its calls."""
+        tokens = self._cell.tokens()
+        if tokens is None or self._call.site is None:
+            return
+        context = self._clock.seen(tokens[1].shape[1])
+        if context is not None:
+            with self._watch.own():
+                self._watch.emit(BlockSeen(self._call.site, context, *tokens))
+
+    def _drop(self) -> None:
+        self._call = _Call(self._call.site)
+        if self.inside is not None:
+            self.inside.drop()
 
     def _release(self) -> None:
-        for handle in self._hooked:
-            handle.remove()
-        if self._search is not None:
-            self._search.close()
-        self._hooked.clear()
-        self._written.clear()
-        self._before = self._search = None
+        self._held.clear()
+        self._drop()
+        if self.inside is not None:
+            self.inside.release()
 
 
-def _calls(found: Writers | None) -> list[tuple[str, int]]:
-    return [] if found is None else list(zip(found.paths, found.calls, strict=True))
+def _last(tap: BlockTap | OutsideTap) -> Writers | Unsolved | None:
+    return tap.inside.last if isinstance(tap, BlockTap) and tap.inside is not None else None
+
+
+class _Call:
+    """What is known of one call of a block until it ends."""
+
+    __slots__ = ("copies", "given", "real", "site", "versions")
+
+    def __init__(self, site: Site | None) -> None:
+        self.site = site
+        self.given: dict[Place, Tensor] = {}
+        self.copies: dict[Place, Tensor] = {}
+        self.versions: dict[Place, int] = {}
+        self.real: Tensor | None = None
 
 
 def _version(value: Tensor) -> int:

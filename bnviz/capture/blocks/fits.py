@@ -1,0 +1,165 @@
+"""Whether what a block added is a sum of given terms: on a few tokens, by least squares, with an error that is known.
+
+All sets of terms are judged from one table of products, so that trying them costs nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROWS = 128  # tokens that are looked at
+ENOUGH = 8  # tokens (or channels) a factor must fit to be believed
+TOLERANCE = 1e-3  # of what was added; a stream in 16 bits rounds what is added to it, and is judged with 1e-2
+MOST_TERMS = 4
+MOST_SETS = 5000
+
+Scale = float | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Thin:
+    """A few tokens of a hidden state (samples, tokens, features), in float64, and how exactly its sums are known.
+
+    Parameters
+    ----------
+    values : Tensor
+    noise : float
+        Relative rounding of one value of the stream.
+    """
+
+    values: Tensor
+    noise: float
+
+
+def thin(state: Tensor) -> Tensor:
+    """At most about ROWS tokens of (batch, ..., features), spread evenly over samples and tokens, as a copy in float64."""
+    batch = state.shape[0]
+    tokens = max(1, state[0, ..., 0].numel())
+    samples = min(batch, max(4, ROWS // tokens))
+    state = state[:: -(-batch // samples)]
+    left = max(1, ROWS // state.shape[0])
+    for axis in range(1, state.dim() - 1):
+        wanted = max(1, round(left ** (1 / (state.dim() - 1 - axis))))
+        step = max(1, -(-state.shape[axis] // wanted))
+        state = state[(slice(None),) * axis + (slice(None, None, step),)]
+        left = max(1, left // state.shape[axis])
+    flat = state.reshape(state.shape[0], -1, state.shape[-1])
+    return flat.detach().to(torch.float64, copy=True)
+
+
+def tolerance(delta: Tensor, stream: Tensor, dtype: torch.dtype) -> float:
+    """Largest norm that what is left over may have: rounding of the stream itself counts, but never a tenth of the change."""
+    noise = torch.finfo(dtype).eps
+    change, whole = float(delta.norm()), float(stream.norm())
+    relative = TOLERANCE if noise < 1e-5 else 10 * TOLERANCE
+    return max(relative * change, min(noise * whole, change / 10))
+
+
+def sets(
+    delta: Tensor, terms: list[Tensor], error: float, *, scaled: bool
+) -> Iterator[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Sets of terms that add up to `delta`, the likeliest number of them first: two, one, three, four;
+    of one number the best first; with their factors.
+
+    Parameters
+    ----------
+    delta : Tensor
+    terms : list of Tensor like it
+    error : float
+        Largest norm of what is left over.
+    scaled : bool
+        With positive factors, by least squares; else as they are.
+    """
+    table = torch.stack([t.reshape(-1) for t in [*terms, delta]])
+    products = (table @ table.T).cpu().numpy()
+    gram, with_delta, own = products[:-1, :-1], products[:-1, -1], products[-1, -1]
+    for count in (2, 1, 3, MOST_TERMS):
+        passed = []
+        for chosen in itertools.islice(itertools.combinations(range(len(terms)), count), MOST_SETS):
+            at = list(chosen)
+            factors = _factors(gram[np.ix_(at, at)], with_delta[at]) if scaled else np.ones(count)
+            if factors is None:
+                continue
+            left = float(factors @ gram[np.ix_(at, at)] @ factors - 2 * factors @ with_delta[at] + own)
+            if left <= error**2:
+                passed.append((left, chosen, tuple(float(f) for f in factors)))
+        for _, chosen, given in sorted(passed):
+            yield chosen, given
+
+
+def _factors(gram: np.ndarray, with_delta: np.ndarray) -> np.ndarray | None:
+    if np.linalg.matrix_rank(gram, hermitian=True) < len(gram):
+        return None
+    found = np.linalg.solve(gram, with_delta)
+    return found if (found > 0).all() else None
+
+
+def by_channel(
+    delta: Tensor, terms: list[Tensor], error: float
+) -> Iterator[tuple[tuple[int, ...], tuple[Tensor, ...]]]:
+    """Sets of one to three terms that add up to `delta` with one factor a channel each."""
+    rows = delta.shape[0] * delta.shape[1]
+    table = torch.stack([t.reshape(rows, -1) for t in [*terms, delta]])
+    some = table[..., :: max(1, table.shape[-1] // 64)]
+    for count in (2, 1, 3):
+        if rows < ENOUGH * count:
+            continue
+        for chosen in itertools.islice(itertools.combinations(range(len(terms)), count), MOST_SETS):
+            at = list(chosen)
+            share = some.shape[-1] / table.shape[-1]
+            if _left(some[at], some[-1], None) > max(error, 1e-300) * max(share, 0.25) ** 0.5 * 1.5:
+                continue
+            factors = _channel_factors(table[at], table[-1])
+            if _left(table[at], table[-1], factors) <= error:
+                yield chosen, tuple(factors)
+
+
+def _channel_factors(terms: Tensor, delta: Tensor) -> Tensor:
+    """(terms, channels) by least squares over rows; a channel that no term moves has 0."""
+    each, target = terms.permute(2, 1, 0), delta.T[..., None]
+    gram = each.mT @ each
+    ridge = 1e-12 * gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(1e-30)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    found: Tensor = torch.linalg.solve(gram + ridge[:, None, None] * eye, each.mT @ target)
+    return found[..., 0].T
+
+
+def _left(terms: Tensor, delta: Tensor, factors: Tensor | None) -> float:
+    factors = _channel_factors(terms, delta) if factors is None else factors
+    return float((delta - (factors[:, None] * terms).sum(0)).norm())
+
+
+def gate(delta: Tensor, term: Tensor, error: float) -> str | None:
+    """By what `term` is multiplied to give `delta`, in words; None when by nothing of a known kind.
+
+    A factor for each channel (layer scale), for each sample and channel (a modulation by the conditioning), for each sample
+    (stochastic depth) or token (a router), or zeros and one factor (dropout). Factors that fit fewer than ENOUGH values say
+    nothing and are not tried.
+    """
+    square = term * term
+    both = delta * term
+    samples, tokens, channels = delta.shape
+    tries = [
+        ("channel", (0, 1), samples * tokens),
+        ("sample and channel", (1,), tokens),
+        ("token", (2,), channels),
+    ]
+    for name, over, fitted in tries:
+        if fitted >= ENOUGH:
+            factor = (both.sum(over, keepdim=True) / square.sum(over, keepdim=True)).nan_to_num(0.0, 0.0, 0.0)
+            if float((delta - factor * term).norm()) <= error:
+                return name
+    kept = delta != 0
+    used = square.masked_fill(~kept, 0.0).sum()
+    share = float(kept.double().mean())
+    if 0.1 < share < 1 and float(used) > 0:
+        factor = both.sum() / used
+        if float((delta - factor * term * kept).norm()) <= error:
+            return "dropout"
+    return None

@@ -1,0 +1,159 @@
+"""Where the hidden state is in what a block takes and gives: by shape, and by what the next block is given, never by position.
+
+A block may take its stream second or by keyword, and give it in a tuple, a dict or a dataclass. Of all pairs of an input and an
+output of one shape the pair is taken whose output the next block gets where this one got its input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+DEPTH = 3  # of nested tuples and dicts that are looked into
+
+Place = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Route:
+    """Where a block's stream goes in and comes out.
+
+    Parameters
+    ----------
+    given, made : tuple
+        Keys and positions, from the outside in: `(0,)` the first argument, `("hidden_states",)` a keyword,
+        `(1, 0)` the first of a tuple that is the second; () when the output is the stream itself.
+    """
+
+    given: Place
+    made: Place
+
+
+def floats(value: object, place: Place = ()) -> Iterator[tuple[Place, Tensor]]:
+    """Floating tensors of two dimensions or more, with their places, the outermost first."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.dim() >= 2:
+            yield place, value
+        return
+    if len(place) >= DEPTH:
+        return
+    held = _members(value)
+    for key, member in held:
+        if isinstance(member, Tensor):
+            yield from floats(member, (*place, key))
+    for key, member in held:
+        if not isinstance(member, Tensor):
+            yield from floats(member, (*place, key))
+
+
+def _members(value: object) -> list[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, tuple | list):
+        return list(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value)]
+    return []
+
+
+def called_with(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Place, Tensor]:
+    """Floating tensors a module was called with: positions before keywords."""
+    return dict([*floats(args), *floats(kwargs)])
+
+
+def fetch(value: Any, place: Place) -> Tensor | None:
+    """The tensor at a place, None when there is no floating one."""
+    for key in place:
+        try:
+            value = (
+                getattr(value, key)
+                if dataclasses.is_dataclass(value) and not isinstance(value, Mapping)
+                else value[key]
+            )
+        except (AttributeError, IndexError, KeyError, TypeError):
+            return None
+    return value if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2 else None
+
+
+def fetch_given(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: Place) -> Tensor | None:
+    """The tensor at a place among arguments."""
+    return fetch(kwargs if isinstance(place[0], str) else args, place) if place else None
+
+
+def routes(given: Mapping[Place, Tensor], made: Mapping[Place, Tensor]) -> list[Route]:
+    """Pairs the stream may take, the likeliest first.
+
+    Pairs of one shape in the order of the arguments, an output of the same name before others. Where none has the first output's
+    shape (a block that changes width or resolution): what has its shape but for the features, else what has its batch, else the
+    first.
+    """
+    if not given or not made:
+        return []
+    pairs = [
+        Route(i, o)
+        for i, x in given.items()
+        for o in sorted(made, key=lambda o: o[-1:] != i[-1:] or not isinstance(i[-1], str))
+        if x.shape == made[o].shape
+    ]
+    output = next(iter(made))
+    if any(route.made == output for route in pairs):
+        return pairs
+    shape = made[output].shape
+    near = (i for i, x in given.items() if x.dim() == len(shape) and x.shape[:-1] == shape[:-1] and x.dim() > 2)
+    found = next(near, None)
+    if found is not None:
+        return [Route(found, output)]
+    alike = (i for i, x in given.items() if x.dim() == len(shape) and x.shape[0] == shape[0])
+    return pairs or [Route(next(alike, next(iter(given))), output)]
+
+
+def continued(found: list[Route], made: Mapping[Place, Tensor], then: Mapping[Place, Tensor]) -> Route:
+    """Of several routes the one that the next block goes on with: it is given `made` where this block was given its input."""
+    linked = [r for r in found if r.given in then and same(made[r.made], then[r.given])]
+    if not linked:
+        linked = [r for r in found if any(same(made[r.made], x) for x in then.values())]
+    return (linked or found)[0]
+
+
+class Links:
+    """Blocks that could not yet say which way their stream goes: the next block that begins tells."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[list[Route], Mapping[Place, Tensor], Callable[[Route], None]]] = []
+        self._told: list[Callable[[], None]] = []
+        self.known: dict[type, Route] = {}  # of blocks of a class, once one of them was told
+
+    def wait(self, found: list[Route], made: Mapping[Place, Tensor], decide: Callable[[Route], None]) -> None:
+        """Call `decide` with one of the routes when the next block begins, or the forward ends."""
+        self._waiting.append((found, made, decide))
+
+    def at_end(self, told: Callable[[], None]) -> None:
+        """Call `told` when this forward and every later one ends."""
+        if told not in self._told:
+            self._told.append(told)
+
+    def begins(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A block begins."""
+        if self._waiting:
+            self._decide(called_with(args, kwargs))
+
+    def ends(self) -> None:
+        """The forward ends."""
+        self._decide({})
+        for told in self._told:
+            told()
+
+    def _decide(self, then: Mapping[Place, Tensor]) -> None:
+        waiting, self._waiting = self._waiting, []
+        for found, made, decide in waiting:
+            decide(continued(found, made, then))
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Both are one tensor, or equal views of one memory."""
+    return one is other or (
+        one.shape == other.shape and one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+    )
