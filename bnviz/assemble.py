@@ -163,8 +163,16 @@ def pack(values: np.ndarray, axis: int, valid: np.ndarray) -> np.ndarray:
     return np.concatenate([np.compress(keep, one, axis) for one, keep in zip(values, valid, strict=True)], axis)
 
 
-def layout(valid: np.ndarray, past: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """`sequence` and `position` of the packed tokens; position counts in each sequence, padding left out, after its past."""
+def layout(
+    valid: np.ndarray, past: np.ndarray | None = None, documents: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`sequence` and `position` of the packed tokens; position counts in each sequence, padding left out, after its past.
+
+    Documents that share a sequence are sequences of their own.
+    """
+    if documents is not None and documents.shape == valid.shape:
+        valid = np.stack([r & (d == n) for r, d in zip(valid, documents, strict=True) for n in range(d.max() + 1)])
+        past = None
     counts = valid.sum(1)
     start = np.zeros(len(counts), np.int64) if past is None else past
     position = [np.arange(n) + s for n, s in zip(counts, start, strict=True)]
@@ -186,7 +194,7 @@ def _parts(rows: list[Row], variable: Variable, place: Mapping[str, Mapping[Any,
         batch = batch_of(variable, values.shape)
         if token is not None and batch is not None:
             valid = _valid(row, token, batch)
-            found = layout(valid, row.past if token in ("token", "query") else None)
+            found = layout(valid, row.past if token in ("token", "query") else None, row.documents)
             known = layouts[token].get(row.step)
             if known is None or len(known[0]) < len(found[0]):
                 layouts[token][row.step] = found

@@ -60,6 +60,8 @@ class Context:
         Which tokens of this call are not padding; None when there is none.
     held : Tensor (batch, past) bool, optional
         Which tokens in the cache are not padding; None when there is none.
+    positions : Tensor (batch or 1, tokens) int, optional
+        Of a whole text, where the model was given them: several documents in one sequence begin anew.
     """
 
     step: int
@@ -68,6 +70,7 @@ class Context:
     past: int = 0
     valid: Tensor | None = None
     held: Tensor | None = None
+    positions: Tensor | None = None
 
 
 class BlockSeen:

@@ -33,6 +33,8 @@ class Row:
         Tokens of each sequence that came before the first of these (a decode step has a past); None: none.
     start : int
         The same with padding counted: where in a cache the first of these stands.
+    documents : array (batch, tokens) int, optional
+        Number of the document that a token belongs to, in its sequence; None: a sequence is one document.
     """
 
     step: int
@@ -43,6 +45,7 @@ class Row:
     valid: dict[str, np.ndarray] = field(default_factory=dict)
     past: np.ndarray | None = None
     start: int = 0
+    documents: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +56,22 @@ class Row:
     def end(self) -> int:
         """Where in a cache the token after the last of these stands."""
         return self.start + max((m.shape[1] for dim, m in self.valid.items() if dim in GROWING), default=0)
+
+
+def documents_of(positions: np.ndarray, valid: np.ndarray) -> np.ndarray | None:
+    """(batch, tokens) number of each token's document, from positions that begin anew with each; None where none does.
+
+    Examples
+    --------
+    >>> documents_of(np.array([[0, 1, 2, 0, 1]]), np.ones((1, 5), bool)).tolist()
+    [[0, 0, 0, 1, 1]]
+    """
+    positions = np.broadcast_to(positions, valid.shape)
+    first = np.take_along_axis(positions, valid.argmax(1)[:, None], 1)
+    again = (positions[:, 1:] == first) & (positions[:, 1:] <= positions[:, :-1]) & valid[:, 1:] & valid[:, :-1]
+    if not again.any() or again.all():
+        return None
+    return np.pad(again, ((0, 0), (1, 0))).cumsum(1)
 
 
 def token_dim(variable: Variable) -> str | None:
@@ -92,7 +111,7 @@ def merged(rows: Sequence[Row], variables: Mapping[str, Variable]) -> Row:
     for dim in dict.fromkeys(dim for row in rows for dim in row.valid):
         masks = [row.valid[dim] for row in rows if dim in row.valid]
         valid[dim] = np.concatenate(masks, 1) if dim in GROWING and len(masks) > 1 else masks[-1]
-    return Row(first.step, first.layer, first.kind, first.phase, values, valid, first.past, first.start)
+    return replace(first, values=values, valid=valid, documents=None)
 
 
 def _merged(parts: list[np.ndarray], variable: Variable) -> np.ndarray:
@@ -130,7 +149,8 @@ def taken(row: Row, variables: Mapping[str, Variable], index: np.ndarray, batch:
         return row
     values = {name: value[index] if name in per_token else value for name, value in row.values.items()}
     valid = {dim: mask[index] for dim, mask in row.valid.items()}
-    return replace(row, values=values, valid=valid, past=None if row.past is None else row.past[index])
+    past, documents = (None if known is None else known[index] for known in (row.past, row.documents))
+    return replace(row, values=values, valid=valid, past=past, documents=documents)
 
 
 def shortened(row: Row, variables: Mapping[str, Variable], length: int) -> Row:

@@ -113,6 +113,7 @@ def _packed(rows: Mapping[str, Iterable[Row]]) -> tuple[bytes, list[bytes]]:
             "values": {name: placed(value) for name, value in row.values.items()},
             "valid": {dim: placed(mask) for dim, mask in row.valid.items()},
             "past": None if row.past is None else placed(row.past),
+            "documents": None if row.documents is None else placed(row.documents),
         }
         for record, some in rows.items()
         for row in some
@@ -172,8 +173,8 @@ def _unpacked(index: bytes, body: bytes) -> list[tuple[str, Row]]:
         record, step, layer, kind, phase = entry["of"]
         values = {name: array(at) for name, at in entry["values"].items()}
         valid = {dim: array(at) for dim, at in entry["valid"].items()}
-        past = None if entry["past"] is None else array(entry["past"])
-        found.append((record, Row(step, layer, kind, phase, values, valid, past)))
+        past, documents = (None if entry[name] is None else array(entry[name]) for name in ("past", "documents"))
+        found.append((record, Row(step, layer, kind, phase, values, valid, past, documents=documents)))
     return found
 
 

@@ -34,6 +34,7 @@ class _Call:
     past: int = 0
     real: Tensor | None = None  # (batch, past + length)
     tail: int = 0  # tokens at the end of a prompt that are tried
+    positions: Tensor | None = None
 
     @property
     def valid(self) -> Tensor | None:
@@ -222,7 +223,10 @@ class Clock:
             tokens = ids if ids is not None else next((v for v in growing if v.dim() == 3), None)
         laid = isinstance(tokens, Tensor) and tokens.dim() >= 2
         batch, length = (tokens.shape[0], tokens.shape[1]) if laid else (0, None)  # type: ignore[union-attr]
-        return _Call(ids, batch, length), given.get(f"{side}attention_mask")
+        call, positions = _Call(ids, batch, length), given.get(f"{side}position_ids")
+        if isinstance(positions, Tensor) and positions.shape in ((1, length), (batch, length)) and length != 1:
+            call.positions = positions.detach().clone()
+        return call, given.get(f"{side}attention_mask")
 
     def _go_on(self, call: _Call, mask: Any) -> Story | None:
         """The text that the call goes on with, None without a cache; and what is padding in it."""
@@ -288,14 +292,15 @@ class Clock:
         """The moment, and where tokens of the call have moments of their own, the portions."""
         number = self.calls - 1
         if story is None:
-            self.now = Context(self._next(joint), number, "forward", 0, call.valid)
+            self.now = Context(self._next(joint), number, "forward", 0, call.valid, positions=call.positions)
             if self._alone is not None:
                 self._alone.step = self.now.step
             return
         if kind == "prompt" or story.phase != ("prefill" if kind == "chunk" else "decode"):
             story.begin(self._next(joint), "prefill" if kind == "prompt" else "decode")
         held = call.real[:, : call.past] if call.real is not None and call.past else None
-        self.now = Context(story.step, number, story.phase, call.past, call.valid, held)
+        positions = call.positions if kind == "prompt" and not call.past else None
+        self.now = Context(story.step, number, story.phase, call.past, call.valid, held, positions)
         length = call.length or 0
         together = length - call.tail
         if kind != "prompt" and 1 < length <= APART:
@@ -316,7 +321,7 @@ class Clock:
         assert now is not None
         valid = None if call.valid is None else call.valid[:, start:stop]
         held = call.real[:, :past] if call.real is not None and past else None
-        return Portion(start, stop, replace(now, past=past, valid=valid, held=held))
+        return Portion(start, stop, replace(now, past=past, valid=valid, held=held, positions=None))
 
     def _next(self, joint: _Joint | None = None) -> int:
         """The number of a row that begins."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnviz.errors import CaptureError, SchemaError
 from bnviz.observation import Context, Site
-from bnviz.rows import GROWING, Row, batch_of, merged, shortened, taken, token_dim
+from bnviz.rows import GROWING, Row, batch_of, documents_of, merged, shortened, taken, token_dim
 from bnviz.schema import Variable
 
 SHARE, MOST, MANY = (
@@ -22,7 +22,7 @@ SHARE, MOST, MANY = (
     4096,
 )  # part of the ceiling, bytes, observations: what waits beyond is brought to the host
 FEW = 64  # decode steps on disk whose length is remembered
-HELD = "held"
+HELD, POSITIONS = "held", "positions"
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -264,7 +264,8 @@ class Shelf:
     def _masks(self, one: _Waiting) -> dict[str, Tensor]:
         dims = {token_dim(self._declared[one.record][name]) for name in one.values}
         found = {dim: m for dim, m in one.valid.items() if m is not None and dim in dims}
-        return found if one.context.held is None else {**found, HELD: one.context.held}
+        beside = {HELD: one.context.held, POSITIONS: one.context.positions}
+        return found | {name: m for name, m in beside.items() if m is not None}
 
     def _row(self, one: _Waiting, values: dict[str, np.ndarray], masks: dict[str, np.ndarray]) -> Row:
         """A row with an all-true mask where the model gave none, so that later masks of the same step can join it."""
@@ -277,8 +278,12 @@ class Shelf:
             mask = masks.get(dim)
             valid[dim] = mask if mask is not None and mask.shape == batch else np.ones(batch, bool)
         past = _past(one.context, valid, masks.get(HELD))
-        now = one.context
-        return Row(now.step, one.site.layer, one.site.part, now.phase, values, valid, past, now.past)
+        now, positions = one.context, masks.get(POSITIONS)
+        row = Row(now.step, one.site.layer, one.site.part, now.phase, values, valid, past, now.past)
+        if positions is not None:
+            own = next((m for m in valid.values() if m.shape[1] == positions.shape[1]), None)
+            row.documents = None if own is None else documents_of(positions, own)
+        return row
 
     @property
     def waiting(self) -> bool:

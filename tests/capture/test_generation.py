@@ -499,3 +499,22 @@ def test_beams_that_are_streamed_to_disk_keep_their_history(tmp_path: Any) -> No
     for step in (1, 3):
         rows = [row_of(record.isel(step=step), maps[:, sequence], 7) for sequence in range(6)]
         assert len(set(rows)) == len({tuple(row) for row in plain[:, :-1].tolist()})
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_documents_that_share_a_sequence_are_sequences_of_their_own(tmp_path: Any, streamed: bool) -> None:
+    model, lengths = tiny("Llama"), (5, 1, 7)
+    ids = torch.randint(3, 61, (1, 13))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    options = {"path": tmp_path / "run.zarr"} if streamed else {}
+    with torch.no_grad(), captured(model, "attention", "activations", **options) as recorder:
+        model(ids, position_ids=positions, use_cache=False)
+    record, stream = (recorder.run[name].isel(step=0) for name in ("attention", "activations"))
+    expected = [n for n, length in enumerate(lengths) for _ in range(length)]
+    assert record.key_sequence.values.tolist() == record.query_sequence.values.tolist() == expected
+    assert stream.sequence.values.tolist() == expected
+    assert stream.position.values.tolist() == positions[0].tolist()
+    for number, text in enumerate(ids.split(lengths, 1)):
+        (keys, queries), maps = of_sequence(record, number), maps_of(model, text)[:, 0]
+        assert np.allclose(keys["mass"].values, maps.sum(-2), atol=1e-5)
+        assert np.allclose(queries["entropy"].values, entropy_of(maps), atol=1e-4)

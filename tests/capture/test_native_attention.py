@@ -258,6 +258,43 @@ def test_a_decoder_is_seen_in_itself(batch_first: bool) -> None:
         assert torch.allclose(mine[1, :, :4], weights[1, :, :4], atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_decoder_reads_of_its_encoder_is_a_record_of_its_own(training: bool) -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Transformer(16, 2, 2, 2, 32, 0.0, batch_first=True).train(training)
+    source, target = torch.randn(2, 7, 16), torch.randn(2, 5, 16)
+    padding = torch.arange(7) >= torch.tensor([[7], [4]])
+    given = {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}
+    given["tgt_mask"] = nn.Transformer.generate_square_subsequent_mask(5)
+    plain = copy.deepcopy(model)
+    with torch.set_grad_enabled(training), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = plain(source, target, **given)
+        with bnviz.capture(model, probes=["attention", "cross_attention", "activations"], strict=True) as recorder:
+            found, ran = operators(lambda: model(source, target, **given))
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with told(plain) as said:
+                plain(source, target, **given)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    assert torch.equal(found, expected)
+    assert (FUSED in ran) == (not training)
+    own, across = (recorder.run[name].isel(step=0) for name in ("attention", "cross_attention"))
+    assert list(own.path.values) == [
+        f"{side}.layers.{i}.self_attn" for side in ("encoder", "decoder") for i in range(2)
+    ]
+    assert list(across.path.values) == [f"decoder.layers.{i}.multihead_attn" for i in range(2)]
+    for at in range(2):
+        maps = said[f"decoder.layers.{at}.multihead_attn"][0]
+        mass = torch.cat([maps[b, :, :, :n].sum(1) for b, n in ((0, 7), (1, 4))], -1)
+        assert np.allclose(across["mass"].values[at], mass.detach().numpy(), atol=1e-5)
+    cosine = recorder.run["activations"]["cosine"].isel(step=0).sel(kind="block")
+    assert [int(np.isfinite(cosine.sel(layer=layer)).sum()) for layer in range(4)] == [11, 11, 10, 10]
+
+
 @pytest.mark.parametrize("layout", ["batch_first", "tokens_first", "unbatched", "nested"])
 def test_blocks_of_an_encoder_are_measured_token_by_token(layout: str) -> None:
     torch.manual_seed(0)
