@@ -24,7 +24,7 @@ class Site:
     Parameters
     ----------
     kind : str
-        "model", "block", "sublayer", "attention", "cross_attention", "router", "gradient" or "module".
+        "model", "block", "sublayer", "attention", "cross_attention", "router", "further_router", "gradient" or "module".
     path : str
         As in `model.named_modules()`.
     layer : int
@@ -184,14 +184,23 @@ class RouterSeen:
     site : Site
     context : Context
     ids : Tensor (batch, tokens, slots) int
-        Experts as dispatched.
+        Experts as dispatched. -1 with weight 0: the choice was dropped (a capacity). -1 with weight NaN: no further choice.
     weights : Tensor (batch, tokens, slots)
         Their weights as used.
     logits : Tensor (batch, tokens, experts), optional
-        What the router computed before it chose; logits or probabilities, see `logits_are`.
+        What the router computed for every expert, as the model has it: logits, gates or probabilities.
     experts : int
-    logits_are : str
-        "logits" (a softmax makes the weights), "sigmoid" or "probabilities".
+        Things it chooses among, ways past all experts included.
+    share : Tensor (batch, tokens, experts), optional
+        `logits` as a distribution over experts, by the rule that makes the weights of them; NaN where no rule fits.
+    skip : int
+        How many of the last ids compute nothing.
+    shared : int
+        Experts that every token passes, beside these.
+    verified : bool or Tensor () bool
+        The choice was seen where experts use it; else only where it was made, or made once more.
+    mapped : bool
+        Rows are the tokens of this call's sequences; else they are (1, rows, ...), in the router's order.
     """
 
     site: Site
@@ -200,7 +209,11 @@ class RouterSeen:
     weights: Tensor
     logits: Tensor | None
     experts: int
-    logits_are: str = "logits"
+    share: Tensor | None = None
+    skip: int = 0
+    shared: int = 0
+    verified: bool | Tensor = True
+    mapped: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,17 @@ UNITS: frozenset[str] = frozenset(
 Severity = Literal["high", "medium", "low", "note"]
 SEVERITIES: tuple[Severity, ...] = ("high", "medium", "low", "note")
 Merge = Literal["stack", "add", "max", "append", "last"]
-SITE_KINDS = ("model", "block", "sublayer", "attention", "cross_attention", "router", "gradient", "module")
+SITE_KINDS = (
+    "model",
+    "block",
+    "sublayer",
+    "attention",
+    "cross_attention",
+    "router",
+    "further_router",
+    "gradient",
+    "module",
+)
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 

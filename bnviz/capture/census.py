@@ -82,7 +82,7 @@ class Census:
         for place in self._plan.attention:
             yield place.site, place.module, place.mechanism
         for site, router in self._plan.routers:
-            yield site, router.experts, ""
+            yield site, router.block, ""
 
     def counts(self, layers: Layers) -> list[SiteCount]:
         """One entry a place, in the order of the plan, then what only shows itself while the model runs."""

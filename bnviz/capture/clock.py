@@ -177,6 +177,11 @@ class Clock:
         """(batch, tokens) that `count` flat rows stand for; one sequence when they are not this call's tokens."""
         return self._shape if self._shape is not None and self._shape[0] * self._shape[1] == count else (1, count)
 
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(batch, tokens) of this call; None where its input has no tokens."""
+        return self._shape
+
     def end(self, model: nn.Module) -> None:
         """The forward is over."""
         if self._outer != id(model):

@@ -20,6 +20,7 @@ from bnviz.streamed import Streamed, pieces_of
 
 from .plan import Plan
 from .provenance import parameter_bytes
+from .routers.record import by_record, bytes_of
 from .stream import Stream
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .shelf import Shelf
 
 
-OWN_LAYERS = ("cross_attention",)  # records whose `layer` counts something else than blocks
+OWN_LAYERS = ("cross_attention", "further_routing")  # records whose `layer` counts something else than blocks
 
 
 def labels_record(labels: Any) -> xr.Dataset | None:
@@ -67,15 +68,15 @@ class Closing:
         self._declared = {record: spec.variables for record, spec in specs.items()}
         self._kinds = {record: spec.sites for record, spec in specs.items() if spec.sites}
         self._paths = {s.layer: s.path for s, _ in plan.blocks}
-        self._router_paths = {s.layer: s.path for s, _ in plan.routers}
+        self._routers = by_record(plan.routers)
         self._block_bytes = {s.layer: b.nbytes for s, b in plan.blocks}
-        self._expert_bytes = {s.layer: parameter_bytes(r.experts) // r.count for s, r in plan.routers}
         told, known = facts["options"]["of_probes"], _attributes(model)
         known["ops"]["alone"] = not set(specs) - {"ops", "memory", "host"}  # no hook's Python lies between operators
         self._attrs = {name: {**told.get(name, {}), **known.get(name, {})} for name in {**told, **known}}
         self._plan, self._model = plan, type(model).__name__
         self.writers: Callable[[], list[Writers | None]] = list
         self.undivided: Callable[[], list[str]] = list
+        self.remarks: Callable[[], list[str]] = list
         self.stream = None if options.path is None else Stream(options.path, self._header)
 
     def _header(self) -> dict[str, Any]:
@@ -97,7 +98,7 @@ class Closing:
             "attention": attention,
             "keys_values": attention,
             "cross_attention": self._plan.cross,
-            "routing": self._router_paths,
+            **{record: {n: r.path for n, r in some.items()} for record, some in self._routers.items()},
         }.get(record, self._paths)
         return known if record in OWN_LAYERS else self._layers.paths(known)
 
@@ -105,10 +106,12 @@ class Closing:
         """Attrs of a record, what belongs to single layers by their final numbers."""
         attrs = {"model": self._facts["model"], **self._attrs.get(record, {})}
         if record == "activations":
-            bytes_of = {"block": self._by_layer(self._block_bytes), **self._part_bytes()}
-            attrs |= {"parameter_bytes": bytes_of, "shared_weights": self._shared()}
-        elif record == "routing":
-            attrs["expert_bytes"] = self._by_layer(self._expert_bytes)
+            weights = {"block": self._by_layer(self._block_bytes), **self._part_bytes()}
+            attrs |= {"parameter_bytes": weights, "shared_weights": self._shared()}
+        elif record in self._routers:
+            numbered = of_layer if record in OWN_LAYERS else self._by_layer
+            for name, values in bytes_of(self._routers[record]).items():
+                attrs[name] = numbered(values)
         return attrs
 
     def _by_layer(self, of_block: Mapping[int, Any]) -> dict[str, dict[str, Any]]:
@@ -160,7 +163,7 @@ class Closing:
             self.discard()
             raise CaptureError(self._why_empty(clock, notes))
         self._add_labels(beside_rows, streamed, notes)
-        notes += [*self.undivided(), *self._silent(counts, clock.forwards_watched)]
+        notes += [*self.undivided(), *self._silent(counts, clock.forwards_watched), *self.remarks()]
         self._facts |= {"calls": clock.calls, "watched": clock.forwards_watched, "notes": notes}
         self._facts["sites"] = [one.to_json() for one in counts]
         self._facts |= {"seconds": clock.seconds, "capture_seconds": elapsed}
@@ -291,6 +294,7 @@ def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {
         "activations": {"model_bytes": whole},
         "routing": {"model_bytes": whole},
+        "further_routing": {"model_bytes": whole},
         "attention": {},
         "keys_values": {"model_bytes": whole},
         "ops": {},

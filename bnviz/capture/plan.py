@@ -16,7 +16,8 @@ from bnviz.observation import Site
 from .attention.find import AttentionSite, find_attention
 from .blocks.find import Block, find_blocks
 from .blocks.writers import fused_below
-from .routers.find import RouterSite, find_routers
+from .routers.find import RouterSite
+from .routers.sites import router_sites
 from .tree import text, tree
 from .unknown import Unknown
 
@@ -34,7 +35,8 @@ class Plan:
     attention : list of AttentionSite
         `place.site` (its `kind` is "attention" or "cross_attention"), `place.module`, and `place.mechanism`: how it is seen.
     routers : list of (Site, RouterSite)
-        `router.count` experts; `router.experts` and `router.router` are the modules.
+        `router.count` experts; `router.experts` and `router.router` are the modules. `site.kind` is "router", or
+        "further_router" beside the first of its layer.
     unknown : list of Unknown
         What looks like attention or experts and is reached by no mechanism: `.path`, `.cls`, `.why`, and `.option`, the option
         of `bnviz.capture` that names it ("" where naming does not help).
@@ -67,7 +69,8 @@ class Plan:
             "sublayer": len(self.blocks),
             "attention": self._attention("attention"),
             "cross_attention": self._attention("cross_attention"),
-            "router": len(self.routers),
+            "router": sum(site.kind == "router" for site, _ in self.routers),
+            "further_router": sum(site.kind == "further_router" for site, _ in self.routers),
             "gradient": len(self.blocks),
         }.get(kind, 1)
 
@@ -90,8 +93,9 @@ def sites(model: nn.Module, *, attention: Any = None, routers: Any = None) -> Pl
     model : torch.nn.Module
     attention : str, optional
         Pattern of module paths (`"*.attn"`) to take as attention besides those found.
-    routers : optional
-        Reserved for naming routers.
+    routers : str, type, sequence or mapping, optional
+        Routers, or modules around them, by pattern of paths (`"*.moe"`) or by class; a mapping of such to a function
+        (module, args, kwargs, output) -> (ids, weights[, logits[, experts]]) reads what no mechanism understands.
 
     Returns
     -------
@@ -115,16 +119,12 @@ def sites(model: nn.Module, *, attention: Any = None, routers: Any = None) -> Pl
     plan = Plan(type(model).__name__, fused=fused_below(model))
     for number, block in enumerate(find_blocks(model)):
         plan.blocks.append((Site("block", block.path, number, "block", block.evidence), block))
-    if routers is not None:
-        raise CaptureError("sites: routers cannot be named yet; leave routers= out.")
     found = find_attention(model, partial(_block, plan), plan.fused, attention)
     plan.attention, plan.suspects = found.sites, found.suspects
     plan.unknown += found.unknown
-    for router in find_routers(model):
-        where = _layer(plan, router.path)
-        plan.routers.append(
-            (Site("router", router.path, where, "mlp", f"experts are given {router.ids}, {router.weights}"), router)
-        )
+    blocks = [block.first for _, block in plan.blocks]
+    plan.routers, unknown = router_sites(model, partial(_layer, plan), blocks, routers)
+    plan.unknown += unknown
     return plan
 
 

@@ -32,7 +32,8 @@ def capture(model: nn.Module, *, probes: Sequence[str] | None = None, **options:
         Of the capture: `step` ("forward" or "manual"), `when` ("always", "eval", "train" or a callable given the model),
         `every` (watch one forward in so many), `budget` ("1 GiB": hard ceiling of what is kept), `path` (stream complete
         steps to disk, store the run there), `strict` (raise what goes wrong in a probe), `name`, `labels` (n,) class of each
-        sample, `tokenizer` (to show text), `attention` (pattern of paths of further attention modules).
+        sample, `tokenizer` (to show text), `attention` (pattern of paths of further attention modules),
+        `routers` (pattern, class, or a mapping of such to a function that reads them: see `bnviz.sites`).
         All others are options of probes: `sample=4096`, `window=64`.
 
     Returns

@@ -100,7 +100,7 @@ class Session:
                 sentence += f" ({plan.unknown[0]})"
             if self._named:
                 raise CaptureError(f"{sentence}; bnviz.sites(model) lists what there is.")
-            if name not in ("routing", "cross_attention"):
+            if name not in ("routing", "further_routing", "cross_attention"):
                 self.notes.append(f"{sentence}.")
             del self._probes[name]
 
@@ -144,8 +144,8 @@ class Session:
             follow_blocks(plan, watch, stack)
         if wanted & {"attention", "cross_attention"}:
             tap_attention(plan, watch, stack)
-        if "router" in wanted:
-            tap_routers(plan, watch, stack)
+        if wanted & {"router", "further_router"}:
+            self._closing.remarks = tap_routers(plan, watch, stack)
         self.census.attach(self.model, wanted, stack)
         for module in (self.model, *parts(self.model, plan)):
             stack.enter_context(around(module, None, self._end, quiet=fused and module is self.model))

@@ -49,7 +49,8 @@ def tree(plan: Plan) -> Branch:
         kinds[place.site.kind] = kinds.get(place.site.kind, 0) + 1
     head = [counted(len(plan.blocks), "block"), f"{kinds['attention']} attention"]
     head += [f"{kinds['cross_attention']} cross attention"] if kinds["cross_attention"] else []
-    head.append(counted(len(plan.routers), "router"))
+    head.append(counted(plan.count("router"), "router"))
+    head += [f"{further} further routers"] if (further := plan.count("further_router")) else []
     parts = [*_layers(plan), *_outside(plan), *_unknown(plan.unknown)]
     return Branch(plan.model, words=" · ".join(head), below=_cut(parts, LINES - 1))
 
@@ -121,7 +122,8 @@ def _inside(plan: Plan, layer: int, path: str) -> Iterator[Branch]:
         if place.site.layer == layer:
             yield _attention(place, path)
     for site, router in plan.routers:
-        if site.layer == layer:
+        further = site.kind == "further_router"
+        if (further and site.path.startswith(f"{path}.")) or (not further and site.layer == layer):
             yield _router(site, router, path)
     if not plan.fused(f"{path}.x" if path else "x"):
         yield Branch("residual writers", words="found at the first forward")
@@ -134,9 +136,9 @@ def _attention(place: Any, block: str) -> Branch:
 
 
 def _router(site: Any, router: Any, block: str) -> Branch:
-    shared = getattr(router, "shared", None)
-    words = counted(router.count, "expert") + (f", shared: {', '.join(shared)}" if shared else "")
-    return Branch("router", _below(site.path, block), f"{words} ({site.evidence})")
+    words = counted(router.count, "expert") if router.count else "experts counted at the first forward"
+    words += f", {router.shared.count} shared" if router.shared.count else ""
+    return Branch(site.kind.replace("_", " "), _below(site.path, block), f"{words} ({site.evidence})")
 
 
 def _below(path: str, block: str) -> str:
@@ -145,9 +147,15 @@ def _below(path: str, block: str) -> str:
 
 def _outside(plan: Plan) -> Iterator[Branch]:
     found = [_attention(place, "") for place in plan.attention if place.site.layer < 0]
-    found += [_router(site, router, "") for site, router in plan.routers if site.layer < 0]
+    found += [_router(site, router, "") for site, router in plan.routers if _is_outside(plan, site)]
     if found:
         yield Branch("outside every block", below=_cut(found, 6))
+
+
+def _is_outside(plan: Plan, site: Any) -> bool:
+    if site.kind != "further_router":
+        return bool(site.layer < 0)
+    return not any(site.path.startswith(f"{block.path}.") for block, _ in plan.blocks)
 
 
 def _unknown(places: Iterable[Unknown]) -> Iterator[Branch]:

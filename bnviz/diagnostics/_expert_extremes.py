@@ -131,7 +131,7 @@ _COPY_EACH = "Give each a device of its own or a second copy where experts run i
 def _saving(layers: Layers, places: _Places) -> Saving:
     """Weights of idle experts: bytes where the run knows them, else their share of all experts."""
     own = layers.result.attrs.get("expert_bytes")
-    if own is not None and len(own) == layers.number:
+    if own is not None and len(own) == layers.number and None not in own:
         whole = float(layers.result.attrs.get("model_bytes") or np.dot(own, layers.result["experts"].values))
         amount = float(sum(own[at] * len(idle) for at, idle in places))
         return Saving(amount, "B", amount / whole, "computed from shapes")

@@ -56,6 +56,21 @@ def by_layer(variable: xr.DataArray) -> np.ndarray:
     return table.reshape(table.shape[0], -1, table.shape[-1])
 
 
+def past_the_experts(
+    ids: np.ndarray, choices: np.ndarray, skip: xr.DataArray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """(ids, experts, skipped): choices that pass no expert taken out of `ids` (-2) and counted; experts that compute, by layer.
+
+    `skip` (step, layer): how many of a layer's last ids compute nothing; None, or 0 everywhere: no layer has such.
+    """
+    past = np.zeros(len(choices), np.int64) if skip is None else np.maximum(skip.max("step").values, 0).astype(np.int64)
+    if not past.any():
+        return ids, choices, None
+    experts = choices - past
+    gone = ids >= experts[:, None, None]
+    return np.where(gone, np.int64(-2), ids), experts, gone.sum((-1, -2))
+
+
 def tables(ids: np.ndarray, weights: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Count and mass (layer, expert) of the pairs in `ids` (layer, token, slot); negative ids are no expert."""
     layers = len(ids)

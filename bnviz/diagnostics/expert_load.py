@@ -8,12 +8,12 @@ import numpy as np
 import xarray as xr
 
 from bnviz.errors import NotCaptured
-from bnviz.quantities import count, factor, ratio
+from bnviz.quantities import count, counted, factor, ratio
 from bnviz.schema import Finding, Judgement, Variable, diagnostic, stamp
 
 from ._balance import BALANCE, balance
 from ._expert_extremes import Layers, extremes
-from ._routed import by_layer, in_use, over_mean, select, tables, together_lift
+from ._routed import by_layer, in_use, over_mean, past_the_experts, select, tables, together_lift
 
 _CELL = ("layer", "expert")
 _LAYER = ("layer",)
@@ -22,7 +22,7 @@ _LAYER = ("layer",)
 @diagnostic(
     question="Which experts do the work, which are idle, and how uneven is it?",
     needs=("routing.expert", "routing.weight", "routing.experts"),
-    wants=("routing.entropy", "routing.top_probability", "routing.probability"),
+    wants=("routing.skip", "routing.shared", "routing.entropy", "routing.top_probability", "routing.probability"),
     gives=(
         Variable("count", _CELL, "count", "(token, slot) pairs sent to the expert; 0 beyond the layer's last expert"),
         Variable("mass", _CELL, "token", "sum of the router's weights of these pairs"),
@@ -35,7 +35,9 @@ _LAYER = ("layer",)
         Variable("experts", _LAYER, "count", "experts of the layer"),
         Variable("tokens", _LAYER, "count", "tokens routed"),
         Variable("tokens_needed", _LAYER, "count", "tokens from which on an unused expert means something"),
-        Variable("dropped", _LAYER, "count", "(token, slot) pairs that no expert got"),
+        Variable("dropped", _LAYER, "count", "(token, slot) pairs that no expert got: a capacity was full"),
+        Variable("skipped", _LAYER, "count", "pairs that chose to pass no expert, where the router may", optional=True),
+        Variable("shared", _LAYER, "count", "experts every token passes, in no other number here", optional=True),
         Variable(
             "together_lift", (*_CELL, "expert_to"), "1", "how often two share a token; 1 by chance", optional=True
         ),
@@ -67,7 +69,8 @@ def expert_load(
     Parameters
     ----------
     routing : Dataset
-        Record `routing`: `expert`, `weight` (step, layer, token, slot), `experts` (step, layer).
+        Record `routing` (or `further_routing`): `expert`, `weight` (step, layer, token, slot), `experts` (step, layer). Ids
+        of the last `skip` (step, layer) are no experts: who chose them passes none, and is in no load.
     step : int, optional
         One step; default all of the phase, pooled.
     phase : {"prompt", "decode", "all"}, optional
@@ -114,12 +117,13 @@ def expert_load(
     ([[1.5, 0.5]], 0.5)
     """
     chosen, phase, left_out = select(routing, step, phase)
-    ids = by_layer(chosen["expert"])
-    experts = np.maximum(chosen["experts"].max("step").values, 0).astype(np.int64)
+    weights = by_layer(chosen["weight"])
+    choices = np.maximum(chosen["experts"].max("step").values, 0).astype(np.int64)
+    ids, experts, skipped = past_the_experts(by_layer(chosen["expert"]), choices, chosen.get("skip"))
     width = int(experts.max(initial=0))
     if width == 0 or not (ids >= 0).any():
         raise NotCaptured("expert_load: the record 'routing' holds no routed token; run a forward inside the capture.")
-    counts, mass = tables(ids, by_layer(chosen["weight"]), width)
+    counts, mass = tables(ids, weights, width)
     coords = {name: routing.coords[name] for name in ("layer", "path") if name in routing.coords}
     result = xr.Dataset(coords={"layer": np.arange(len(ids))} | coords | {"expert": np.arange(width)})
     result["count"], result["mass"] = (_CELL, counts), (_CELL, mass)
@@ -130,18 +134,26 @@ def expert_load(
             result[prefix + name] = ("layer", np.array([row[name] for row in rows]))
     tokens = (ids >= 0).any(-1).sum(-1)
     _claims(result, experts, tokens, dead, hot)
-    result["dropped"] = ("layer", (in_use(chosen).reshape(1, -1, 1) & (ids < 0)).sum((-1, -2)) * (experts > 0))
-    if together and ids.shape[-1] > 1:
+    pairs = in_use(chosen).reshape(1, -1, 1) & np.isfinite(weights)
+    result["dropped"] = ("layer", (pairs & (ids == -1)).sum((-1, -2)) * (experts > 0))
+    if skipped is not None:
+        result["skipped"] = ("layer", skipped)
+    if "shared" in chosen:
+        result["shared"] = ("layer", np.maximum(chosen["shared"].max("step").values, 0).astype(np.int64))
+    slots = int(pairs.sum(-1).max(initial=0))
+    if together and slots > 1:
         result["together_lift"] = ((*_CELL, "expert_to"), together_lift(ids, experts, width))
-    _router(result, chosen, counts, tokens)
+    _router(result, chosen, choices, tokens)
     result.attrs = {
         "model": str(routing.attrs.get("model", "")),
         "phase": phase,
         "left_out": left_out,
-        "slots": ids.shape[-1],
+        "slots": slots,
         "dead": dead,
         "hot": hot,
     }
+    if "unverified" in chosen:
+        result.attrs["unverified"] = int((chosen["unverified"].max("step") > 0).sum())
     for name in ("expert_bytes", "model_bytes"):
         if name in routing.attrs:
             result.attrs[name] = routing.attrs[name]
@@ -161,12 +173,12 @@ def _claims(result: xr.Dataset, experts: np.ndarray, tokens: np.ndarray, dead: f
     result["tokens_needed"] = ("layer", needed)
 
 
-def _router(result: xr.Dataset, chosen: xr.Dataset, counts: np.ndarray, tokens: np.ndarray) -> None:
+def _router(result: xr.Dataset, chosen: xr.Dataset, choices: np.ndarray, tokens: np.ndarray) -> None:
     """How sure the router was, and the loss that was to balance it, where its probabilities were seen."""
-    experts = result["experts"].values
+    experts, counts = result["experts"].values, result["count"].values
     with np.errstate(divide="ignore", invalid="ignore"):
         if "entropy" in chosen:
-            result["router_entropy"] = ("layer", chosen["entropy"].mean(("step", "token")).values / np.log(experts))
+            result["router_entropy"] = ("layer", chosen["entropy"].mean(("step", "token")).values / np.log(choices))
         if "top_probability" in chosen:
             result["confidence"] = ("layer", chosen["top_probability"].mean(("step", "token")).values)
         if "probability" in chosen:
@@ -265,6 +277,13 @@ def _caveats(result: xr.Dataset, layers: Layers) -> tuple[str, ...]:
     dropped = int(result["dropped"].sum()) if layers.number else 0
     if dropped:
         said.append(f"{count(dropped)} (token, slot) pairs were given to no expert")
+    if layers.number and "skipped" in result and int(result["skipped"].sum()):
+        said.append(f"{count(int(result['skipped'].sum()))} pairs chose to pass no expert and are in no load")
+    if layers.number and "shared" in result and int(result["shared"].max()):
+        said.append("Shared experts, which every token passes, are in no load")
+    if result.attrs.get("unverified"):
+        where = counted(result.attrs["unverified"], "layer")
+        said.append(f"In {where} the choice was seen where it is made, not where experts use it")
     for phase, tokens in result.attrs.get("left_out", {}).items():
         said.append(f"{count(tokens)} tokens of phase {phase!r} are left out; phase={phase!r} shows them")
     return tuple(said)

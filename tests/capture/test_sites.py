@@ -13,7 +13,7 @@ import bnviz
 from bnviz.capture.blocks.find import find_blocks
 from bnviz.capture.blocks.search import Search
 from bnviz.capture.blocks.writers import Unsolved, Writers
-from bnviz.capture.routers.find import find_routers, scores_are
+from bnviz.capture.routers.find import find_routers
 
 
 class PlainAttention(nn.Module):
@@ -181,14 +181,3 @@ def test_routers_state_their_contract(load_model: Any) -> None:
     assert [r.path for r in found] == [f"model.layers.{i}.mlp.experts" for i in range(4)]
     assert {r.count for r in found} == {8}
     assert all(r.router is not None for r in found)
-
-
-def test_how_scores_become_weights_is_told_apart() -> None:
-    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
-    for name, shown in (("logits", logits.softmax(-1)), ("sigmoid", logits.sigmoid())):
-        weights, ids = shown.topk(2, -1)
-        assert scores_are(logits, ids, weights / weights.sum(-1, keepdim=True)) == name
-        assert scores_are(logits, ids, 2.5 * weights) == name
-    weights, ids = logits.softmax(-1).topk(2, -1)
-    assert scores_are(logits.softmax(-1), ids, weights) == "probabilities"
-    assert scores_are(logits, ids, weights.flip(-1)) is None

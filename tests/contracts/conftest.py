@@ -28,6 +28,49 @@ def encoder_decoder() -> nn.Module:
     return T5ForConditionalGeneration(T5Config(vocab_size=64, decoder_start_token_id=0, **sizes)).eval()
 
 
+class Mixture(nn.Module):
+    """Every token goes to the expert its gate scores highest."""
+
+    def __init__(self, width: int = 6, experts: int = 3) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(experts))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, chosen = self.gate(x).softmax(-1).topk(1, -1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen[:, 0] == number).nonzero()[:, 0]
+            out = out.index_add(0, rows, expert(x[rows]) * weight[rows])
+        return out
+
+
+class Pair(nn.Module):
+    """A block with two mixtures, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Mixture(), Mixture()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.first(x)
+        return x + self.second(x)
+
+
+def pairs() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Pair(), Pair())
+
+
+@pytest.fixture(scope="session")
+def pairs_run() -> Run:
+    """Every default probe on a model with two routers in each block."""
+    model = pairs()
+    with torch.no_grad(), bnviz.capture(model, strict=True) as recorder:
+        model(torch.linspace(-1, 1, 48).reshape(8, 6))
+    return recorder.run
+
+
 @pytest.fixture(scope="session")
 def experts_run(load_model: Any) -> Run:
     """Every default probe on the trained mixture-of-experts model."""
@@ -59,16 +102,15 @@ def net_run() -> Run:
 
 
 @pytest.fixture(scope="session")
-def runs(experts_run: Run, net_run: Run) -> tuple[Run, Run]:
-    return experts_run, net_run
+def runs(experts_run: Run, net_run: Run, pairs_run: Run) -> tuple[Run, ...]:
+    return experts_run, net_run, pairs_run
 
 
 @pytest.fixture(scope="session")
-def reopened(runs: tuple[Run, Run], tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+def reopened(runs: tuple[Run, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, ...]:
     """The same runs, written to disk and read again."""
     folder = tmp_path_factory.mktemp("runs")
-    one, two = (bnviz.open(run.save(folder / f"{at}.zarr")) for at, run in enumerate(runs))
-    return one, two
+    return tuple(bnviz.open(run.save(folder / f"{at}.zarr")) for at, run in enumerate(runs))
 
 
 def record_for(need: str, runs: tuple[Run, ...]) -> Any:
@@ -78,7 +120,7 @@ def record_for(need: str, runs: tuple[Run, ...]) -> Any:
 
 
 @pytest.fixture(scope="session")
-def results(runs: tuple[Run, Run]) -> dict[str, Any]:
+def results(runs: tuple[Run, ...]) -> dict[str, Any]:
     """Every diagnostic of the catalogue, on real records."""
     found = {}
     for name, diagnostic in catalog.every("diagnostics"):

@@ -15,7 +15,7 @@ from bnviz import catalog
 from bnviz.errors import CaptureError, UnknownName
 from bnviz.schema import DIMENSIONS, UNITS
 
-from .conftest import encoder_decoder, net
+from .conftest import encoder_decoder, net, pairs
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
          "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks")  # fmt: skip
@@ -50,7 +50,7 @@ def model_for(probe: Any, load_model: Any) -> tuple[nn.Module, Callable[[nn.Modu
         ids = torch.arange(5, 53).reshape(2, 24)
         return load_model("mixtral-bard"), lambda m: m(ids).logits
     x = torch.linspace(-1, 1, 24).reshape(4, 6)
-    return net(), lambda m: m(x)
+    return pairs() if "further_router" in probe.spec.sites else net(), lambda m: m(x)
 
 
 def passed(call: Callable[[nn.Module], Any], model: nn.Module) -> Any:

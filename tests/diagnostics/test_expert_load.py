@@ -98,6 +98,48 @@ def test_counts_and_mass_of_two_slots_by_hand():
     assert float(result["cv_floor"]) == pytest.approx(np.sqrt((4 / 2 - 1) / 3))
 
 
+def test_a_pair_that_was_never_made_is_not_dropped():
+    """Experts that choose tokens leave some tokens fewer than others: NaN is no pair, 0 one that no expert took."""
+    ids = np.array([[[[0, 1], [1, -1], [-1, -1]]]])
+    weights = np.array([[[[0.5, 0.4], [0.3, np.nan], [0.0, np.nan]]]])
+    result = expert_load(record(ids, 2, weights)).isel(layer=0)
+    assert result["count"].values.tolist() == [1, 2]
+    assert (int(result["dropped"]), int(result["tokens"])) == (1, 2)
+    assert result.attrs["slots"] == 2
+
+
+def test_a_layer_with_fewer_tokens_has_not_dropped_the_rest():
+    ids = np.array([[[[0], [1], [0], [1]], [[1], [0], [-1], [-1]]]])
+    weights = np.where(ids < 0, np.nan, 1.0)
+    assert expert_load(record(ids, 2, weights))["dropped"].values.tolist() == [0, 0]
+
+
+def test_ways_past_the_experts_are_in_no_load():
+    ids = np.array([[[[0], [1], [2], [2]], [[0], [1], [2], [0]]]])
+    skip = (("step", "layer"), np.array([[1, 0]], np.int32))
+    result = expert_load(record(ids, 3, skip=skip))
+    assert result["experts"].values.tolist() == [2, 3]
+    assert result["count"].values.tolist() == [[1, 1, 0], [2, 1, 1]]
+    assert result["load"].values[0, :2].tolist() == [1, 1]
+    assert np.isnan(result["load"].values[0, 2])
+    assert result["skipped"].values.tolist() == [2, 0]
+    assert result["tokens"].values.tolist() == [2, 4]
+    assert result["dropped"].values.tolist() == [0, 0]
+    assert any("2 pairs chose to pass no expert" in caveat for caveat in judge(result).caveats)
+
+
+def test_shared_experts_and_unverified_layers_are_said():
+    extra = {
+        name: (("step", "layer"), np.array([[value]], np.int32)) for name, value in (("shared", 2), ("unverified", 1))
+    }
+    result = expert_load(record(np.array([[[[0], [1]]]]), 2, **extra))
+    assert result["shared"].values.tolist() == [2]
+    assert result["experts"].values.tolist() == [2]
+    caveats = " ".join(judge(result).caveats)
+    assert "Shared experts, which every token passes, are in no load" in caveats
+    assert "In 1 layer the choice was seen where it is made" in caveats
+
+
 def test_auxiliary_loss_is_the_number_of_slots_when_even_and_experts_when_collapsed():
     ids = np.array([[[[0, 1], [2, 3]]]])
     even = (("step", "layer", "candidate"), np.full((1, 1, 4), 0.5))

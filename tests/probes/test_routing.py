@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from scipy.special import softmax
 from scipy.stats import entropy
 
 import bnviz
+from bnviz.capture.routers.scores import KINDS, share_of
 from bnviz.errors import SchemaError
 from bnviz.observation import Context, RouterSeen, Site
 from bnviz.probes.routing import Routing
@@ -19,10 +22,11 @@ SITE = Site("router", "model.layers.0.mlp.experts", 0)
 
 
 def seen(logits, slots: int, kind: str = "logits", valid=None) -> RouterSeen:
-    """What a top-k router would show for `logits` (batch, tokens, experts); None where they are not shown."""
+    """What a top-k router would show for `logits` (batch, tokens, experts)."""
     shown = torch.as_tensor(logits)
     weights, ids = shown.topk(slots, -1)
-    return RouterSeen(SITE, Context(0, 0, "forward", valid=valid), ids, weights, shown, shown.shape[-1], kind)
+    share = share_of(shown, KINDS.index(kind))
+    return RouterSeen(SITE, Context(0, 0, "forward", valid=valid), ids, weights, shown, shown.shape[-1], share)
 
 
 def test_confidences_by_hand():
@@ -45,7 +49,8 @@ def test_sigmoid_gates_are_made_a_distribution():
 def test_ids_and_weights_are_kept_as_dispatched():
     ids, weights = torch.tensor([[[300, -1]]]), torch.tensor([[[0.25, 0.0]]], dtype=torch.float16)
     kept = Routing().observe(RouterSeen(SITE, Context(0, 0, "forward"), ids, weights, None, 512))
-    assert set(kept) == {"expert", "weight", "experts"}
+    assert set(kept) == {"expert", "weight", "experts", "skip", "shared", "unverified", "unmapped"}
+    assert int(kept["unverified"]) == int(kept["unmapped"]) == 0
     assert kept["expert"].dtype == torch.int16 and kept["expert"].tolist() == [[[300, -1]]]
     assert kept["weight"].dtype == torch.float32
     assert int(kept["experts"]) == 512
@@ -69,11 +74,31 @@ def test_a_token_with_no_allowed_expert_is_undefined_and_adds_nothing():
     assert kept["probability"].tolist() == [0.5, 0.5]
 
 
-def test_scores_of_an_unknown_kind_are_refused():
-    with pytest.raises(
-        SchemaError, match=r"'model.layers.0.mlp.experts' declares its scores to be 'votes'; valid: logits"
-    ):
-        Routing().observe(seen(torch.zeros(1, 1, 2), 1, "votes"))
+def test_scores_that_no_rule_makes_weights_of_have_no_confidence():
+    kept = Routing().observe(seen(torch.zeros(1, 1, 2), 1, "unknown"))
+    assert torch.isnan(kept["entropy"]).all() and torch.isnan(kept["top_probability"]).all()
+    assert kept["probability"].tolist() == [0, 0]
+
+
+def test_what_was_not_seen_in_use_or_is_no_token_is_marked():
+    one = replace(seen(torch.zeros(1, 2, 4), 1), verified=torch.tensor(False), mapped=False, shared=2, skip=1)
+    kept = Routing().observe(one)
+    assert {name: int(kept[name]) for name in ("unverified", "unmapped", "shared", "skip")} == {
+        "unverified": 1, "unmapped": 1, "shared": 2, "skip": 1,
+    }  # fmt: skip
+
+
+def test_logits_are_kept_when_asked_for():
+    scores = torch.randn(1, 3, 4, dtype=torch.bfloat16)
+    assert "logit" not in Routing().observe(seen(scores, 1))
+    kept = Routing(logits=True).observe(seen(scores, 1))["logit"]
+    assert kept.dtype == torch.float32 and torch.equal(kept, scores.float())
+
+
+def test_more_experts_than_ids_can_name_are_refused():
+    one = replace(seen(torch.zeros(1, 1, 4), 1), experts=40_000)
+    with pytest.raises(SchemaError, match=r"'model.layers.0.mlp.experts' chooses among 40,000 experts"):
+        Routing().observe(one)
 
 
 @settings(deadline=None, max_examples=40)

@@ -93,9 +93,16 @@ def _is_list(node: ast.AST, name: str) -> bool:
 
 
 def _targets(statement: ast.AST) -> set[str]:
+    """Names that a statement writes to; of `x[i] = ...`, x."""
     if isinstance(statement, ast.Assign):
-        return {n for target in statement.targets for n in _names(target)}
-    return _names(statement.target) if isinstance(statement, ast.AugAssign | ast.AnnAssign) else set()
+        return {n for target in statement.targets for n in _names(_written(target))}
+    return _names(_written(statement.target)) if isinstance(statement, ast.AugAssign | ast.AnnAssign) else set()
+
+
+def _written(target: ast.AST) -> ast.AST:
+    while isinstance(target, ast.Subscript):
+        target = target.value
+    return target
 
 
 def _calls(statement: ast.AST, members: set[str], name: str) -> Iterator[ast.Call]:

@@ -1,119 +1,189 @@
-"""Routers by what their experts are given: a module whose forward takes chosen ids and their weights states the contract."""
+"""Where the routers of a model are: by what experts are given, else by structure and by code that chooses."""
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-IDS = (
-    "top_k_index",
-    "router_indices",
-    "selected_experts",
-    "topk_indices",
-    "top_k_indices",
-    "expert_indices",
-    "expert_index",
-)
-WEIGHTS = ("top_k_weights", "routing_weights", "router_scores", "topk_weights", "expert_weights", "router_probs")
-_ROUTER = re.compile(r"^(router|gate|gating|wg|router_gate|gate_network)$|Router|TopK|Gate$", re.IGNORECASE)
-_NOT_ROUTER = re.compile(r"RMSNorm|LayerNorm|Forget|Residual|GateMLP|Density|Attention")
+from bnviz.capture.blocks.code import in_a_row
+
+from .contract import Contract, contract
+from .parts import chooses, computing, hints, items_of, named_router, said, scores_for, stacked
+from .shared import Shared, shared_beside
+
+Adapter = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSite:
-    """An experts module and the router beside it."""
+    """A router, and the experts it chooses among.
+
+    Parameters
+    ----------
+    path : str
+        Of the experts where they state a contract, else of the block or of what was named.
+    block : nn.Module
+        Whose forward holds the routing.
+    experts : tuple of nn.Module
+        Modules that hold the experts' weights.
+    router : nn.Module, optional
+    count : int
+        Experts; 0 when only a run can tell.
+    contract : Contract, optional
+        Of `experts[0]`.
+    items : tuple of nn.Module
+        The experts, where each is a module of its own.
+    adapter : callable, optional
+        The user's.
+    evidence : str
+    expert_bytes : int
+        Weights of one expert; 0 when not known.
+    computing : int
+        Experts that compute something; 0 when not known.
+    shared : Shared
+    """
 
     path: str
-    experts: nn.Module
+    block: nn.Module
+    experts: tuple[nn.Module, ...]
     router: nn.Module | None
-    names: tuple[str, ...]
-    ids: str
-    weights: str
     count: int
+    contract: Contract | None = None
+    items: tuple[nn.Module, ...] = ()
+    adapter: Adapter | None = None
+    evidence: str = ""
+    expert_bytes: int = 0
+    computing: int = 0
+    shared: Shared = field(default_factory=Shared)
 
 
-def contract(module: nn.Module) -> tuple[tuple[str, ...], str, str] | None:
-    """(argument names, ids, weights) of an experts module, by its class: wrappers replace the instance's forward."""
-    try:
-        names = tuple(inspect.signature(type(module).forward).parameters)[1:]
-    except (TypeError, ValueError):
-        return None
-    ids = next((n for n in names if n in IDS), None)
-    weights = next((n for n in names if n in WEIGHTS), None)
-    return (names, ids, weights) if ids and weights and names[0] != ids else None
+def find_routers(model: nn.Module, *, blocks: Collection[nn.Module] = ()) -> Iterator[RouterSite]:
+    """Every router that structure shows.
 
-
-def find_routers(model: nn.Module) -> Iterator[RouterSite]:
-    """Experts modules that state the contract, with the router that is their sibling."""
-    for path, block in model.named_modules():
-        for name, child in block.named_children():
-            found = contract(child)
-            if found is None:
-                continue
-            names, ids, weights = found
-            router = next((c for n, c in block.named_children() if c is not child and _is_router(n, c)), None)
-            count = _count(child) or (_count(router) if router is not None else 0)
-            if count > 1:
-                yield RouterSite(f"{path}.{name}" if path else name, child, router, names, ids, weights, count)
-
-
-def _is_router(name: str, module: nn.Module) -> bool:
-    cls = type(module).__name__
-    return not _NOT_ROUTER.search(cls) and bool(_ROUTER.search(name) or _ROUTER.search(cls))
-
-
-def _count(module: nn.Module) -> int:
-    for attribute in ("num_experts", "n_routed_experts", "num_local_experts", "total_experts", "n_experts"):
-        value = getattr(module, attribute, None)
-        if isinstance(value, int) and value > 1:
-            return value
-    if isinstance(module, nn.ModuleList):
-        return len(module)
-    return next((p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3), 0)
-
-
-def dispatched(site: RouterSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(hidden, ids, weights) an experts module was called with; ids and weights flattened to (rows, slots)."""
-    given = dict(zip(site.names, args, strict=False)) | kwargs
-    hidden, ids, weights = given.get(site.names[0]), given.get(site.ids), given.get(site.weights)
-    if (
-        not (isinstance(hidden, Tensor) and isinstance(ids, Tensor) and isinstance(weights, Tensor))
-        or ids.is_floating_point()
-    ):
-        return None
-    ids, weights = ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1])
-    if weights.shape != ids.shape and weights.shape == (ids.shape[0], site.count):
-        weights = weights.gather(-1, ids)
-    return (hidden, ids, weights) if weights.shape == ids.shape else None
-
-
-def scores(output: Any, count: int) -> Tensor | None:
-    """What a router computed for every expert: the floating tensor of its output with one column an expert."""
-    parts = output if isinstance(output, tuple | list) else (output,)
-    wide = [
-        t for t in parts if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 2 and t.shape[-1] == count
-    ]
-    return wide[0].reshape(-1, count) if wide else None
-
-
-def scores_are(logits: Tensor, ids: Tensor, weights: Tensor) -> str | None:
-    """How a router's scores become its weights: "logits" (softmax), "sigmoid", "probabilities"; None when by neither.
-
-    Asked once a site: reads one comparison on the host.
+    Parameters
+    ----------
+    model : nn.Module
+    blocks : collection of nn.Module
+        The blocks of the model's body: a list of them is no list of experts.
     """
-    if bool((logits >= 0).all()) and bool(((logits.float().sum(-1) - 1).abs() < 1e-3).all()):
-        return "probabilities"
-    used = _shares(weights.float())
-    for name, shown in (("logits", logits.float().softmax(-1)), ("sigmoid", logits.float().sigmoid())):
-        if bool(((_shares(shown.gather(-1, ids.long())) - used).abs() < 1e-2).all()):
-            return name
-    return None
+    body, parents = {id(b) for b in blocks}, parents_of(model)
+    taken: set[int] = set()
+    for path, block in model.named_modules():
+        if id(block) in taken:
+            continue
+        found = [*_by_contract(path, block, parents)] or [*_by_structure(path, block, body, parents)]
+        for site in found:
+            taken |= {id(m) for part in (*site.experts, site.router) if part is not None for m in part.modules()}
+        yield from found
+    yield from _by_attribute(model, taken, body, parents)
 
 
-def _shares(weights: Tensor) -> Tensor:
-    return weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
+def parents_of(model: nn.Module) -> dict[int, nn.Module]:
+    """The module around each module."""
+    return {id(child): module for module in model.modules() for child in module.children()}
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _by_contract(path: str, block: nn.Module, parents: dict[int, nn.Module]) -> Iterator[RouterSite]:
+    for name, child in block.named_children():
+        told = contract(child) or (contract(child, named=False) if _unnamed(name, child, block) else None)
+        if told is None:
+            continue
+        router = _router_beside(block, (child,), said(child) or stacked(child) or len(items_of(child)))
+        count = said(child) or stacked(child) or len(items_of(child)) or (said(router) if router is not None else 0)
+        if count > 1:
+            yield site(_join(path, name), block, (child,), router, count, parents, told=told, evidence=told.evidence)
+
+
+def _unnamed(name: str, child: nn.Module, block: nn.Module) -> bool:
+    """Experts with a forward of their own that may take what was chosen."""
+    count = stacked(child) or len(items_of(child))
+    own = type(child).forward not in (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
+    if count < 2 or not own:
+        return False
+    return hints(name, child) or (chooses(type(block)) and _router_beside(block, (child,), count) is not None)
+
+
+def _by_structure(path: str, block: nn.Module, body: set[int], parents: dict[int, nn.Module]) -> Iterator[RouterSite]:
+    held: dict[int, list[nn.Module]] = {}
+    for name, child in block.named_children():
+        items = items_of(child)
+        count = stacked(child) or len(items)
+        if count > 1 and _beside_each_other(name, child, items, block, body):
+            held.setdefault(count, []).append(child)
+    if stacked(block):
+        held.setdefault(stacked(block), []).append(block)
+    for count, holders in held.items():
+        router = _router_beside(block, tuple(holders), count)
+        bare = router is None and scores_bare(block, count)
+        if not (router is not None or bare) or not any(chooses(type(m)) for m in (block, router) if m is not None):
+            continue
+        yield site(
+            path, block, tuple(holders), router, count, parents, evidence=f"scores and chooses among {count} experts"
+        )
+        return
+
+
+def _beside_each_other(
+    name: str, child: nn.Module, items: tuple[nn.Module, ...], block: nn.Module, body: set[int]
+) -> bool:
+    """Not the layers of a body, which run one after the other."""
+    row = in_a_row(block, name) if items else False
+    return hints(name, child) or row is False or (row is None and not body & {id(m) for m in items})
+
+
+def scores_bare(block: nn.Module, count: int) -> bool:
+    """A bare parameter of the block itself scores its experts."""
+    return any(p.dim() == 2 and count in p.shape for p in block.parameters(recurse=False))
+
+
+def _by_attribute(
+    model: nn.Module, taken: set[int], body: set[int], parents: dict[int, nn.Module]
+) -> Iterator[RouterSite]:
+    """Modules that say how many experts they have and choose, with experts of no known form (rows of an embedding)."""
+    found = [(p, m) for p, m in model.named_modules() if said(m) > 1 and chooses(type(m))]
+    for path, module in found:
+        below = {id(m) for m in module.modules()}
+        if below & (taken | body) or any(id(m) in below and m is not module for _, m in found):
+            continue
+        evidence = f"says it has {said(module)} experts, and chooses"
+        yield site(path, module, (), None, said(module), parents, evidence=evidence)
+
+
+def _router_beside(block: nn.Module, experts: tuple[nn.Module, ...], count: int) -> nn.Module | None:
+    """The child that scores the experts: by its matrix, of several the one called a router; else by its name."""
+    others = [(n, c) for n, c in block.named_children() if all(c is not e for e in experts) and "shared" not in n]
+    scoring = [(n, c) for n, c in others if count > 1 and scores_for(c, count)]
+    for candidates in ([(n, c) for n, c in scoring if named_router(n, c)], scoring):
+        if candidates:
+            return min(candidates, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))[1]
+    return next((c for n, c in others if named_router(n, c)), None)
+
+
+def site(
+    path: str,
+    block: nn.Module,
+    experts: tuple[nn.Module, ...],
+    router: nn.Module | None,
+    count: int,
+    parents: dict[int, nn.Module],
+    **facts: Any,
+) -> RouterSite:
+    """A router's site with what follows from its parts: items, bytes, shared experts."""
+    told, evidence = facts.pop("told", None), facts.pop("evidence", "")
+    items = next((found for e in experts if (found := items_of(e)) and e is not block), ())
+    weights = [p for e in experts for p in e.parameters(recurse=e is not block) if e is not block or p.dim() >= 3]
+    nbytes = sum(p.numel() * p.element_size() for p in weights) // count if count else 0
+    outer = parents.get(id(block))
+    around = (block,) if outer is None or isinstance(outer, nn.ModuleList) else (block, outer)
+    runs = min((n for e in experts if (n := computing(e))), default=0)
+    return RouterSite(
+        path, block, experts, router, count, told, items, evidence=evidence, expert_bytes=nbytes, computing=runs,
+        shared=shared_beside(around, nbytes), **facts,
+    )  # fmt: skip
