@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lab bench lint clean
+.PHONY: help demo test lab bench coverage lint clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,6 +28,9 @@ lab: $(READY) ## open JupyterLab on the quickstart notebook
 bench: $(READY) ## print what a capture costs, and the kernels' rates
 	$(BIN)/python -m bench.capture
 	$(BIN)/python kernels/bench
+
+coverage: $(READY) ## capture every model type of transformers and others, write docs/coverage.md
+	$(BIN)/python -m bench.coverage --write docs/coverage.md
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -1,0 +1,67 @@
+"""A tiny model of any transformers type, with random weights, and a call that it takes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .inputs import LIVELY, MEDIA, Maker
+from .overrides import TYPES, Override
+from .shrink import shrunk
+from .types import model_class
+
+ATTEMPTS = 16
+
+
+class NotBuilt(Exception):
+    """Why a type has no tiny model here, in words for the list of what was left out."""
+
+
+def tiny(model_type: str) -> tuple[Any, Callable[[], Any], str]:
+    """A model in eval mode, a call of it without arguments, and what of the model the call leaves idle.
+
+    Raises
+    ------
+    NotBuilt
+        A package, pretrained file or device is missing, or no small config and inputs are known.
+    """
+    from transformers import CONFIG_MAPPING
+
+    special = TYPES.get(model_type, Override())
+    if special.reason:
+        raise NotBuilt(special.reason)
+    try:
+        cls = special.model() if special.model else model_class(model_type)
+        if cls is None:
+            raise NotBuilt("a config without a model of its own: it is built as a part of other types")
+        torch.manual_seed(0)
+        config = special.config() if special.config else shrunk(CONFIG_MAPPING[model_type], special.changes)
+        config._attn_implementation = special.attention
+        if cls.forward is torch.nn.Module.forward:
+            raise NotBuilt("has no forward: its parts are called one by one")
+        model = cls(config).eval()
+    except ImportError as error:
+        raise NotBuilt(" ".join(str(error).split())[:160]) from error
+    kit = special.inputs(model) if special.inputs else fitting(model)
+    idle = [n for n in MEDIA if n in Maker(model).names and n not in kit and n in LIVELY]
+    return model, functools.partial(model, **kit), special.note or (f"run without {', '.join(idle)}" if idle else "")
+
+
+def fitting(model: Any) -> dict[str, Any]:
+    """The first set of arguments that the model takes."""
+    first: Exception | None = None
+    for tried, kit in enumerate(Maker(model).kits()):
+        if tried == ATTEMPTS:
+            break
+        torch.manual_seed(0)
+        try:
+            with torch.no_grad():
+                model(**kit)
+        except Exception as error:
+            first = first or error
+            continue
+        return kit
+    raise first or NotBuilt("no arguments are known for its forward")

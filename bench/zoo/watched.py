@@ -1,0 +1,213 @@
+"""One model, watched: is it the same, is nothing left on it, and did the capture see what was there?"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import bnviz
+from bnviz import catalog
+from bnviz.capture.options import Options
+from bnviz.schema import SITE_KINDS, Variable, probe
+
+from .census import Census, Seen, census
+from .compare import left_behind, same, state_of
+from .experts import experts_that_ran
+from .handmade.made import Made
+
+SEED = 1234
+
+
+@dataclass(slots=True)
+class Result:
+    """What a sweep keeps of one model; plain values only, so that it can be stored."""
+
+    name: str
+    model: str = ""
+    parameters: int = 0
+    modules: int = 0
+    blocks: int = 0
+    blocks_seen: int = 0
+    blocks_expected: int = 0
+    writers: int = 0
+    attention: int = 0
+    attention_expected: int = 0
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    mixed: int = 0
+    mechanisms: list[str] = field(default_factory=list)
+    routers: int = 0
+    routers_expected: int = 0
+    routers_missing: list[str] = field(default_factory=list)
+    equal: bool = False
+    repeats: bool = True
+    left: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    error: str = ""
+    reason: str = ""
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As stored."""
+        return asdict(self)
+
+
+@probe(
+    sites=tuple(k for k in SITE_KINDS if k.endswith("attention") or k in ("router", "block", "sublayer")),
+    variables=(Variable("none", ("step",), "1", "never kept", optional=True),),
+    memory="0",
+    default=False,
+)
+class Shapes:
+    """Writes down what a capture shows its probes, and keeps no tensor."""
+
+    def __init__(self) -> None:
+        self.attention: list[tuple[str, int, int, int, int]] = []
+        self.routers: list[str] = []
+        self.blocks: list[str] = []
+
+    def observe(self, seen: Any) -> None:
+        """Shapes of one observation."""
+        kind = seen.site.kind
+        if kind.endswith("attention"):
+            query, key = seen.query, seen.key
+            self.attention.append(
+                (seen.site.path, query.shape[0] * query.shape[1], query.shape[1], query.shape[2], key.shape[2])
+            )
+        elif kind == "router":
+            self.routers.append(seen.site.path)
+        elif kind == "block":
+            self.blocks.append(seen.site.path)
+
+
+def site_probes() -> dict[str, Any]:
+    """Every probe that is on by default and looks at places in the model."""
+    classes = {n: catalog.load("probes", n) for n in catalog.names("probes")}
+    return {n: c() for n, c in classes.items() if c.spec.default and c.spec.sites and not c.spec.uses}
+
+
+def watch(name: str, model: nn.Module, call: Callable[[], Any], made: Made | None = None) -> Result:
+    """Run `call()` plain, counted and captured, and compare.
+
+    Parameters
+    ----------
+    name : str
+    model : nn.Module
+        In eval mode; what `call()` runs.
+    call : callable
+        Calls the model once and returns its output.
+    made : Made, optional
+        What the model's own source says must be seen; None: it is counted.
+    """
+    started = time.perf_counter()
+    result = Result(name, type(model).__name__, sum(p.numel() for p in model.parameters()))
+    result.modules = sum(1 for _ in model.modules())
+    with torch.no_grad():
+        seeded(call)  # what a first call sets up (rotary tables, lazy masks) is the model's own
+        plain = seeded(call)
+        result.repeats = same(plain, seeded(call))
+        counter = census(model, lambda: seeded(call)) if made is None else Census(model)
+        before = state_of(model)
+        shapes = _captured(model, call, plain, result)
+        result.left = left_behind(before, state_of(model))[:8]
+        result.equal = result.equal and same(plain, seeded(call))
+    _attention(result, counter, shapes, made)
+    _routers(result, model, counter, shapes, made)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def seeded(call: Callable[[], Any]) -> Any:
+    """`call()` with the random numbers it always gets."""
+    torch.manual_seed(SEED)
+    return call()
+
+
+def _captured(model: nn.Module, call: Callable[[], Any], plain: Any, result: Result) -> Shapes:
+    shapes = Shapes()
+    plan = bnviz.sites(model)
+    result.blocks, result.unknown = len(plan.blocks), [str(line) for line in plan.unknown][:6]
+    result.mechanisms = sorted({a.mechanism for a in plan.attention})
+    recorder = bnviz.Recorder(model, Options(), site_probes() | {"shapes": shapes}, named=False)
+    with recorder:
+        output = seeded(call)
+        generator = torch.random.get_rng_state()
+    seeded(call)
+    result.equal = same(plain, output)
+    if not torch.equal(generator, torch.random.get_rng_state()):
+        result.left.append("torch: random numbers")
+    result.notes = [n for n in recorder.notes if "stopped at call" in n]
+    result.blocks_seen = len(set(shapes.blocks))
+    result.writers = _with_writers(recorder)
+    return shapes
+
+
+def _with_writers(recorder: bnviz.Recorder) -> int:
+    """Blocks of which a part was seen, by the rows of its verified residual writers."""
+    if "activations" not in recorder.run.kinds:
+        return 0
+    norm = recorder.run["activations"]["norm_out"]
+    parts = [k for k in norm.kind.values if k != "block"]
+    if not parts:
+        return 0
+    spare = [d for d in norm.dims if d != "layer"]
+    return int(norm.sel(kind=parts).notnull().any(spare).sum())
+
+
+def _attention(result: Result, counter: Census, shapes: Shapes, made: Made | None) -> None:
+    """Match what was captured with what was counted: rows, queries and keys, and the heads where they can be told."""
+    real = [s for s in counter.seen if s.logits] if made is None else [Seen("", 0, *a) for a in made.attention]
+    other = [s for s in counter.seen if not s.logits] if made is None else []
+    left = list(shapes.attention)
+    result.attention, result.attention_expected = len(left), len(real)
+    for seen in real:
+        fitting = [c for c in left if _matches(c, seen)]
+        match = next((c for c in fitting if _under(seen.path, c[0])), fitting[0] if fitting else None)
+        if match is None:
+            result.missing.append(_sentence(seen))
+        else:
+            left.remove(match)
+    for seen in other:
+        match = next((c for c in left if _matches(c, seen)), None)
+        if match is not None:
+            left.remove(match)
+            result.mixed += 1
+    result.extra = [f"{p}: {heads} heads, {q} x {k}" for p, _, heads, q, k in left]
+    result.missing, result.extra = _short(result.missing), _short(result.extra)
+
+
+def _matches(captured: tuple[str, int, int, int, int], seen: Seen) -> bool:
+    _, rows, heads, queries, keys = captured
+    shaped = (queries, keys) == (seen.queries, seen.keys) and seen.heads in (0, heads)
+    return shaped and seen.rows in (0, rows)
+
+
+def _under(path: str, owner: str) -> bool:
+    return path == owner or path.startswith(f"{owner}.")
+
+
+def _sentence(seen: Seen) -> str:
+    heads = f"{seen.heads} heads" if seen.heads else f"{seen.rows} rows"
+    return f"{seen.path}: {heads}, {seen.queries} x {seen.keys}"
+
+
+def _short(lines: list[str], most: int = 6) -> list[str]:
+    return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
+
+
+def _routers(result: Result, model: nn.Module, counter: Census, shapes: Shapes, made: Made | None) -> None:
+    homes = experts_that_ran(model, Counter(counter.ran))
+    seen = set(shapes.routers)
+    result.routers, result.routers_expected = len(seen), len(homes)
+    lost = [h for h in homes if not any(_under(s, h) or _under(h, s) for s in seen)]
+    result.routers_missing = _short(lost)
+    if made is not None:
+        result.routers_expected, result.routers_missing = made.routers, []

@@ -1,0 +1,97 @@
+"""A sample of the sweep: types of transformers and hand-written models, plain, counted, captured."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.coverage import examine
+from bench.zoo import table
+from bench.zoo.census import census
+from bench.zoo.compare import left_behind, same, state_of
+
+TYPES = (
+    "llama",
+    "bert",
+    "clip",
+    "deepseek_v3",
+    "gemma2",
+    "gpt_oss",
+    "llava",
+    "mixtral",
+    "qwen3_moe",
+    "swin",
+    "vit",
+    "mamba",
+)
+MADE = (
+    "nanogpt",
+    "odd-names",
+    "torch-encoder",
+    "mlp-mixer",
+    "resnet",
+    "mmdit",
+    "linear-attention",
+    "mamba",
+    "graph-attention",
+)
+
+
+@pytest.mark.parametrize("name", [*TYPES, *(f"zoo/{m}" for m in MADE)])
+def test_a_capture_sees_the_model_and_leaves_it(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of models that warn by themselves
+        row = examine(name).row
+    assert table.verdict(row) == "right", table.line(row)
+
+
+class Written(nn.Module):
+    """Attention by hand; a router's softmax beside it, which is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.gate = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        weights = F.softmax(q @ k.mT, dim=-1)
+        y = (weights @ v).transpose(1, 2).flatten(2)
+        shares = F.softmax(self.gate(y), dim=-1)
+        return (y[..., None, :] * shares[..., None]).sum(-2)
+
+
+def test_the_census_counts_attention_and_no_other_softmax() -> None:
+    model, x = Written(), torch.randn(3, 5, 8)
+    (seen,) = census(model, lambda: model(x)).seen
+    assert (seen.rows, seen.heads, seen.queries, seen.keys, seen.logits) == (6, 2, 5, 5, True)
+
+
+def test_the_census_counts_kernels_whole() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    (seen,) = census(layer, lambda: layer(torch.randn(3, 5, 8))).seen
+    assert (seen.rows, seen.heads, seen.queries, seen.keys) == (6, 2, 5, 5)
+    q = torch.randn(2, 4, 6, 8)
+    (seen,) = census(layer, lambda: F.scaled_dot_product_attention(q, q[:, :, :3], q[:, :, :3])).seen
+    assert (seen.rows, seen.heads, seen.queries, seen.keys) == (8, 4, 6, 3)
+
+
+def test_what_is_left_behind_is_told() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    before = state_of(model)
+    assert left_behind(before, state_of(model)) == []
+    handle = model[0].register_forward_hook(lambda *_: None)
+    assert "0: _forward_hooks" in left_behind(before, state_of(model))
+    handle.remove()
+    model[0].mine = 1
+    assert left_behind(before, state_of(model)) == ["0: attributes"]
+
+
+def test_outputs_are_compared_bit_for_bit() -> None:
+    nan = torch.tensor([1.0, float("nan")])
+    assert same({"a": nan}, {"a": nan.clone()})
+    assert not same({"a": torch.tensor([0.0])}, {"a": torch.tensor([-0.0 + 1e-45])})
+    assert not same((), ())
