@@ -16,6 +16,7 @@ from bnviz.observation import Site
 from .attention.find import AttentionSite, find_attention
 from .blocks.find import Block, find_blocks
 from .blocks.writers import fused_below
+from .compiled import plain
 from .routers.find import RouterSite
 from .routers.sites import router_sites
 from .tree import text, tree
@@ -116,6 +117,7 @@ def sites(model: nn.Module, *, attention: Any = None, routers: Any = None) -> Pl
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"sites: found a {type(model).__name__}, expected a torch.nn.Module; give the model itself.")
+    model = plain(model)
     plan = Plan(type(model).__name__, fused=fused_below(model))
     for number, block in enumerate(find_blocks(model)):
         plan.blocks.append((Site("block", block.path, number, "block", block.evidence), block))

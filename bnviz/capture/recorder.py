@@ -13,6 +13,7 @@ from torch import nn
 from bnviz.errors import BnvizError, CaptureError
 from bnviz.run import Run
 
+from .compiled import plain
 from .options import Options, make_probes
 from .session import Session
 
@@ -61,6 +62,7 @@ def capture(model: nn.Module, *, probes: Sequence[str] | None = None, **options:
         raise CaptureError(
             f"capture: found a {type(model).__name__}, expected a torch.nn.Module; give the model itself."
         )
+    model = plain(model)
     own = {k: options.pop(k) for k in list(options) if k in Options.__dataclass_fields__}
     return Recorder(model, Options(**own), make_probes(probes, options), named=probes is not None)
 

@@ -25,6 +25,7 @@ from .blocks.tap import follow_blocks, tap_blocks
 from .census import Census
 from .clock import Clock
 from .closing import Closing, labels_record
+from .compiled import NOTE, eager, is_compiled
 from .generation import recomputing
 from .gradients.outputs import in_transform
 from .gradients.tap import GradientTap, Needs, tap_gradients, wants_of
@@ -119,14 +120,8 @@ class Session:
     def _attach(self, plan: Plan, stack: contextlib.ExitStack) -> None:
         wanted = {kind for p in self._probes.values() for kind in p.spec.sites}
         stack.callback(self.clock.release)
-        if plan.compiled or any(
-            hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in self.model.modules()
-        ):
-            previous = torch.compiler.set_stance("force_eager")
-            stack.enter_context(previous)
-            self.notes.append(
-                "The model is compiled; while it was watched it ran eager, so times are those of eager code."
-            )
+        self._note_compiled()
+        stack.enter_context(eager(self.model, NOTE in self.notes))
         fused = isinstance(self.model, nn.TransformerEncoderLayer)
         stack.enter_context(around(self.model, self._begin, None, quiet=fused, first=True))
         for module in parts(self.model, plan):
@@ -185,6 +180,7 @@ class Session:
             self.shelf.held -= self._gradients.held
             self._gradients.between(end=True)
         self.shelf.drain()
+        self._note_compiled()  # perhaps only meanwhile
         self._note_rest()
         records = self._instruments.records()
         elapsed = time.perf_counter() - self.started
@@ -194,6 +190,8 @@ class Session:
     # ------------------------------------------------------------------ while the model runs
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, part: bool = False) -> None:
+        if torch.compiler.is_compiling():  # traced: what is compiled here is not watched, and holds nothing of ours
+            return
         if recomputing():  # checkpointing runs the model again: no new forward
             return
         if in_transform():
@@ -256,6 +254,10 @@ class Session:
         self.notes.append(f"{where} was not read: {sentence.rstrip('.')}. The model was not affected.")
         if self.options.strict:
             raise CaptureError(f"Reading {where} failed: {sentence}") from error
+
+    def _note_compiled(self) -> None:
+        if self._plan.compiled or is_compiled(self.model):
+            self._say(NOTE)
 
     def _say(self, sentence: str) -> None:
         if sentence not in self.notes:
