@@ -243,6 +243,8 @@ class Clock:
             story, call.past = self._stories.of(self.cache, width)
             if not story.batch and call.past and self._alone is not None:  # a cache that came of a call without one
                 story.adopt(self._alone, call.past, call.batch)
+            if not story.tells and (call.length or 0) > call.past:  # the whole text again: the cache is not used
+                call.past, story.phase = 0, ""
             if story.batch not in (0, call.batch):
                 story.phase = ""
         call.real = real_tokens(mask, None if story is None else (story.real, call.past), call.batch, call.length)

@@ -155,23 +155,29 @@ ASSISTED: list[tuple[str, dict[str, Any]]] = [
     ("assistant", {}),
     ("same", {}),
     ("sampled", {"do_sample": True}),
+    ("window", {"prompt_lookup_num_tokens": 3}),
+    ("static", {"prompt_lookup_num_tokens": 3}),
 ]
 
 
 @pytest.mark.parametrize(("helper", "more"), ASSISTED)
 def test_tokens_that_were_taken_back_are_not_in_the_record(helper: str, more: dict[str, Any]) -> None:
-    model, ids = tiny("Llama"), torch.tensor([[5, 9, 11, 5, 9, 12, 5, 9, 11, 5, 9]])
+    from transformers import StaticCache
+
+    model = tiny("Mistral", sliding_window=6) if helper == "window" else tiny("Llama")
+    ids = torch.tensor([[5, 9, 11, 5, 9, 12, 5, 9, 11, 5, 9]])
     other = {"assistant": tiny("Llama", seed=3), "same": model, "sampled": tiny("Llama", seed=3)}.get(helper)
     options: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     options |= more | ({} if other is None else {"assistant_model": copy.deepcopy(other)})
     torch.manual_seed(0)
-    plain = model.generate(ids, **options)
+    fresh = (lambda: holding(StaticCache(model.config, max_cache_len=40))) if helper == "static" else dict
+    plain = model.generate(ids, **options, **fresh())
     if other is not None:
         options["assistant_model"] = copy.deepcopy(other)
     torch.manual_seed(0)
     with captured(model, "attention", "activations", "keys_values") as recorder:
-        assert torch.equal(plain, model.generate(ids, **options))
-    assert recorder.run.provenance["calls"] < 14 or helper in ("assistant", "sampled")
+        assert torch.equal(plain, model.generate(ids, **options, **fresh()))
+    assert recorder.run.provenance["calls"] < 14 or helper in ("assistant", "sampled", "window")
     record = recorder.run["attention"]
     assert list(record.phase.values) == ["prefill", "decode"]
     maps = maps_of(model, plain[:, :-1])[:, 0]
@@ -185,8 +191,9 @@ def test_tokens_that_were_taken_back_are_not_in_the_record(helper: str, more: di
     check_rows(cut, maps, 0, 11)
     stream = recorder.run["activations"].isel(step=1)
     assert stream.position.values[: seen - 11].tolist() == list(range(11, seen))
-    norms = recorder.run["keys_values"].isel(step=1)
-    assert np.isfinite(norms["key_norm"].values[0, 0, :seen]).all()
+    norms = recorder.run["keys_values"].isel(step=1)["key_norm"].values[0, 0, :seen]
+    assert np.isfinite(norms[-5:]).all()
+    assert np.isfinite(norms).all() == (helper != "window")
 
 
 def test_an_assistant_that_is_watched_forgets_what_was_refused() -> None:
