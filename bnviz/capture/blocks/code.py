@@ -95,14 +95,17 @@ def _is_list(node: ast.AST, name: str) -> bool:
 def _targets(statement: ast.AST) -> set[str]:
     """Names that a statement writes to; of `x[i] = ...`, x."""
     if isinstance(statement, ast.Assign):
-        return {n for target in statement.targets for n in _names(_written(target))}
-    return _names(_written(statement.target)) if isinstance(statement, ast.AugAssign | ast.AnnAssign) else set()
+        return {n for target in statement.targets for n in _written(target)}
+    return _written(statement.target) if isinstance(statement, ast.AugAssign | ast.AnnAssign) else set()
 
 
-def _written(target: ast.AST) -> ast.AST:
-    while isinstance(target, ast.Subscript):
+def _written(target: ast.AST) -> set[str]:
+    """Names an assignment to `target` changes: of `x[i]` and `x.y`, x."""
+    if isinstance(target, ast.Tuple | ast.List):
+        return {name for element in target.elts for name in _written(element)}
+    while isinstance(target, ast.Subscript | ast.Attribute | ast.Starred):
         target = target.value
-    return target
+    return _names(target)
 
 
 def _calls(statement: ast.AST, members: set[str], name: str) -> Iterator[ast.Call]:
@@ -139,5 +142,5 @@ def _reach(start: set[str], feeds: list[tuple[set[str], set[str]]]) -> set[str]:
 
 
 def _names(node: ast.AST) -> set[str]:
-    """Local names in an expression; of `x[i]` as a target, x."""
+    """Local names in an expression."""
     return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and inner.id != "self"}

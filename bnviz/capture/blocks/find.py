@@ -153,7 +153,7 @@ def _in_order(model: nn.Module, bodies: dict[str, _List]) -> Iterator[tuple[str,
             yield path, None
         parent = path.rpartition(".")[0]
         inside = any(path.startswith(f"{p}.") or f"{p}.".startswith(f"{path}.") or not p for p in bodies)
-        if inside or parent not in many or _is_list(module):
+        if inside or not path or parent not in many or _is_list(module):
             continue
         level = many[parent] > 1 and conv and matrices(module) > 1 and any(p.dim() > 2 for p in module.parameters())
         if type(module) in kinds or level:
@@ -172,14 +172,17 @@ def _flat(path: str, module: nn.Module, evidence: str) -> list[Block]:
     """Blocks of a list: norms and activations join the layer before them, a norm at the beginning the layer after it."""
     blocks: list[Block] = []
     waiting: list[nn.Module] = []
+    open_ = False
     for name, child in module.named_children():
         if matrices(child):
             found = _blocks_of(_join(path, name), child, evidence)
             if waiting and len(found) == 1 and not found[0].parts:
                 found = [replace(found[0], first=waiting[0], members=(*waiting, *found[0].members))]
-            waiting = []
+            waiting, open_ = [], bool(found)
             blocks += found
-        elif blocks and not waiting and _joins(module, blocks[-1], child):
+        elif isinstance(child, nn.Flatten | nn.Unflatten):
+            open_ = False
+        elif open_ and not waiting and _joins(module, blocks[-1], child):
             blocks[-1] = replace(blocks[-1], last=child, members=(*blocks[-1].members, child))
         elif size_of(child) > 0 and not blocks:
             waiting.append(child)
@@ -197,7 +200,7 @@ def _blocks_of(path: str, item: nn.Module, evidence: str) -> list[Block]:
         return _flat(path, item, f"item of {type(item).__name__} {path!r}")
     if type(item) is nn.ModuleList:
         parts = [(n, c) for n, c in item.named_children() if matrices(c)]
-        if len(parts) > 1 and not _alike([c for _, c in parts]):
+        if len(parts) > 1 and not _repeated([c for _, c in parts]):
             members = tuple(c for _, c in parts)
             return [Block(path, members[0], members[-1], evidence, members, tuple(n for n, _ in parts))]
         return _flat(path, item, f"item of ModuleList {path!r}")
@@ -222,6 +225,13 @@ def _alike(items: list[nn.Module], *, composite: bool = False) -> bool:
     """Most are of one class (and more than a plain layer): a stack, and not the parts of one block."""
     counted = Counter(type(c) for c in items if not composite or matrices(c) > 1)
     return 2 * max(counted.values(), default=0) > len(items)
+
+
+def _repeated(items: list[nn.Module]) -> bool:
+    """Most hold weights under the same names: a stack, and not an attention beside an MLP, whatever their classes."""
+    held = [{name for name, _ in item.named_parameters()} for item in items]
+    like = sum(2 * len(names & held[0]) >= len(names | held[0]) for names in held)
+    return 2 * like > len(items)
 
 
 def _levels(path: str, stage: nn.Module) -> Iterator[Block]:

@@ -84,8 +84,8 @@ def sets(
         for chosen in itertools.islice(itertools.combinations(range(len(terms)), count), MOST_SETS):
             at = list(chosen)
             factors = _factors(gram[np.ix_(at, at)], with_delta[at]) if scaled else np.ones(count)
-            if factors is None:
-                continue
+            if factors is None or (scaled and (factors**2 * gram.diagonal()[at] <= (2 * error) ** 2).any()):
+                continue  # a term that the error hides says nothing
             left = float(factors @ gram[np.ix_(at, at)] @ factors - 2 * factors @ with_delta[at] + own)
             if left <= error**2:
                 passed.append((left, chosen, tuple(float(f) for f in factors)))

@@ -16,6 +16,7 @@ from .stream import Place, fetch, fetch_given
 from .writers import Call, Unsolved, Writers
 
 TRIES = 3  # forwards in which a block that adds nothing yet is searched
+EVERY = 64  # uses after which what was found is verified again, at the latest
 
 Known = dict[Any, Writers | Unsolved]  # by what a block is: its class, modules, shapes, and whether it trains
 
@@ -62,7 +63,7 @@ class Inside:
         modules = tuple((n, type(m).__name__) for n, m in block.named_modules())
         self._what = (type(block), modules, tuple((n, tuple(p.shape)) for n, p in block.named_parameters()))
         self._own: Known = {}
-        self._checked = set[bool]()
+        self._uses = Counter[bool]()
         self._tries = 0
         self._search: Search | None = None
         self._handles: list[Any] = []
@@ -135,15 +136,16 @@ class Inside:
             return []
         if any(call not in self._kept or self._kept[call][0].shape != after.shape for call in found.watched):
             return []
-        if training not in self._checked:
-            self._checked.add(training)
-            if not (found.read or self._fits(found, before, after)):
-                self._own[training], self._tries = Unsolved(final=False), 0  # not like its sisters: searched itself
-                return []
+        self._uses[training] += 1
+        uses = self._uses[training]
+        again = uses.bit_count() == 1 or uses % EVERY == 0  # its first use, the second, the fourth, ...
+        if again and not (found.read or self._fits(found, before, after)):
+            self._own[training], self._tries = Unsolved(final=False), 0  # not like its sisters, or not as it was
+            return []
         return list(self._written(found, after))
 
     def _learn(self, training: bool, verdict: Writers | Unsolved) -> None:
-        self._checked.add(training)
+        self._uses[training] = 0
         if training in self._own:
             self._own[training] = verdict
         else:

@@ -23,7 +23,7 @@ from .stream import called_with, floats
 from .writers import Call, Unsolved, Writers, fused_below
 
 _NORM = re.compile(r"norm", re.IGNORECASE)
-ROUNDED = 100  # a change of less than so many roundings of the stream cannot be told apart
+ROUNDED = 4  # a change of less than so many roundings of the stream cannot be told apart
 CANDIDATES = 24  # outputs that are tried; of more, the last ones
 
 

@@ -99,7 +99,7 @@ class BlockTap:
         self._site, self.block, self._watch, self._links, self.inside = site, block, watch, links, inside
         self._clock, self._members = watch.clock, block.members or (block.first,)
         self._native = isinstance(block.first, LAYERS)
-        self._cell = Cell(block.first)
+        self._cell, self._batch = Cell(block.first), batch_axis(self._members)
         self._route: Route | None = None
         self._layout: tuple[int, int, int] | None = None
         self._copy = self._broken = False
@@ -246,6 +246,8 @@ class BlockTap:
             axes = features_axis(self._members, before), features_axis(self._members, after)
             self._layout = (*axes, min(before.dim(), after.dim()))
         first, last = self._state(before, 0, call), self._state(after, 1, call)
+        if not last.numel():  # an expert without tokens, an empty batch
+            return
         if self._cell.over_time:
             self._cell.add(first, last)
             return
@@ -281,8 +283,11 @@ class BlockTap:
             call.real = call.real if real is None else real
             return state
         assert self._layout is not None
-        batch = batch_axis(self._members) if value.dim() == 3 and self._layout[side] == -1 else 0
-        if batch and self._clock.rows(value.shape[0] * value.shape[1]) == tuple(value.shape[:2]):
+        batch = self._batch if value.dim() == 3 and self._layout[side] == -1 else 0
+        alike = self._clock.rows(value.shape[0] * value.shape[1]) == tuple(value.shape[:2])
+        if (
+            batch and alike and not isinstance(self.block.first, nn.RNNBase)
+        ):  # it turns around what it gives its attention
             batch = 0
         return tokens_first(value.detach(), self._layout[side], batch)
 
