@@ -138,9 +138,16 @@ def _content(cell: Any) -> Any:
 def _named_functions(cls: type, function: FunctionType, names: frozenset[str]) -> Iterator[FunctionType]:
     """Methods of the class and functions of the module that a function names; torch's own are known by name."""
     for name in names:
-        found = _code_of(inspect.getattr_static(cls, name, None)) or _code_of(function.__globals__.get(name))
-        if found is not None and not str(found.__module__).startswith("torch."):
-            yield found
+        methods = _methods(cls, name, bases="super" in names)
+        for found in map(_code_of, methods or [function.__globals__.get(name)]):
+            if found is not None and not str(found.__module__).startswith("torch."):
+                yield found
+
+
+def _methods(cls: type, name: str, *, bases: bool) -> list[Any]:
+    """What a class has under a name; with `bases` also what that overrides."""
+    found = [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
+    return found if bases else found[:1]
 
 
 def _code_of(function: Any) -> FunctionType | None:
