@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -35,11 +36,12 @@ LATENT = {
     "num_experts_per_tok": 2, "first_k_dense_replace": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,
     "num_key_value_heads": 4, "n_shared_experts": 1,
 }  # fmt: skip
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 FAMILIES = {
     "grouped heads": ("Llama", LLAMA),
     "window": ("Mistral", {**LLAMA, "sliding_window": 4}),
     "soft-cap": ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0}),
-    "sinks": ("GptOss", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "sinks": ("GptOss", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, **EXPERTS}),
     "latent": ("DeepseekV3", LATENT),
     "rotation": ("GPTJ", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
     "learned positions": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
@@ -139,7 +141,7 @@ def flash_like(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     other = given["cu_seq_lens_k"].tolist()
     key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
     weights = torch.zeros(*query.shape[:3], key.shape[-2], dtype=query.dtype)
-    for (a, b), (c, d) in zip(zip(starts, starts[1:]), zip(other, other[1:]), strict=True):
+    for (a, b), (c, d) in zip(pairwise(starts), pairwise(other), strict=True):
         logits = query[:, :, a:b] @ key[:, :, c:d].mT * given["scaling"]
         behind = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
         window = given.get("sliding_window") or d - c
