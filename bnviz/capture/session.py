@@ -94,7 +94,10 @@ class Session:
         """Drop probes that find nothing to watch; refuse when they were asked for by name."""
         for name, probe in list(self._probes.items()):
             kinds = probe.spec.sites
-            if not kinds or any(plan.count(k) for k in kinds):
+            late = (
+                "cross_attention" in kinds and not self._named and plan.count("attention") > 0
+            )  # may show while it runs
+            if late or not kinds or any(plan.count(k) for k in kinds):
                 continue
             sentence = f"{name}: no {' or '.join(kinds)} found in {type(self.model).__name__}"
             if name == "attention" and plan.unknown:

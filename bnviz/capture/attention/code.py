@@ -6,7 +6,7 @@ import dis
 import functools
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -28,14 +28,14 @@ _VALUES: dict[int, str] = {
     id(F.multi_head_attention_forward): MULTI_HEAD,
     id(F.softmax): SOFTMAX,
 }
-STEPS, FAR_STEPS = 1, 3
+STEPS, FAR_STEPS, INNER_STEPS = 1, 3, 3
 
 
 def reaches(module: nn.Module, *, far: bool = False) -> frozenset[str]:
     """What a module's own code reaches: "interface", "sdpa", "flex", "multi_head", "softmax", "product", "compiled".
 
-    Reads its class's forward, the methods and functions that forward names, and what is called on objects that the module holds
-    and that are no modules (a processor).
+    Reads its class's forward, its methods that forward leads to, the functions that they name, and what is called on objects
+    that the module holds and that are no modules (a processor).
 
     Parameters
     ----------
@@ -97,19 +97,18 @@ def _read(cls: type, steps: int, entry: str) -> frozenset[str]:
         return frozenset()
     names: set[str] = set()
     seen: set[CodeType] = set()
-    edge = [start]
-    for step in range(steps + 1):
-        following: list[FunctionType] = []
-        for function in edge:
-            if function.__code__ in seen:
-                continue
-            seen.add(function.__code__)
-            own = _code_names(function.__code__)
-            names |= own
-            names |= set(_behind(function, own))
-            if step < steps:
-                following += _named_functions(cls, function, own)
-        edge = following
+    edge = [(start, 0, 0)]  # with steps to functions, and to methods
+    for function, step, inner in edge:
+        if function.__code__ in seen:
+            continue
+        seen.add(function.__code__)
+        own = _code_names(function.__code__)
+        names |= own
+        names |= set(_behind(function, own))
+        if inner < INNER_STEPS:
+            edge += [(found, step, inner + 1) for found in _methods_named(cls, own)]
+        if step < steps:
+            edge += [(found, step + 1, inner) for found in _functions_named(cls, function, own)]
     return frozenset(names)
 
 
@@ -135,19 +134,23 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def _named_functions(cls: type, function: FunctionType, names: frozenset[str]) -> Iterator[FunctionType]:
-    """Methods of the class and functions of the module that a function names; torch's own are known by name."""
+def _methods_named(cls: type, names: frozenset[str]) -> Iterator[FunctionType]:
+    """Methods of a class that a function names; with `super` also those that they override."""
     for name in names:
-        methods = _methods(cls, name, bases="super" in names)
-        for found in map(_code_of, methods or [function.__globals__.get(name)]):
-            if found is not None and not str(found.__module__).startswith("torch."):
-                yield found
+        found = [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
+        yield from _not_torchs(found if "super" in names else found[:1])
 
 
-def _methods(cls: type, name: str, *, bases: bool) -> list[Any]:
-    """What a class has under a name; with `bases` also what that overrides."""
-    found = [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
-    return found if bases else found[:1]
+def _functions_named(cls: type, function: FunctionType, names: frozenset[str]) -> Iterator[FunctionType]:
+    """Functions that a function names."""
+    yield from _not_torchs(function.__globals__.get(name) for name in names if not hasattr(cls, name))
+
+
+def _not_torchs(functions: Iterable[Any]) -> Iterator[FunctionType]:
+    """Those with code; torch's own are known by name."""
+    for found in map(_code_of, functions):
+        if found is not None and not str(found.__module__).startswith("torch."):
+            yield found
 
 
 def _code_of(function: Any) -> FunctionType | None:

@@ -95,10 +95,12 @@ def _fits(key: Any, path: str, module: nn.Module) -> bool:
 
 
 def _no_module(key: Any, model: nn.Module) -> str:
-    names = [path for path, _ in model.named_modules() if path] + [type(m).__name__ for m in model.modules()]
-    near = difflib.get_close_matches(str(key).replace("*", "0"), names, n=1, cutoff=0.5) if isinstance(key, str) else []
-    shown = repr(key) if isinstance(key, str) else getattr(key, "__name__", repr(key))
-    hint = f", nearest: {near[0]!r}" if near else ""
+    named = {name: f"*.{name}" for path, _ in model.named_modules() if (name := path.rpartition(".")[2])}
+    named |= {type(m).__name__: type(m).__name__ for m in model.modules()}
+    last = key.rpartition(".")[2] if isinstance(key, str) else getattr(key, "__name__", "")
+    near = difflib.get_close_matches(last, named, n=1)
+    shown = repr(key) if isinstance(key, str) else last or repr(key)
+    hint = f", nearest: {named[near[0]]!r}" if near else ""
     return f"attention: {shown} names no module of {type(model).__name__}{hint}; expected {_EXPECTED}."
 
 
