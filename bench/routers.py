@@ -146,18 +146,20 @@ def again(router: RouterSite, seen: RouterSeen, read: Tensor, output: Tensor) ->
         for expert in ids.unique().tolist():
             if 0 <= expert < seen.experts - (seen.skip if seen.skip and seen.experts > router.count else 0):
                 share = weights.where(ids == expert, 0.0).nan_to_num(0.0).sum(-1, keepdim=True)
-                made += share * expert_output(router, expert, rows, read.shape)
+                made += share * expert_output(router, expert, rows, read.shape, ids.shape[1])
     made = made.reshape(output.shape)
     return float((made - output).abs().max() / output.abs().max().clamp_min(1e-12))
 
 
-def expert_output(router: RouterSite, expert: int, rows: Tensor, shape: torch.Size) -> Tensor:
-    """What one expert makes of all rows, alone and with weight 1."""
+def expert_output(router: RouterSite, expert: int, rows: Tensor, shape: torch.Size, slots: int) -> Tensor:
+    """What one expert makes of all rows, with weight 1 in the first slot and 0 in the others."""
     experts = router.experts[0]
     if items := items_of(experts):
         return items[expert](rows)
-    ids = torch.full((len(rows), 1), expert, dtype=torch.long, device=rows.device)
-    return experts(rows.reshape(shape), ids, torch.ones_like(ids, dtype=rows.dtype)).reshape(len(rows), -1)
+    ids = torch.full((len(rows), slots), expert, dtype=torch.long, device=rows.device)
+    weights = torch.zeros_like(ids, dtype=rows.dtype)
+    weights[:, 0] = 1
+    return experts(rows.reshape(shape), ids, weights).reshape(len(rows), -1)
 
 
 def same(one: Any, other: Any) -> bool:

@@ -24,6 +24,7 @@ VARIABLES = (
         "append",
     ),
     Variable("weight", (*_TOKEN, "slot"), "1", "weight of that expert's output, as used; 0 where dropped", "append"),
+    Variable("tokens", _PLACE, "token", "tokens routed, padding left out", "add"),
     Variable("experts", _PLACE, "count", "things the router chooses among", "last"),
     Variable("skip", _PLACE, "count", "how many of the last ids compute nothing: ways past the experts", "last"),
     Variable("shared", _PLACE, "count", "experts that every token passes, beside the chosen", "last"),
@@ -71,6 +72,8 @@ class Routing:
     * `probability` is summed over valid tokens, so that decode steps add up; its mean P gives the Switch auxiliary loss.
     * Absent when the kernel shows no logits. NaN: all logits of the token were -inf, or no known rule makes the weights.
     * A layer has one row: its first router that is not part of an attention. Others are in `further_routing`.
+    * `tokens` differs between places that read different texts in one forward (an encoder, a decoder); `sequence` and
+      `position` are then those of the place with the most.
     * `unverified`: no second witness (arguments of the experts, rows that each computed, weights seen in use) confirms the
       choice. `unmapped`: the router reads a part of the tokens, or other rows, in an order that only the model knows.
 
@@ -114,6 +117,9 @@ class Routing:
         kept |= {"expert": seen.ids.to(torch.int16), "weight": seen.weights.float()}
         sure = seen.verified
         kept["unverified"] = torch.tensor(int(not sure)) if isinstance(sure, bool) else (~sure).long()
+        valid = seen.context.valid
+        whole = valid is None or valid.shape != seen.ids.shape[:2]
+        kept["tokens"] = torch.tensor(seen.ids.shape[:2].numel()) if whole or valid is None else valid.sum()
         if seen.share is not None:
             kept |= _confidence(seen, seen.share.float())
         if self.logits and seen.logits is not None:

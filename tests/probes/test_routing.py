@@ -49,7 +49,7 @@ def test_sigmoid_gates_are_made_a_distribution():
 def test_ids_and_weights_are_kept_as_dispatched():
     ids, weights = torch.tensor([[[300, -1]]]), torch.tensor([[[0.25, 0.0]]], dtype=torch.float16)
     kept = Routing().observe(RouterSeen(SITE, Context(0, 0, "forward"), ids, weights, None, 512))
-    assert set(kept) == {"expert", "weight", "experts", "skip", "shared", "unverified", "unmapped"}
+    assert set(kept) == {"expert", "weight", "tokens", "experts", "skip", "shared", "unverified", "unmapped"}
     assert int(kept["unverified"]) == int(kept["unmapped"]) == 0
     assert kept["expert"].dtype == torch.int16 and kept["expert"].tolist() == [[[300, -1]]]
     assert kept["weight"].dtype == torch.float32

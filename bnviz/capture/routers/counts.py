@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,16 +13,18 @@ from bnviz.capture.around import Before, around
 
 
 class RowCounts:
-    """Counts the rows every item of a list of experts is given, on the host, from shapes alone.
+    """Counts the rows that every expert is given, on the host, from shapes alone.
 
     Parameters
     ----------
-    experts : sequence of nn.Module
+    count : int
+    experts : list of nn.Module
+        Where each is a module of its own; else `given` says how many rows each has.
     """
 
-    def __init__(self, experts: list[nn.Module]) -> None:
-        self._experts = experts
-        self._rows = [0] * len(experts)
+    def __init__(self, count: int, experts: list[nn.Module]) -> None:
+        self._experts, self._count = experts, count
+        self._rows = [0] * count
 
     def attach(self, stack: contextlib.ExitStack, *, quiet: bool) -> None:
         """Look at every expert; the stack ends it."""
@@ -38,7 +41,16 @@ class RowCounts:
 
     def begin(self) -> None:
         """A call of the block starts."""
-        self._rows = [0] * len(self._experts)
+        self._rows = [0] * self._count
+
+    def given(self, values: Iterable[Any]) -> bool:
+        """Take the rows of each expert from what their module was given: a list with a whole number for each."""
+        for value in values:
+            whole = isinstance(value, list | tuple) and all(type(n) is int and n >= 0 for n in value)
+            if whole and len(value) == self._count:
+                self._rows = list(value)
+                return True
+        return False
 
     def agree(self, ids: Tensor) -> Tensor | None:
         """Whether the experts were given as many rows as `ids` (rows, slots) says; None where their counts cannot tell.

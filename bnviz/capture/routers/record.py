@@ -43,4 +43,9 @@ def remarks(taps: Iterable[RouterTap]) -> list[str]:
             if marked:
                 first = f"{marked[0].site.path}{', ...' * (len(marked) > 1)}"
                 said.append(f"{record}: of {len(marked)} of {len(of)} places ({first}) {words}.")
+        if len({tap.tokens for tap in of if tap.tokens[0] == max(t.tokens[0] for t in of) >= 0}) > 1:
+            said.append(
+                f"{record}: places read different tokens in one forward (an encoder and a decoder do); `sequence` and `position` "
+                "are those of the most, `tokens` says how many each place had."
+            )
     return said

@@ -36,6 +36,7 @@ class _Call:
 
     read: Tensor | None
     alone: bool
+    at: int
     scores: Any = None
     routed: bool = False
     route: Route | None = None
@@ -60,10 +61,13 @@ class RouterTap:
     site : Site
     unmapped : bool
         Rows of a call were no tokens.
+    tokens : tuple of int
+        (forward, sequences, tokens) of the last call.
     """
 
     def __init__(self, site: Site, router: RouterSite, watch: Watch) -> None:
         self.site, self.unmapped, self._doubt = site, False, False
+        self.tokens = (-1, 0, 0)
         self._router, self._watch, self._broken = router, watch, False
         self._clock, self._shown = watch.clock, Shown(site, router, watch)
         self._follows = router.contract is None and router.adapter is None
@@ -71,13 +75,15 @@ class RouterTap:
         scoring = matrices(router.router, router.count) if router.router is not None and router.count else []
         bare = matrices(router.block, router.count, below=False) if router.count else []
         self._scoring = frozenset(id(p) for p in (*scoring, *bare))
-        self._counts = RowCounts(list(router.items)) if router.items and router.adapter is None else None
+        counted = router.adapter is None and router.count > 0 and (router.items or self._follows)
+        self._counts = RowCounts(router.count, list(router.items)) if counted else None
         self._call: _Call | None = None
+        self._waiting: _Call | None = None
 
     def attach(self, stack: contextlib.ExitStack, fused: Callable[[str], bool]) -> None:
         """Look at the block, its router and its experts; the stack ends it."""
         site, quiet = self._router, fused(self._router.path)
-        stack.callback(self._close)
+        stack.callback(self._release)
         if site.adapter is not None:
             stack.enter_context(around(site.block, self._begin, self._adapted, quiet=quiet))
             return
@@ -88,6 +94,8 @@ class RouterTap:
             stack.enter_context(around(site.router, self._before_router, self._after_router, quiet=quiet))
         if site.contract is not None:
             stack.enter_context(around(site.experts[0], self._given, self._computed, quiet=quiet))
+        elif site.experts and not site.items and site.experts[0] is not site.block:
+            stack.enter_context(around(site.experts[0], self._sized, None, quiet=quiet))
         if self._follows:
             unfollowed(site.block, stack)
         stack.enter_context(around(site.block, None, self._finish, quiet=quiet))
@@ -99,10 +107,11 @@ class RouterTap:
 
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, alone: bool) -> None:
         self._close()
+        self._end_waiting()
         if self._clock.now is None or self._broken:
             return
         given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
-        self._call = call = _Call(next(given, None), alone)
+        self._call = call = _Call(next(given, None), alone, self._clock.now.call)
         if self._counts is not None:
             self._counts.begin()
         if self._follows:
@@ -119,6 +128,10 @@ class RouterTap:
             call.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         return call
 
+    def _release(self) -> None:
+        self._close()
+        self._waiting = None
+
     # ------------------------------------------------------------------ what is seen
 
     def _before_router(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -127,20 +140,34 @@ class RouterTap:
 
     def _after_router(self, _: nn.Module, __: Any, ___: Any, output: Any) -> None:
         call = self._call
-        if call is None or output is None:
-            return
-        call.routed, call.scores = True, output
-        if call.lineage is not None:
-            call.lineage.told(output)
-            if call.alone:
-                self._end(self._close())
+        if call is not None and output is not None:
+            call.routed, call.scores = True, output
+            if call.lineage is not None:
+                call.lineage.told(output)
+        if call is not None and call.alone and call.lineage is not None:
+            closed = self._close()
+            self._waiting = closed if output is not None else None
+            if self._router.items or not self._router.experts:
+                self._end_waiting()
+
+    def _end_waiting(self) -> None:
+        """A router that was called alone is shown once its experts are given something, or when it is called again."""
+        call, self._waiting = self._waiting, None
+        if call is not None and self._clock.now is not None and self._clock.now.call == call.at:
+            self._end(call)
+
+    def _sized(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Experts that are stacked are given rows in order of expert, and how many each has."""
+        if self._counts is not None and self._clock.now is not None:
+            self._counts.given((*args, *kwargs.values()))
+        self._end_waiting()
 
     def _given(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         contract, call = self._router.contract, self._call
         if contract is None or self._clock.now is None or self._broken:
             return
         if call is None:  # neither the block nor its router ran as a module: the experts did
-            call = _Call(None, alone=True)
+            call = _Call(None, alone=True, at=self._clock.now.call)
         call.route = self._read(lambda: dispatched(contract, self._router.count, args, kwargs))
         self._follows = call.route is None and not contract.ids  # from the next call of the block on
         if call.route is not None and self._counts is None:
@@ -195,6 +222,7 @@ class RouterTap:
             seen = self._safely(lambda: self._shown.of(route, call.read, call.scores))
             if seen is not None:
                 self.unmapped = self.unmapped or not seen.mapped
+                self.tokens = (seen.context.call, *seen.ids.shape[:2])
                 sure = seen.verified
                 self._doubt = self._doubt | (not sure if isinstance(sure, bool) else ~sure)
                 self._watch.emit(seen)
