@@ -145,7 +145,8 @@ class AttentionSeen:
     token_ids : Tensor (batch, keys) int, optional
         Ids of the tokens the keys belong to, when the model was called with ids.
     valid_keys : Tensor (batch, keys) bool, optional
-        Which keys are not padding; None when there is none, or not known.
+        Which keys are tokens and not padding; None when all are, or it is not known. Columns that stand for no token (a learned
+        key, a key of zeros) come first and are none.
     dropped : int
         Keys at the start that a sliding cache no longer holds: zeros here, and no query sees them.
     across : bool

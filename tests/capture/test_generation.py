@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 from typing import Any
 
@@ -145,6 +146,13 @@ def test_each_beam_has_the_statistics_of_its_own_history(beams: int, sampled: bo
     record = recorder.run["attention"].isel(step=1)
     assert len(np.unique(record.key_sequence.values)) == 2 * beams
     rows = [row_of(record, maps[:, sequence], 7) for sequence in range(2 * beams)]
+    with torch.no_grad(), captured(model, "activations") as whole:
+        model(plain[:, :-1], use_cache=False)
+    stream, all_at_once = recorder.run["activations"].isel(step=1), whole.run["activations"].isel(step=0)
+    for sequence, row in enumerate(rows):
+        mine = stream["norm_out"].values[..., stream.sequence.values == row]
+        other = all_at_once["norm_out"].values[..., all_at_once.sequence.values == sequence]
+        assert np.allclose(mine, other[..., 7:], rtol=1e-4)
     histories = {tuple(row) for row in plain[:, :-1].tolist()}
     assert len(set(rows)) == len(histories)
     assert all(row // beams == at // beams for at, row in enumerate(rows))
@@ -525,3 +533,64 @@ def test_documents_that_share_a_sequence_are_sequences_of_their_own(tmp_path: An
         (keys, queries), maps = of_sequence(record, number), maps_of(model, text)[:, 0]
         assert np.allclose(keys["mass"].values, maps.sum(-2), atol=1e-5)
         assert np.allclose(queries["entropy"].values, entropy_of(maps), atol=1e-4)
+
+
+def test_every_other_text_is_watched_whole() -> None:
+    model, texts = tiny("Llama"), torch.randint(3, 61, (4, 6))
+    with captured(model, every=2) as recorder:
+        said = [
+            model.generate(t[None], max_new_tokens=4, do_sample=False, attention_mask=torch.ones(1, 6)) for t in texts
+        ]
+    record = recorder.run["attention"]
+    assert list(record.phase.values) == ["prefill", "decode"] * 2
+    for step, text in ((1, 0), (3, 2)):
+        check_rows(record.isel(step=step), maps_of(model, said[text][:, :-1])[:, 0], 0, 6)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_capture_that_begins_in_the_middle_of_a_text(static: bool) -> None:
+    from transformers import DynamicCache, StaticCache
+
+    model, ids = tiny("Llama"), torch.randint(3, 61, (2, 10))
+    cache = StaticCache(model.config, max_cache_len=16) if static else DynamicCache()
+    with torch.no_grad():
+        model(ids[:, :6], **holding(cache))
+        with captured(model) as recorder:
+            for at in range(6, 10):
+                model(ids[:, at : at + 1], **holding(cache))
+    maps, record = maps_of(model, ids), recorder.run["attention"].isel(step=0)
+    assert record.phase.item() == "decode"
+    for sequence in range(2):
+        check_rows(record, maps[:, sequence], sequence, 6)
+
+
+def test_a_call_that_fails_leaves_no_tokens_behind() -> None:
+    from transformers import DynamicCache
+
+    model, cache, ids = tiny("Llama"), DynamicCache(), torch.randint(3, 61, (1, 9))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("full")
+
+    with torch.no_grad(), captured(model) as recorder:
+        model(ids[:, :6], **holding(cache))
+        model(ids[:, 6:7], **holding(cache))
+        handle = model.model.layers[0].self_attn.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="full"):
+            model(ids[:, 7:8], **holding(cache))
+        handle.remove()
+        for at in (7, 8):
+            model(ids[:, at : at + 1], **holding(cache))
+    check_rows(recorder.run["attention"].isel(step=1), maps_of(model, ids)[:, 0], 0, 6)
+
+
+def test_texts_do_not_outlive_their_caches() -> None:
+    from transformers import DynamicCache
+
+    model, ids = tiny("Llama"), torch.randint(3, 61, (1, 4))
+    with torch.no_grad(), captured(model) as recorder:
+        for _ in range(20):
+            model(ids, **holding(DynamicCache()))
+            gc.collect()
+            assert recorder._session is not None
+            assert len(recorder._session.clock._stories._known) <= 1
