@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .shrink import SPECIAL
+
 BATCH, TOKENS, DECODER_TOKENS, FRAMES = 2, 7, 5, 4
 HIGHEST_ID = 60  # of an ordinary token: special tokens have higher ids
 
@@ -39,6 +41,12 @@ def _tree(config: Any) -> Iterator[Any]:
 def ids(length: int = TOKENS, batch: int = BATCH) -> Tensor:
     """Ordinary token ids."""
     return torch.randint(5, HIGHEST_ID, (batch, length))
+
+
+def boxes() -> Tensor:
+    """Places of words on a page, corners in order."""
+    corner = torch.randint(0, 50, (BATCH, TOKENS, 2))
+    return torch.cat([corner, corner + torch.randint(1, 50, (BATCH, TOKENS, 2))], -1)
 
 
 class Maker:
@@ -96,7 +104,8 @@ class Maker:
                 holes = torch.full((BATCH, each), int(token))
                 text = torch.cat([text[:, :2], holes, text[:, 2:]], 1)
         if text is not kit["input_ids"]:
-            yield kit | {"input_ids": text}
+            kinds = {"mm_token_type_ids": (text >= SPECIAL).long()} if "mm_token_type_ids" in self.names else {}
+            yield kit | {"input_ids": text} | kinds
 
     def _rows(self, method: Callable[..., Any], kit: Mapping[str, Any]) -> int:
         taken = inspect.signature(method).parameters
@@ -134,6 +143,7 @@ LIVELY = {
     "input_values",
     "image_grid_thw",
     "image_sizes",
+    "bbox",
 }
 
 
@@ -251,6 +261,10 @@ _MAKERS: dict[str, Callable[[Maker], Iterator[Callable[[], Any]]]] = {
     "image_sizes": _sizes,
     "hidden_states": _hidden,
     "past_values": _past,
+    "pixel_values_videos": _one(
+        lambda c: torch.randn(BATCH, read(c, "num_frames", "frames_per_clip", default=FRAMES), 3, *_image_side(c))
+    ),
+    "bbox": _one(lambda c: boxes()),
     "past_time_features": _one(lambda c: torch.randn(BATCH, _lagged(c), read(c, "num_time_features", default=0))),
     "past_observed_mask": _one(lambda c: torch.ones(BATCH, _lagged(c))),
 }

@@ -9,6 +9,9 @@ layers differ (attention and state space, dense and sparse) one of each kind is 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
+import inspect
 import math
 import re
 from collections.abc import Mapping
@@ -184,8 +187,20 @@ def _of_each_kind(cls: Any, given: Mapping[str, Any], small: Mapping[str, Any]) 
     return {"num_hidden_layers": len(picks)} | {n: type(v)(v[p] for p in picks) for n, v in lists.items()}
 
 
+def _held(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # a field that differs from layer to layer refuses to be read for all
+        return None
+
+
 def _agreed(config: Any) -> Any:
-    """Widths in one part of a config that must be those of another: what a vision tower hands to the text."""
+    """What in one part of a config must be that of another: widths handed over, and axes that share a head."""
+    _share_head(config)
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if hasattr(part, "sub_configs"):
+            _agreed(part)
     text = getattr(config, "text_config", None)
     width = getattr(text, "hidden_size", None)
     for name in config.sub_configs if width else ():
@@ -194,6 +209,20 @@ def _agreed(config: Any) -> Any:
             if part is not text and hasattr(part, field):
                 setattr(part, field, width)
     return config
+
+
+def _share_head(config: Any) -> None:
+    """Where time, height and width share the rotation of a head: their parts of the tiny one."""
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    rope, head = _held(config, "rope_parameters"), _held(config, "head_dim")
+    head = head or (_held(config, "hidden_size") or 0) // (_held(config, "num_attention_heads") or 1)
+    if not (
+        isinstance(rope, dict) and "rope_type" in rope and isinstance(head, int) and importlib.util.find_spec(name)
+    ):
+        return
+    if "mrope_section" in inspect.getsource(importlib.import_module(name)):
+        half = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
+        rope["mrope_section"] = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
 
 
 def _value(name: str, value: Any, values: Mapping[str, Any], scale: Scale) -> Any:
