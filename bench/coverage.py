@@ -96,8 +96,8 @@ def _prepare() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
-    for name in ("LlamaModel", "T5Model", "CLIPModel"):
-        getattr(transformers, name)
+    for name in ("llama", "t5", "clip", "zoo/nanogpt-softmax", "zoo/torch-encoder"):
+        examine(name)
 
 
 def _chosen(asked: argparse.Namespace, stored: dict[str, Any]) -> list[str]:

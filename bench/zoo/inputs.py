@@ -167,7 +167,7 @@ def _pixels(maker: Maker) -> Iterator[Callable[[], Any]]:
     channels = read(config, "num_channels", "in_channels", "in_chans", default=3)
     channels = channels if isinstance(channels, int) else 3
     frames = read(config, "num_frames", "frames_per_clip", default=FRAMES)
-    if "image_grid_thw" in maker.names:
+    if not maker.names.keys().isdisjoint({"image_grid_thw", "grid_thw"}):
         yield lambda: torch.randn(BATCH * 16, _patch_features(config))
     yield lambda: torch.randn(BATCH, channels, height, width)
     yield lambda: torch.randn(BATCH, frames, channels, height, width)
@@ -202,8 +202,8 @@ def _features(maker: Maker) -> Iterator[Callable[[], Any]]:
 
 
 def _values(maker: Maker) -> Iterator[Callable[[], Any]]:
-    yield lambda: torch.randn(BATCH, 1600)
-    yield lambda: torch.randn(BATCH, 1, 1600)
+    yield lambda: torch.randn(BATCH, 1920)
+    yield lambda: torch.randn(BATCH, 1, 1920)
     length, mel = read(maker.config, "max_length", default=64), read(maker.config, "num_mel_bins", default=16)
     if isinstance(length, int) and isinstance(mel, int):
         yield lambda: torch.randn(BATCH, length, mel)

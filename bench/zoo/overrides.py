@@ -57,28 +57,64 @@ def _part_of(whole_type: str) -> Override:
 
 
 _LAGGED = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2, 3]}
-_QFORMER = of(query_embeds=noise(2, 5, "hidden_size"), encoder_hidden_states=noise(2, 9, "encoder_hidden_size"))
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16}
-_TWO_PICTURES = of(pixel_values=lambda c: noise(2, 2, 3, 64, 64)(c))
+_TWO_PICTURES = of(pixel_values=noise(1, 2, 3, 64, 64))
+_COMPASS = {
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "head_dim": 16,
+    "rope_parameters": {"sliding_attention": _rope(2, 3, 3), "full_attention": None},
+}
+_ERNIE = {
+    "moe_intermediate_size": [32, 16],
+    "mlp_layer_types": ["dense", "sparse"],
+    "head_dim": 16,
+    "rope_parameters": _rope(3, 3, 2),
+}
+_SAM = {
+    "vision_config.num_pos_feats": 8,
+    "vision_config.image_size": 64,
+    "vision_config.global_attn_indexes": [1],
+    "prompt_encoder_config.image_size": 64,
+    "prompt_encoder_config.image_embedding_size": 4,
+}
+_CLICK = of(pixel_values=image(64), input_points=noise(2, 1, 1, 2), input_labels=ones(2, 1, 1))
+_MLLAMA = of(pixel_values=noise(1, 1, 2, 3, 56, 56), aspect_ratio_ids=ones(1, 1), aspect_ratio_mask=ones(1, 1, 2))
 
 TYPES: dict[str, Override] = {
     # text
     "bamba": _fields(**_MAMBA, attn_layer_indices=[1]),
-    "esm": _fields(vocab_size=33, pad_token_id=1, mask_token_id=32, position_embedding_type="rotary"),
-    "ernie4_5_vl_moe_text": _fields(
-        moe_intermediate_size=[32, 16], mlp_layer_types=["dense", "sparse"], head_dim=16, rope_parameters=_rope(3, 3, 2)
+    "cohere_compass_text": _fields(**_COMPASS),
+    "dbrx": _fields(
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0},
+        ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     ),
+    "deepseek_ocr2_text": _fields(mlp_layer_types=["dense", "sparse"], num_hidden_layers=2),
+    "dots1": _fields(n_routed_experts=4, n_shared_experts=1),
+    "esm": _fields(vocab_size=80, pad_token_id=1, mask_token_id=32, position_embedding_type="rotary"),
+    "ernie4_5_vl_moe_text": _fields(**_ERNIE),
     "gpt_neo": _fields(num_layers=2, attention_types=[[["global", "local"], 1]]),
     "granitemoehybrid": _fields(**_MAMBA, layer_types=["linear_attention", "full_attention"]),
     "hunyuan_v1_dense": _fields(head_dim=16),
     "hunyuan_v1_moe": _fields(head_dim=16),
+    "hunyuan_vl_text": _fields(head_dim=16),
+    "lfm2_moe": _fields(
+        num_hidden_layers=3, num_dense_layers=1, layer_types=["conv", "full_attention", "full_attention"]
+    ),
     "lilt": _fields(hidden_size=96),
+    "longcat_flash": _fields(qk_rope_head_dim=16, head_dim=16),
     "mamba2": _fields(num_heads=8, head_dim=16, n_groups=2),
     "ministral": _fields(head_dim=16),
-    "nemotron": _fields(head_dim=16),
+    "nemotron": _fields(head_dim=16, num_key_value_heads=2),
+    "nemotron_h": _fields(mamba_num_heads=8, mamba_head_dim=16, n_groups=2),
     "recurrent_gemma": _fields(num_hidden_layers=3),
     "reformer": _fields(axial_pos_embds_dim=[16, 48], axial_pos_shape=[8, 8], max_position_embeddings=64),
+    "step3p5": _fields(sliding_window=4),
+    "xlstm": _fields(qk_dim_factor=1.0, v_dim_factor=1.0),
     "xmod": _fields(languages=["en_XX"], default_language="en_XX"),
+    "zamba": _fields(
+        num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"]
+    ),
     # time series
     "autoformer": _fields(**_LAGGED),
     "informer": _fields(**_LAGGED),
@@ -86,21 +122,6 @@ TYPES: dict[str, Override] = {
     "timesfm": Override(inputs=of(past_values=noise(2, 64), past_values_padding=ones(2, 64), freq=whole(2, 1, most=3))),
     # pages and places
     "bros": Override(inputs=of(input_ids=text(), bbox=noise(2, 7, 8))),
-    "udop": Override(inputs=of(input_ids=text(), bbox=lambda c: boxes() / 100, pixel_values=image(64), **DECODER)),
-    "lxmert": Override(
-        inputs=of(input_ids=text(), visual_feats=noise(2, 5, "visual_feat_dim"), visual_pos=noise(2, 5, 4))
-    ),
-    # picture and text
-    "blip_2_qformer": Override(inputs=_QFORMER),
-    "instructblip_qformer": Override(
-        inputs=of(
-            input_ids=text(),
-            query_embeds=noise(2, 5, "hidden_size"),
-            encoder_hidden_states=noise(2, 9, "encoder_hidden_size"),
-        )
-    ),
-    "chameleon": _fields(vocabulary_map={"<image>": 130}),
-    "deepseek_ocr2_vision": Override(inputs=of(pixel_values=image(1024))),
     "decision_transformer": Override(
         inputs=of(
             states=noise(2, 5, "state_dim"),
@@ -111,12 +132,75 @@ TYPES: dict[str, Override] = {
             attention_mask=ones(2, 5),
         )
     ),
+    "layoutlmv3": _fields(coordinate_size=16, shape_size=16, hidden_size=96),
+    "lxmert": Override(
+        inputs=of(input_ids=text(), visual_feats=noise(2, 5, "visual_feat_dim"), visual_pos=noise(2, 5, 4))
+    ),
+    "udop": Override(inputs=of(input_ids=text(), bbox=lambda c: boxes() / 100, pixel_values=image(64), **DECODER)),
+    # pictures
+    "bridgetower_vision_model": Override(inputs=of(image=image(64))),
+    "efficientloftr": Override(
+        {"out_features": [16, 32, 32, 64], "stage_num_blocks": [1, 1, 1, 1], "hidden_size": 64}, _TWO_PICTURES
+    ),
+    "efficientnet": _fields(hidden_dim=320),
     "idefics2_perceiver": Override(inputs=of(context=noise(2, 9, "hidden_size"), attention_mask=ones(2, 9))),
     "lightglue": Override(inputs=_TWO_PICTURES),
-    "superglue": Override(inputs=_TWO_PICTURES),
-    "efficientloftr": Override(
-        {"out_features": [16, 32, 64], "stage_num_blocks": [1, 1, 1], "hidden_size": 64}, _TWO_PICTURES
+    "mllama_vision_model": Override(inputs=_MLLAMA),
+    "perceiver": Override(
+        {"d_model": 64, "num_blocks": 1, "num_self_attends_per_block": 2, "num_latents": 6, "d_latents": 64},
+        of(inputs=noise(2, 9, "d_model")),
     ),
-    # parts
+    "sam": Override(_SAM, _CLICK),
+    "sam_hq": Override(_SAM, _CLICK),
+    "superglue": Override(inputs=_TWO_PICTURES),
+    "superpoint": Override(
+        {"encoder_hidden_sizes": [16, 16, 32, 32], "decoder_hidden_size": 32, "keypoint_decoder_dim": 65}
+    ),
+    "tvp": Override(
+        {"max_img_size": 64, "visual_prompt_size": 8},
+        of(input_ids=text(), pixel_values=noise(2, 2, 3, 64, 64), attention_mask=ones(2, 7)),
+    ),
+    "unlimited_ocr_vision_encoder": Override(
+        inputs=of(patch_embeds=noise(2, "hidden_size", 4, 4), pixel_values=image(64))
+    ),
+    "vitmatte": _fields(backbone_config__out_features=("stage2",)),
+    "xclip_vision_model": Override({"num_frames": 2}, of(pixel_values=image(128, 4))),
+    # pictures and text
+    "blip_2_qformer": Override(
+        inputs=of(query_embeds=noise(2, 5, "hidden_size"), encoder_hidden_states=noise(2, 9, "encoder_hidden_size"))
+    ),
+    "chameleon": _fields(vocabulary_map={"<image>": 130}),
+    "cohere_compass": _fields(**{f"text_config.{k}": v for k, v in _COMPASS.items()}),
+    "emu3": _fields(vocabulary_map={"<image>": 130}),
+    "ernie4_5_vl_moe": _fields(**{f"text_config.{k}": v for k, v in _ERNIE.items()}),
+    "hunyuan_vl": _fields(**{"text_config.head_dim": 16}),
+    "pi0": Override(inputs=of(action_embeds=noise(2, 3, "hidden_size"), input_ids=text())),
+    "step3p7": _fields(**{"text_config.sliding_window": 4}),
+    # sound
+    "audioflamingo3_encoder": Override(
+        inputs=of(input_features=noise(2, "num_mel_bins", 64), input_features_mask=ones(2, 64))
+    ),
+    "clvp_encoder": _fields(projection_dim=64),
+    "dia": Override({"decoder_config.num_channels": 2}, of(input_ids=text(), decoder_input_ids=whole(2, 5, 2))),
+    "dia_decoder": Override(
+        {"num_channels": 2}, of(input_ids=whole(2, 5, 2), encoder_hidden_states=noise(2, 9, "cross_hidden_size"))
+    ),
+    "fastspeech2_conformer_hifigan": Override(inputs=of(spectrogram=noise(2, 9, "model_in_dim"))),
+    "speecht5_hifigan": Override(inputs=of(spectrogram=noise(2, 9, "model_in_dim"))),
+    "fun_asr_nano_encoder": Override(inputs=of(input_features=noise(2, 12, 560), input_features_mask=ones(2, 12))),
+    "gemma3n_audio": Override(
+        inputs=of(audio_mel=noise(2, 64, "input_feat_size"), audio_mel_mask=lambda c: ones(2, 64)(c) < 1)
+    ),
+    "kyutai_speech_to_text": Override(inputs=of(input_ids=whole(2, 7, 33))),
+    "mimi_decoder": Override(inputs=of(latents=noise(2, "hidden_size", 9))),
+    "musicgen_decoder": Override(inputs=of(input_ids=whole(8, 7))),
+    "musicgen_melody_decoder": Override(inputs=of(input_ids=whole(8, 7))),
+    "pocket_tts_audio_tokenizer_decoder": Override(inputs=of(latents=noise(2, "hidden_size", 9))),
+    "qwen2_5_omni_bigvgan": Override(inputs=of(mel_spectrogram=noise(2, "mel_dim", 9))),
+    "speecht5": Override(
+        inputs=of(input_values=noise(2, 9, "hidden_size"), decoder_input_values=noise(2, 5, "hidden_size"))
+    ),
+    "vits": _fields(vocab_size=80),
+    # large by default in a field of their own
     **{f"sam{v}_{p}": _part_of(f"sam{v}") for v in ("", "2", "_hq") for p in ("mask_decoder", "prompt_encoder")},
 }

@@ -180,7 +180,7 @@ def _of_each_kind(cls: Any, given: Mapping[str, Any], small: Mapping[str, Any]) 
         n: v for n in values if isinstance(v := getattr(whole, n, None), list | tuple) and len(v) == depth > LAYERS
     }
     lists = {n: v for n, v in lists.items() if 1 < len(set(map(str, v))) <= KINDS}
-    kinds = list(zip(*lists.values(), strict=True))
+    kinds = [str(k) for k in zip(*lists.values(), strict=True)]
     picks = sorted(kinds.index(k) for k in dict.fromkeys(kinds))[:KINDS]
     if len(picks) < 2:
         return {}
@@ -215,7 +215,9 @@ def _share_head(config: Any) -> None:
     """Where time, height and width share the rotation of a head: their parts of the tiny one."""
     name = type(config).__module__.replace(".configuration_", ".modeling_")
     rope, head = _held(config, "rope_parameters"), _held(config, "head_dim")
-    head = head or (_held(config, "hidden_size") or 0) // (_held(config, "num_attention_heads") or 1)
+    width, heads = _held(config, "hidden_size"), _held(config, "num_attention_heads")
+    if head is None and isinstance(width, int) and isinstance(heads, int):
+        head = width // heads
     if not (
         isinstance(rope, dict) and "rope_type" in rope and isinstance(head, int) and importlib.util.find_spec(name)
     ):
