@@ -20,23 +20,31 @@ def in_a_row(owner: nn.Module, name: str) -> bool | None:
     branches). None: the source does not say.
     """
     kind: Any = type(owner)
-    found = {answer for function in _functions(kind) for answer in _uses(function, name)}
-    return True if True in found else False if found else None
+    return _answer(kind, name)
 
 
-@functools.lru_cache(maxsize=256)
-def _functions(owner: Any) -> tuple[ast.FunctionDef, ...]:
-    """The methods of a class and of those it inherits from, short of PyTorch's own base."""
-    found: list[ast.FunctionDef] = []
+@functools.lru_cache(maxsize=1024)
+def _answer(owner: Any, name: str) -> bool | None:
+    """`in_a_row` of a class: the methods that mention the list, its own and those it inherits, short of PyTorch's own base."""
+    found: set[bool] = set()
     for cls in owner.__mro__:
         if cls in (nn.Module, object) or cls.__module__.startswith("torch.nn.modules.container"):
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        found += [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name != "__init__"]
-    return tuple(found)
+        for function, mentioned in _functions(cls):
+            if name in mentioned:
+                found |= set(_uses(function, name))
+    return True if True in found else False if found else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _functions(cls: Any) -> tuple[tuple[ast.FunctionDef, frozenset[str]], ...]:
+    """The methods a class itself defines, each with the attributes it mentions."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name != "__init__"]
+    return tuple((f, frozenset(n.attr for n in ast.walk(f) if isinstance(n, ast.Attribute))) for f in found)
 
 
 def _uses(function: ast.FunctionDef, name: str) -> Iterator[bool]:
