@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import SchemaError
-from .rows import OWN_DIMS, Row, batch_of, inner_dims, token_dim
+from .rows import GROWING, OWN_DIMS, Axes, Row, axes
 from .schema import Variable
 
 if TYPE_CHECKING:
@@ -46,27 +46,28 @@ class Extent:
     kinds: set[str] = field(default_factory=set)
     sizes: dict[str, int] = field(default_factory=dict)
     dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)
+    _axes: dict[str, Axes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._axes = {v.name: axes(v) for v in self.variables}
 
     def add(self, row: Row) -> None:
         """Take a row into account."""
         self.phases[row.step] = row.phase
         self.layers.add(row.layer)
         self.kinds.add(row.kind)
-        for variable in self.variables:
-            values = row.values.get(variable.name)
-            if values is None:
-                continue
-            self.dtypes.setdefault(variable.name, _kept_as(values.dtype))
-            batch = batch_of(variable, values.shape)
-            shape = values.shape if batch is None else values.shape[1:]
-            if len(shape) != len(inner_dims(variable)):
+        for name, values in row.values.items():
+            of = self._axes[name]
+            self.dtypes.setdefault(name, _kept_as(values.dtype))
+            shape = values.shape if of.token is None else values.shape[1:]
+            if len(shape) != len(of.inner):
                 raise SchemaError(
-                    f"Variable {variable.name!r}: a probe gave an array of {len(shape)} dims, "
-                    f"declared {inner_dims(variable)}."
+                    f"Variable {name!r}: a probe gave an array of {len(shape)} dims, declared {of.inner}."
                 )
-            for dim, length in zip(inner_dims(variable), shape, strict=True):
-                size = length if batch is None or dim != token_dim(variable) else int(_valid(row, dim, batch).sum())
-                self.sizes[dim] = max(self.sizes.get(dim, 0), size)
+            for at, (dim, length) in enumerate(zip(of.inner, shape, strict=True)):
+                size = length if at != of.at else _packed_length(row, of, values.shape)
+                if size > self.sizes.get(dim, -1):
+                    self.sizes[dim] = size
 
     @property
     def given(self) -> list[Variable]:
@@ -152,6 +153,12 @@ def _order(values: Iterable[Any]) -> dict[Any, int]:
     return {value: i for i, value in enumerate(values)}
 
 
+def _packed_length(row: Row, of: Axes, shape: tuple[int, ...]) -> int:
+    """Tokens of all sequences together, padding left out."""
+    batch, valid = (shape[0], shape[1 + of.at]), row.valid.get(of.token or "")
+    return int(np.count_nonzero(valid)) if valid is not None and valid.shape == batch else batch[0] * batch[1]
+
+
 def _valid(row: Row, dim: str, batch: tuple[int, int]) -> np.ndarray:
     """(batch, tokens) bool; all of them where the row's mask is of something else."""
     valid = row.valid.get(dim)
@@ -182,7 +189,8 @@ def layout(
 
 def _parts(rows: list[Row], variable: Variable, place: Mapping[str, Mapping[Any, int]], layouts: _Layouts) -> _Parts:
     """The arrays of one variable, packed, by their place on the recorder's own dims."""
-    token = token_dim(variable)
+    of = axes(variable)
+    token = of.token
     if token is not None:
         layouts.setdefault(token, {})
     own = [d for d in variable.dims if d in OWN_DIMS]
@@ -191,14 +199,13 @@ def _parts(rows: list[Row], variable: Variable, place: Mapping[str, Mapping[Any,
         values = row.values.get(variable.name)
         if values is None:
             continue
-        batch = batch_of(variable, values.shape)
+        batch = of.batch(values.shape)
         if token is not None and batch is not None:
             valid = _valid(row, token, batch)
-            found = layout(valid, row.past if token in ("token", "query") else None, row.documents)
             known = layouts[token].get(row.step)
-            if known is None or len(known[0]) < len(found[0]):
-                layouts[token][row.step] = found
-            values = pack(values, inner_dims(variable).index(token), valid)
+            if known is None or len(known[0]) < np.count_nonzero(valid):
+                layouts[token][row.step] = layout(valid, row.past if token in GROWING else None, row.documents)
+            values = pack(values, of.at, valid)
         at = {"step": row.step, "layer": row.layer, "kind": row.kind}
         parts[tuple(place[d][at[d]] for d in own)] = values
     return parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from .quantities import counted
 from .run import Run
 from .segments import read_header
 from .store import LOADED, check_schema, read, write, write_parts
-from .streamed import Streamed, pieces_of
+from .streamed import PART, Streamed, pieces_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -69,11 +69,12 @@ class Gathered:
             run = self.run()
             run.path = write(run, path)
             return run
-        parts = {name: self._parts(name) for name in self.streamed.extents}
+        size = max(1, min(PART, most // 4))
+        parts = {name: self._parts(name, size) for name in self.streamed.extents}
         return read(write_parts(path, parts, self.beside, self.provenance), most)
 
-    def _parts(self, name: str) -> Any:
-        for part in self.streamed.parts(name, self.paths.get(name, {})):
+    def _parts(self, name: str, size: int) -> Iterator[xr.Dataset]:
+        for part in self.streamed.parts(name, self.paths.get(name, {}), size):
             part.attrs.update(self.attrs(name, part["layer"].values.tolist()))
             yield part
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,20 +75,45 @@ def documents_of(positions: np.ndarray, valid: np.ndarray) -> np.ndarray | None:
     return np.pad(again, ((0, 0), (1, 0))).cumsum(1)
 
 
-def token_dim(variable: Variable) -> str | None:
-    """The token-like dimension of a variable, None when it has none."""
-    return next((d for d in variable.dims if d in TOKEN_DIMS), None)
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """The axes of the arrays a probe gives for one variable.
+
+    Parameters
+    ----------
+    inner : tuple of str
+        Without step, kind and layer, which are the recorder's.
+    token : str, optional
+        The token-like one of them; with it the arrays have one leading batch axis.
+    at : int
+        Its place in `inner`; -1 where there is none.
+    """
+
+    inner: tuple[str, ...]
+    token: str | None
+    at: int
+
+    def batch(self, shape: Sequence[int]) -> tuple[int, int] | None:
+        """(batch, tokens) of an array of `shape`; None for a variable without a token-like dim."""
+        return None if self.token is None else (shape[0], shape[1 + self.at])
 
 
-def inner_dims(variable: Variable) -> tuple[str, ...]:
-    """The dims a probe's array has: without step, kind and layer, which are the recorder's."""
-    return tuple(d for d in variable.dims if d not in OWN_DIMS)
+def axes(variable: Variable) -> Axes:
+    """The axes of a variable's arrays.
+
+    Examples
+    --------
+    >>> axes(Variable("entropy", ("step", "layer", "head", "query"), "nat", ""))
+    Axes(inner=('head', 'query'), token='query', at=1)
+    """
+    return _axes(variable.dims)
 
 
-def batch_of(variable: Variable, shape: Sequence[int]) -> tuple[int, int] | None:
-    """(batch, tokens) of an array of `shape`; None for a variable without a token-like dim."""
-    token = token_dim(variable)
-    return None if token is None else (shape[0], shape[1 + inner_dims(variable).index(token)])
+@functools.cache
+def _axes(dims: tuple[str, ...]) -> Axes:
+    inner = tuple(d for d in dims if d not in OWN_DIMS)
+    token = next((d for d in inner if d in TOKEN_DIMS), None)
+    return Axes(inner, token, -1 if token is None else inner.index(token))
 
 
 def merged(rows: Sequence[Row], variables: Mapping[str, Variable]) -> Row:
@@ -120,7 +146,7 @@ def _merged(parts: list[np.ndarray], variable: Variable) -> np.ndarray:
     if variable.merge == "last":
         return parts[-1]
     if variable.merge == "append":
-        return np.concatenate(parts, 1 + inner_dims(variable).index(token_dim(variable) or ""))
+        return np.concatenate(parts, 1 + axes(variable).at)
     return _over(parts, np.add if variable.merge == "add" else np.maximum)
 
 
@@ -144,7 +170,7 @@ def taken(row: Row, variables: Mapping[str, Variable], index: np.ndarray, batch:
     batch : int
         Sequences that `index` chooses from.
     """
-    per_token = {name for name, variable in variables.items() if token_dim(variable) is not None}
+    per_token = {name for name, variable in variables.items() if axes(variable).token is not None}
     if any(len(mask) != batch for mask in row.valid.values()):
         return row
     values = {name: value[index] if name in per_token else value for name, value in row.values.items()}
@@ -159,9 +185,9 @@ def shortened(row: Row, variables: Mapping[str, Variable], length: int) -> Row:
     kept = dict.fromkeys(GROWING, own) | {"key": length}
     values = {}
     for name, value in row.values.items():
-        dim = token_dim(variables[name])
+        dim = axes(variables[name]).token
         if dim in kept:
-            axis = 1 + inner_dims(variables[name]).index(dim)
+            axis = 1 + axes(variables[name]).at
             values[name] = value[(slice(None),) * axis + (slice(0, kept[dim]),)]
         else:
             values[name] = value

@@ -8,6 +8,7 @@ no code from it. What was written outlives the process, not a loss of power: no 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import zlib
@@ -58,7 +59,7 @@ class Segments:
 
     def __init__(self, folder: Path) -> None:
         self._file: BinaryIO = (folder / ROWS).open("xb", buffering=0)
-        self._end = 0
+        self.size = 0
 
     def append(self, rows: Mapping[str, Iterable[Row]]) -> None:
         """Rows by record as one segment.
@@ -72,19 +73,19 @@ class Segments:
         body = b"".join(arrays)
         head = _HEAD.pack(_MARK, len(index), len(body), zlib.crc32(index), zlib.crc32(body))
         left = memoryview(head + index + body)
-        size = len(left)
+        whole = len(left)
         try:
             while left:
                 left = left[self._file.write(left) :]
         except BaseException:  # a full disk, or an interrupt: the next segment must follow a whole one
             self._cut()
             raise
-        self._end += size
+        self.size += whole
 
     def _cut(self) -> None:
         try:
-            self._file.truncate(self._end)
-            self._file.seek(self._end)
+            self._file.truncate(self.size)
+            self._file.seek(self.size)
         except OSError:
             self.close()
 
@@ -165,8 +166,8 @@ def read_segments(folder: Path) -> Iterator[list[tuple[str, Row]]]:
 
 def _unpacked(index: bytes, body: bytes) -> list[tuple[str, Row]]:
     def array(entry: list[Any]) -> np.ndarray:
-        dtype, shape, at = np.dtype(entry[0]), tuple(entry[1]), entry[2]
-        return np.frombuffer(body, dtype, int(np.prod(shape, dtype=np.int64)), at).reshape(shape)
+        dtype, shape, at = entry
+        return np.frombuffer(body, dtype, math.prod(shape), at).reshape(shape)
 
     found = []
     for entry in json.loads(index):

@@ -61,7 +61,7 @@ class Streamed:
 
     def steps(self) -> Iterator[tuple[int, dict[str, list[Row]]]]:
         """Each step's rows by record, with what followed in the same step merged into them."""
-        rows = (one for piece in self._pieces() for one in piece)
+        rows = (one for piece in self._pieces() for one in sorted(piece, key=lambda one: one[1].step))
         for step, some in groupby(rows, key=lambda one: one[1].step):
             found: dict[str, dict[tuple[int, str], list[Row]]] = {}
             for record, row in some:
@@ -83,8 +83,11 @@ class Streamed:
                 break
             for record, some in records.items():
                 rows.setdefault(record, []).extend(some)
+        extents = self.extents if most is None and self.in_order else {}
         return {
-            record: assemble(self._again(record, some), self._variables[record], paths.get(record, {}))
+            record: assemble(
+                self._again(record, some), self._variables[record], paths.get(record, {}), extents.get(record)
+            )
             for record, some in rows.items()
         }
 
@@ -106,13 +109,19 @@ class Streamed:
         for _, records in self.steps():
             if record not in records:
                 continue
-            waiting += records[record]
+            waiting += [_own(row) for row in records[record]]
             taken += 1
             if taken == many:
                 yield assemble(waiting, self._variables[record], paths, extent)
                 waiting, taken = [], 0
         if waiting:
             yield assemble(waiting, self._variables[record], paths, extent)
+
+
+def _own(row: Row) -> Row:
+    """A row that does not hold the whole segment it was read from."""
+    values = {name: value.copy() for name, value in row.values.items()}
+    return replace(row, values=values, valid={dim: mask.copy() for dim, mask in row.valid.items()})
 
 
 def steps_of(extent: Extent, size: int = PART) -> int:

@@ -48,7 +48,7 @@ class Audience:
 
     def emit(self, seen: Any) -> None:
         """Show an observation to every probe that looks at its kind of site."""
-        if self._inside:
+        if self._inside or self._clock.stopped:
             return
         self._saw(seen.site, seen.context.call)
         if self._shelf.full_at is not None:

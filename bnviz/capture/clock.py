@@ -55,12 +55,12 @@ class Clock:
 
     Parameters
     ----------
-    step : {"forward", "manual"}
-        "forward": every forward is a step, and the decode steps of one generation share one. "manual": `advance` alone.
+    step : {"forward", "manual", "optimizer"}
+        "forward": every forward is a step, and the decode steps of one generation share one. Else `advance` ends a step.
     when : {"always", "eval", "train"} or callable
         Which forwards are watched; a callable is given the model.
     every : int
-        Watch one forward in `every` (decode steps follow their prefill).
+        Watch one forward in `every` (decode steps follow their prefill); where `advance` ends a step, one step in `every`.
     follower : Follower, optional
         Told what becomes of texts between calls.
     """
@@ -72,7 +72,7 @@ class Clock:
         every: int,
         follower: Follower | None = None,
     ) -> None:
-        self._manual, self._when, self._every = step == "manual", when, every
+        self._manual, self._when, self._every = step != "forward", when, every
         self._step, self._seen, self._row_calls = -1, -1, 0
         self._stories = Stories(follower)
         self._story: Story | None = None
@@ -82,6 +82,7 @@ class Clock:
         self._joint: _Joint | None = None
         self.cache: Any = None
         self.calls = 0
+        self.stopped = False
         self.forwards_watched = 0
         self.seconds = self._started = 0.0
         self._masks: list[Tensor] = []
@@ -277,7 +278,14 @@ class Clock:
         self._joint = joint if part else None
         return joint
 
+    @property
+    def steps(self) -> int:
+        """Steps so far, the one under way included."""
+        return self._step + 1
+
     def _watches(self, model: nn.Module, story: Story | None, kind: str, joint: _Joint | None) -> bool:
+        if self.stopped:
+            return False
         if callable(self._when):
             wanted = bool(self._when(model))
         else:
@@ -286,8 +294,8 @@ class Clock:
             return wanted and story.watched
         if joint is not None:
             wanted = joint.watched
-        elif wanted and self._manual:  # of several forwards in one manual step the first is kept
-            wanted = self._row_calls == 0
+        elif wanted and self._manual:  # of several forwards in one such step the first is kept
+            wanted = self._row_calls == 0 and max(self._step, 0) % self._every == 0
         elif wanted:
             self._seen += 1
             wanted = self._seen % self._every == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,6 +184,14 @@ class Closing:
             return run
         stream.discard()
         return run
+
+    def abandon(self) -> Path | None:
+        """Leave what was streamed where it is; the folder, where it holds anything."""
+        if self.stream is None or self.stream.size == 0:
+            self.discard()
+            return None
+        self.stream.close()
+        return self.stream.folder
 
     def discard(self) -> None:
         """Nothing came of it: what was begun on disk is taken away."""

@@ -12,6 +12,8 @@ from torch import nn
 from bnviz import catalog
 from bnviz.errors import CaptureError, unknown
 
+STEPS = ("forward", "optimizer", "manual")
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -26,15 +28,16 @@ class Options:
     name: str | None = None
     labels: Any = None
     tokenizer: Any = None
+    progress: bool | None = None
     attention: Any = None
     routers: Any = None
 
     def __post_init__(self) -> None:
-        if self.step not in ("forward", "manual"):
-            raise unknown("step policy", self.step, ("forward", "manual"))
+        if self.step not in STEPS:
+            raise unknown("step policy", str(self.step), STEPS)
         if not callable(self.when) and self.when not in ("always", "eval", "train"):
             raise unknown("value of when=", str(self.when), ("always", "eval", "train"))
-        if self.every < 1:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise CaptureError(
                 f"every={self.every}: expected a whole number from 1; every=10 watches one forward in ten."
             )

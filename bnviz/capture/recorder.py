@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 import weakref
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from bnviz import quantities
 from bnviz.errors import BnvizError, CaptureError
 from bnviz.run import Run
 
@@ -30,11 +32,12 @@ def capture(model: nn.Module, *, probes: Sequence[str] | None = None, **options:
     probes : sequence of str, optional
         Names from `bnviz.probes`; None: all that are on by default and find something to look at.
     **options
-        Of the capture: `step` ("forward" or "manual"), `when` ("always", "eval", "train" or a callable given the model),
-        `every` (watch one forward in so many), `budget` ("1 GiB": hard ceiling of what is kept), `path` (stream complete
-        steps to disk, store the run there), `strict` (raise what goes wrong in a probe), `name`, `labels` (n,) class of each
-        sample, `tokenizer` (to show text), `attention` (pattern of paths of further attention modules),
-        `routers` (pattern, class, or a mapping of such to a function that reads them: see `bnviz.sites`).
+        Of the capture: `step` ("forward": each forward is a step, and the decode steps of one generation share one; "optimizer":
+        a step ends when an optimizer moves weights of the model; "manual": `recorder.step()` ends it), `when` ("always", "eval",
+        "train" or a callable given the model), `every` (watch one step in so many), `budget` ("1 GiB": hard ceiling of what is
+        held in memory, host and device), `path` (stream to disk while it goes on, store the run there), `progress` (True, False;
+        None: after a few seconds), `strict` (raise what goes wrong in a probe), `name`, `labels` (n,) class of each sample,
+        `tokenizer` (to show text), `attention`, `routers` (name what was not understood: see `bnviz.sites`).
         All others are options of probes: `sample=4096`, `window=64`.
 
     Returns
@@ -132,14 +135,17 @@ class Recorder:
         """
         if self._session is None:
             return self._run
-        session, self._session, self._model = self._session, None, None
-        self._abandoned.detach()
+        session = self._session
         session.release()
         try:
             self._run = session.close()
         except BnvizError:
             if not quiet:
                 raise
+        finally:
+            if not isinstance(sys.exception(), KeyboardInterrupt):  # interrupted here, it can be asked again
+                self._session = self._model = None
+                self._abandoned.detach()
         return self._run
 
     @property
@@ -156,6 +162,13 @@ class Recorder:
         """End a step (for `step="manual"`)."""
         self._attached().advance()
 
+    def cancel(self) -> None:
+        """Watch no further while the model goes on: from another thread, from a callback, inside a forward.
+
+        What was seen until then is in the run; the hooks stay, idle, until the block is left or `detach` is called.
+        """
+        self._attached().cancel()
+
     def snapshot(self) -> dict[str, Any]:
         """What there is so far, small: calls, steps, bytes held, observations by record, notes. For a live display."""
         session = self._attached()
@@ -168,6 +181,17 @@ class Recorder:
             "notes": list(self.notes),
         }
 
+    def __repr__(self) -> str:
+        if self._run is not None:
+            return f"Recorder, closed. {self._run!r}"
+        if self._session is None:
+            left = "closed without a run" if self._model is None else "not attached: use it in a with block"
+            return f"Recorder, {left}."
+        lines = [f"Recorder, watching {self._session.state().words}"]
+        seen = self._session.shelf.given.items()
+        lines += [f"  {record:<12} {quantities.counted(times, 'observation')}" for record, times in seen]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
     def _attached(self) -> Session:
         if self._session is None:
             raise CaptureError("This recorder is not attached; call this inside the with block.")
@@ -177,8 +201,10 @@ class Recorder:
 def _let_go(session: Session) -> None:
     """A recorder was dropped without `detach`: its model is let go."""
     session.release()
+    where = session.abandon()
+    kept = f"what it saw is in {where}, for bnviz.open" if where else "what it saw is lost"
     warnings.warn(
-        "A capture was dropped without detach(); it was taken off the model and what it saw is lost. "
+        f"A capture was dropped without detach(); it was taken off the model, and {kept}. "
         "Use `with bnviz.capture(model) as recorder:`, or keep the recorder and call its detach().",
         ResourceWarning,
         stacklevel=2,

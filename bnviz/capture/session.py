@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from bnviz.counts import SiteCount
 from bnviz.errors import BnvizError, CaptureError
 from bnviz.run import Run
 
@@ -33,9 +36,11 @@ from .instruments import Instruments
 from .layers import Layers
 from .options import Options, told
 from .plan import Plan, parts, sites
+from .progress import Progress, State
 from .provenance import provenance
 from .routers.tap import tap_routers
 from .shelf import Shelf, budget_bytes
+from .torn import Torn
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -79,6 +84,10 @@ class Session:
         self._instruments = Instruments(self._probes, self._failed, notes)
         self._closing = Closing(model, self._plan, self._facts(), specs, options, self._layers, notes)
         self.shelf.make_room = self._drain
+        self._torn = Torn()
+        self.progress = Progress(options.progress, self.state)
+        self._cancelled_at: int | None = None
+        self._ended: tuple[dict[str, Mapping[str, Any]], list[SiteCount], float] | None = None
         self.started = time.perf_counter()
         self._stack = contextlib.ExitStack()
         self._gradients: GradientTap | None = None
@@ -145,6 +154,8 @@ class Session:
         if wanted & {"router", "further_router"}:
             self._closing.remarks = tap_routers(plan, watch, stack)
         self.census.attach(self.model, wanted, stack)
+        if self.options.step == "optimizer":
+            stack.callback(register_optimizer_step_post_hook(self._stepped).remove)
         for module in (self.model, *parts(self.model, plan)):
             stack.enter_context(around(module, None, self._end, quiet=fused and module is self.model))
         self._instruments.start(self.model, stack)
@@ -170,6 +181,7 @@ class Session:
             self._stack.close()
         finally:
             self._stack.close()
+            self.progress.end()
 
     def close(self) -> Run:
         """The run, after `release`.
@@ -179,16 +191,23 @@ class Session:
         CaptureError
             Nothing was observed.
         """
-        if self._gradients is not None:
-            self.shelf.held -= self._gradients.held
-            self._gradients.between(end=True)
-        self.shelf.drain()
-        self._note_compiled()  # perhaps only meanwhile
-        self._note_rest()
-        records = self._instruments.records()
-        elapsed = time.perf_counter() - self.started
-        counts = self.census.counts(self._layers)
-        return self._closing.close(self.shelf, records, counts, self.clock, elapsed)
+        if self._ended is None:
+            if self._gradients is not None:
+                self.shelf.held -= self._gradients.held
+                self._gradients.between(end=True)
+            elapsed = time.perf_counter() - self.started
+            self._ended = (self._instruments.records(), self.census.counts(self._layers), elapsed)
+            self.shelf.drain()
+            self._note_compiled()  # perhaps only meanwhile
+            self.notes += filter(None, (self._torn.note(), self._cancelled(), *self._rest()))
+        tables, counts, elapsed = self._ended
+        return self._closing.close(self.shelf, tables, counts, self.clock, elapsed)
+
+    def abandon(self) -> Path | None:
+        """Nobody will ask for the run: what waits goes to the disk, where one was given; the folder that holds it."""
+        with contextlib.suppress(Exception):
+            self._drain()
+        return self._closing.abandon()
 
     # ------------------------------------------------------------------ while the model runs
 
@@ -205,13 +224,14 @@ class Session:
             return
         if self._gradients is not None:
             self._gradients.between()
-        if self.shelf.crowded() or (
-            self.shelf.waiting and self._closing.stream is not None and self._closing.stream.due
-        ):
+        stream = self._closing.stream
+        if self.shelf.crowded() or (stream is not None and self.shelf.waiting and stream.due):
             self._drain()
+        self.progress.tick()
         self._instruments.forward_begins(self.clock.calls)
         self._layers.begin()
         context = self.clock.begin(module, args, kwargs, part=part)
+        self._torn.begin(None if context is None else context.call)
         if self._gradients is not None:
             self._gradients.begins(context)
 
@@ -220,8 +240,45 @@ class Session:
             self._begin(module, args, kwargs, part=True)
 
     def _end(self, module: nn.Module, *_: Any) -> None:
-        if not recomputing():
-            self.clock.end(module)
+        if recomputing():
+            return
+        running = self.clock.running
+        self.clock.end(module)
+        if running and not self.clock.running:
+            self._torn.end()
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """An optimizer has stepped: a step is over where it moves weights of the watched model."""
+        mine = {id(p) for p in self.model.parameters()}
+        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            self.clock.advance()
+
+    def cancel(self) -> None:
+        """Watch no further; the model goes on. May be called from any thread, and inside a forward."""
+        if self._cancelled_at is None:
+            self._cancelled_at = max(self.clock.calls - 1, 0)
+            self.clock.stopped = True
+
+    def _cancelled(self) -> str:
+        return (
+            ""
+            if self._cancelled_at is None
+            else f"Cancelled in forward {self._cancelled_at}; nothing after it is here."
+        )
+
+    def state(self) -> State:
+        """What there is so far."""
+        clock, stream = self.clock, self._closing.stream
+        return State(
+            type(self.model).__name__,
+            clock.calls,
+            clock.forwards_watched,
+            clock.steps,
+            self.shelf.held,
+            self.shelf.ceiling,
+            -1 if stream is None else stream.size,
+            time.perf_counter() - self.started,
+        )
 
     def _drain(self) -> None:
         """What waits to the host, and on to the disk where one is given."""
@@ -266,14 +323,15 @@ class Session:
         if sentence not in self.notes:
             self.notes.append(sentence)
 
-    def _note_rest(self) -> None:
+    def _rest(self) -> Iterator[str]:
+        """What was not kept, or not exactly."""
         if self.shelf.inexact:
-            self.notes.append(
+            yield (
                 f"{self.shelf.inexact} observations of tokens that were taken back again could not be left out of sums over "
                 "queries: they had been added up before."
             )
         if self.shelf.full_at is not None:
-            self.notes.append(
+            yield (
                 f"budget of {self.options.budget} reached at step {self.shelf.full_at}: later observations were not kept. "
-                "Raise budget= or every=."
+                "Raise budget= or every=, or give path= to stream to disk."
             )

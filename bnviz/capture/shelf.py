@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnviz.errors import CaptureError, SchemaError
 from bnviz.observation import Context, Site
-from bnviz.rows import GROWING, Row, batch_of, documents_of, merged, shortened, taken, token_dim
+from bnviz.rows import GROWING, Row, axes, documents_of, merged, shortened, taken
 from bnviz.schema import Variable
 
 SHARE, MOST, MANY = (
@@ -130,12 +130,13 @@ class Shelf:
 
     def _layout_bytes(self, record: str, values: Mapping[str, Tensor]) -> int:
         """Of the mask, `sequence` and `position` that come with each token-like axis."""
-        axes: dict[str, int] = {}
+        tokens: dict[str | None, int] = {}
         for name, value in values.items():
-            batch = batch_of(self._declared[record][name], value.shape)
+            of = axes(self._declared[record][name])
+            batch = of.batch(value.shape)
             if batch is not None:
-                axes[token_dim(self._declared[record][name]) or ""] = batch[0] * batch[1]
-        return 9 * sum(axes.values())
+                tokens[of.token] = batch[0] * batch[1]
+        return 9 * sum(tokens.values())
 
     def crowded(self) -> bool:
         """Asked between forwards: so much waits that it should be brought to the host, or another forward may not fit."""
@@ -255,14 +256,14 @@ class Shelf:
     def _tokens(self, one: _Waiting) -> int:
         """Tokens of its call that an observation shows."""
         for name, value in one.values.items():
-            variable = self._declared[one.record][name]
-            batch = batch_of(variable, value.shape)
-            if batch is not None and token_dim(variable) in GROWING:
+            of = axes(self._declared[one.record][name])
+            batch = of.batch(value.shape)
+            if batch is not None and of.token in GROWING:
                 return batch[1]
         return 1
 
     def _masks(self, one: _Waiting) -> dict[str, Tensor]:
-        dims = {token_dim(self._declared[one.record][name]) for name in one.values}
+        dims = {axes(self._declared[one.record][name]).token for name in one.values}
         found = {dim: m for dim, m in one.valid.items() if m is not None and dim in dims}
         beside = {HELD: one.context.held, POSITIONS: one.context.positions}
         return found | {name: m for name, m in beside.items() if m is not None}
@@ -271,8 +272,8 @@ class Shelf:
         """A row with an all-true mask where the model gave none, so that later masks of the same step can join it."""
         valid: dict[str, np.ndarray] = {}
         for name, value in values.items():
-            variable = self._declared[one.record][name]
-            batch, dim = batch_of(variable, value.shape), token_dim(variable)
+            of = axes(self._declared[one.record][name])
+            batch, dim = of.batch(value.shape), of.token
             if batch is None or dim is None:
                 continue
             mask = masks.get(dim)

@@ -53,6 +53,11 @@ class Stream:
             raise StoreError(f"{path} cannot be written ({error}); give capture(path=...) another place.") from error
 
     @property
+    def size(self) -> int:
+        """Bytes written."""
+        return self._segments.size
+
+    @property
     def due(self) -> bool:
         """Writing now would take a small share of the time since the last write."""
         return self.error is None and time.perf_counter() >= self._due
