@@ -17,7 +17,7 @@ def flat(value: Any) -> bool:
 
 def masks_of(given: dict[str, Any]) -> list[Tensor]:
     """(batch, tokens) bool of every side of a model: which tokens are not padding."""
-    found = [m.bool() for name, m in given.items() if name.endswith("attention_mask") and flat(m)]
+    found = [m.to(torch.bool, copy=True) for name, m in given.items() if name.endswith("attention_mask") and flat(m)]
     padding = [real_of(m) for name, m in given.items() if name.endswith("key_padding_mask") and flat(m)]
     return found + [m for m in padding if m is not None]
 
