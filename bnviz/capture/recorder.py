@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 import weakref
@@ -139,14 +138,19 @@ class Recorder:
         session.release()
         try:
             self._run = session.close()
-        except BnvizError:
-            if not quiet:
+        except KeyboardInterrupt:  # nothing is lost: detach can be called again
+            raise
+        except BaseException as error:
+            self._forget()
+            if not (quiet and isinstance(error, BnvizError)):
                 raise
-        finally:
-            if not isinstance(sys.exception(), KeyboardInterrupt):  # interrupted here, it can be asked again
-                self._session = self._model = None
-                self._abandoned.detach()
+        self._forget()
         return self._run
+
+    def _forget(self) -> None:
+        """Let the model go; a recorder that is kept keeps the run."""
+        self._session = self._model = None
+        self._abandoned.detach()
 
     @property
     def run(self) -> Run:
