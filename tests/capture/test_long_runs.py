@@ -99,9 +99,8 @@ def test_a_streamed_run_is_the_run(load_model: Any, tmp_path: Path) -> None:
                 model.generate(each, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
         runs.append(recorder.run)
     for name in RECORDS:
-        xr.testing.assert_identical(*(run[name].reset_coords(drop=True).drop_attrs() for run in runs))
-        for coord in runs[0][name].coords:
-            assert np.array_equal(runs[0][name][coord].values, runs[1][name][coord].values), coord
+        xr.testing.assert_allclose(*(run[name] for run in runs), rtol=1e-6)  # sums are rounded where a segment ends
+        assert runs[0][name].attrs == runs[1][name].attrs
     assert bnviz.open(tmp_path / "run.zarr")["routing"].equals(runs[0]["routing"])
 
 
