@@ -7,6 +7,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -25,26 +26,37 @@ def in_a_row(owner: nn.Module, name: str) -> bool | None:
 
 @functools.lru_cache(maxsize=1024)
 def _answer(owner: Any, name: str) -> bool | None:
-    """`in_a_row` of a class: the methods that mention the list, its own and those it inherits, short of PyTorch's own base."""
-    found: set[bool] = set()
-    for cls in owner.__mro__:
-        if cls in (nn.Module, object) or cls.__module__.startswith("torch.nn.modules.container"):
-            continue
-        for function, mentioned in _functions(cls):
-            if name in mentioned:
-                found |= set(_uses(function, name))
+    """`in_a_row` of a class."""
+    mentioned = (f for f in _methods(owner) if name in _names_in(f.__code__))  # few are parsed
+    trees = (tree for tree in map(_tree, mentioned) if tree is not None)
+    found = {answer for tree in trees for answer in _uses(tree, name)}
     return True if True in found else False if found else None
 
 
+def _methods(owner: type) -> Iterator[FunctionType]:
+    """The methods of a class and of those it inherits from, short of PyTorch's own base."""
+    for cls in owner.__mro__:
+        if cls in (nn.Module, object) or cls.__module__.startswith("torch.nn.modules.container"):
+            continue
+        for name, member in vars(cls).items():
+            function = inspect.unwrap(member) if callable(member) else None
+            if isinstance(function, FunctionType) and name != "__init__":
+                yield function
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in(code: CodeType) -> frozenset[str]:
+    inner = (_names_in(c) for c in code.co_consts if isinstance(c, CodeType))
+    return frozenset(code.co_names).union(*inner)
+
+
 @functools.lru_cache(maxsize=1024)
-def _functions(cls: Any) -> tuple[tuple[ast.FunctionDef, frozenset[str]], ...]:
-    """The methods a class itself defines, each with the attributes it mentions."""
+def _tree(function: FunctionType) -> ast.FunctionDef | None:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
-        return ()
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name != "__init__"]
-    return tuple((f, frozenset(n.attr for n in ast.walk(f) if isinstance(n, ast.Attribute))) for f in found)
+        return None
+    return next((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)), None)
 
 
 def _uses(function: ast.FunctionDef, name: str) -> Iterator[bool]:
