@@ -187,3 +187,21 @@ def written(value: float, unit: str, digits: int = 3) -> str:
         return str(round(value)) if math.isfinite(value) else significant(value)
     text = significant(value, digits)
     return text if unit in ("1", "name", "norm") or not math.isfinite(value) else f"{text} {unit}"
+
+
+_PARTS = {"mlp": "MLP", "cross_attention": "cross-attention"}
+_ORDINALS = {"2": "second", "3": "third", "4": "fourth"}
+
+
+def part(kind: str) -> str:
+    """What a part of a block is called in words.
+
+    Examples
+    --------
+    >>> part("block"), part("mlp"), part("cross_attention"), part("mlp_2")
+    ('block', 'MLP', 'cross-attention', 'second MLP')
+    """
+    name, _, number = kind.rpartition("_")
+    if number in _ORDINALS:
+        return f"{_ORDINALS[number]} {part(name)}"
+    return _PARTS.get(kind, kind)

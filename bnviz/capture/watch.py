@@ -54,15 +54,6 @@ class Watch:
     trouble: Callable[[str, Exception], None] = _raised
 
 
-def tokens_first(value: Tensor) -> Tensor | None:
-    """A hidden state as (batch, tokens, features): plain rows get one token, images one token a pixel."""
-    if value.dim() == 2:
-        return value[:, None, :]
-    if value.dim() == 3:
-        return value
-    return value.flatten(2).transpose(1, 2) if value.dim() == 4 else None
-
-
 @contextlib.contextmanager
 def hooked(handle: Any) -> Iterator[Any]:
     try:

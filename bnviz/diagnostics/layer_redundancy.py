@@ -9,12 +9,10 @@ import numpy as np
 import xarray as xr
 
 from bnviz.errors import NotCaptured
-from bnviz.quantities import counted, share, significant
+from bnviz.quantities import counted, part, share, significant
 from bnviz.schema import Finding, Judgement, Saving, Variable, diagnostic, stamp
 
 _PLACE = ("kind", "layer")
-_PLURAL = {"block": "blocks", "attention": "attentions", "mlp": "MLPs"}
-_NAMED = {"block": "Block", "attention": "Attention of layer", "mlp": "MLP of layer"}
 
 
 @diagnostic(
@@ -239,7 +237,8 @@ def _value(result: xr.Dataset, row: int, at: int) -> float:
 
 def _name(result: xr.Dataset, row: int, at: int) -> str:
     kind = _kinds(result)[row]
-    return f"{_NAMED.get(kind, kind)} {int(result['layer'].values[at])}"
+    name = part(kind)
+    return f"{name[0].upper()}{name[1:]}{'' if kind == 'block' else ' of layer'} {int(result['layer'].values[at])}"
 
 
 def _finding(result: xr.Dataset, row: int, at: int, limit: float) -> Finding:
@@ -252,7 +251,7 @@ def _finding(result: xr.Dataset, row: int, at: int, limit: float) -> Finding:
         change = f" and adds {share(float(result['relative_change_median'].values[row, at]))} of its norm"
     return Finding(
         f"layer_redundancy/{kind}",
-        f"{_name(result, row, at)} turns the residual stream least of all {_PLURAL.get(kind, kind)}{change}: "
+        f"{_name(result, row, at)} turns the residual stream least of all {part(kind)}s{change}: "
         f"influence {significant(value, 2)} (limit {significant(limit, 2)})",
         "low",
         where,
@@ -288,9 +287,7 @@ def _title(result: xr.Dataset, least: Mapping[str, tuple[int, int]], limit: floa
     rest = f"others {significant(others[0], 2)} to {significant(others[-1], 2)}"
     if _value(result, row, at) < limit:
         return f"{_name(result, row, at)} changes its input least: influence {value}, {rest}"
-    return (
-        f"No {'MLP' if kind == 'mlp' else kind} has an influence below {significant(limit, 2)}: least {value}, {rest}"
-    )
+    return f"No {part(kind)} has an influence below {significant(limit, 2)}: least {value}, {rest}"
 
 
 def _caveats(result: xr.Dataset) -> tuple[str, ...]:

@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from bnviz.quantities import count, significant, size
+from bnviz.quantities import count, part, significant, size
 from bnviz.schema import view
 
 from . import style
 from ._layer_bars import PAIRED, Bars, layer_bars, pairs
-
-_KINDS = {"block": "block", "attention": "attention", "mlp": "MLP"}
 
 
 @view(of="layer_redundancy")
@@ -71,7 +69,7 @@ def _influences(result: xr.Dataset, *, compact: bool) -> list[Bars]:
             "seen": [count(float(n)) for n in tokens],
         }
         hover = [
-            (f"influence of {_KINDS.get(kind, kind)}", "@text"),
+            (f"influence of {part(kind)}", "@text"),
             ("quartiles", "@quartiles"),
             ("from the least", "@order"),
             (what, "@seen"),
@@ -80,7 +78,7 @@ def _influences(result: xr.Dataset, *, compact: bool) -> list[Bars]:
             more["weights"] = [size(float(b)) for b in result["parameter_bytes"].values[row]]
             hover[-1] = (f"{what}, weights", "@seen, @weights")
         text = [significant(float(v), 2) for v in value]
-        name = f"influence of {_KINDS.get(kind, kind)}: 1 − mean cosine"
+        name = f"influence of {part(kind)}: 1 − mean cosine"
         name += "" if compact else f"; line: quartiles over {what}"
         strips.append(Bars(name, layers, paths, value, text, hover, low, high, label=rank == 1, more=more))
     return strips

@@ -208,6 +208,24 @@ def test_gradients_are_those_of_the_model_alone() -> None:
         assert one is None or torch.equal(one, parameter.grad)
 
 
+@pytest.mark.parametrize("kind", [LayerScale, Gated, Routed])
+def test_gradients_of_gated_parts_are_those_of_the_stream(kind: type[Scaled]) -> None:
+    torch.manual_seed(0)
+    model, x = zoo.Looped(kind(), kind()), torch.randn(2, 9, 16)
+    streams = [x]
+    for block in model.blocks:
+        streams += block.parts(streams[-1])[1:]
+    loss = streams[-1].square().sum()
+    norms = [g.norm(dim=-1).flatten().numpy() for g in torch.autograd.grad(loss, streams[1:])]
+    with bnviz.capture(model, probes=["gradients"], strict=True, per_token=True) as recorder:
+        model(x).square().sum().backward()
+    record = recorder.run["gradients"].isel(step=0)
+    for layer in range(2):
+        for part, expected in (("attention", norms[2 * layer]), ("mlp", norms[2 * layer + 1])):
+            found = record["output_norm"].sel(layer=layer, kind=part).values
+            assert np.allclose(found, expected, rtol=1e-4), (layer, part)
+
+
 def test_nothing_of_a_forward_is_held_after_it() -> None:
     torch.manual_seed(0)
     model = zoo.Looped(Gated(), Gated(), LayerScale())

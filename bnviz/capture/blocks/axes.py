@@ -79,3 +79,16 @@ def tokens_first(value: Tensor, axis: int = -1, batch: int = 0) -> Tensor:
         return value.transpose(0, 1)
     value = value if axis == -1 else value.movedim(axis, -1)
     return value if value.dim() == 3 else value.flatten(1, -2)
+
+
+def tokens_of(modules: Sequence[nn.Module], value: Tensor) -> Tensor:
+    """What `modules` took or gave, as (batch, tokens, features).
+
+    Examples
+    --------
+    >>> import torch
+    >>> tokens_of([nn.Conv2d(3, 8, 1)], torch.empty(2, 8, 5, 5)).shape, tokens_of([nn.LSTM(4, 8)], torch.empty(7, 2, 8)).shape
+    (torch.Size([2, 25, 8]), torch.Size([2, 7, 8]))
+    """
+    axis = features_axis(modules, value)
+    return tokens_first(value, axis, batch_axis(modules) if value.dim() == 3 and axis == -1 else 0)

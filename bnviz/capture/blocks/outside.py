@@ -19,6 +19,7 @@ from bnviz.observation import BlockSeen, Site
 from .axes import features_axis, tokens_first
 from .find import Block
 from .fits import thin, tolerance
+from .guard import Guard
 from .parts import parts_of
 from .search import features_last
 from .stream import called_with, floats
@@ -48,8 +49,10 @@ class OutsideTap:
 
     def attach(self, stack: contextlib.ExitStack) -> None:
         """Put the hooks on; the stack takes them off."""
+        guard = Guard(self._watch, self._site.path, self._drop)
         for at, member in enumerate(self.block.members):
-            stack.enter_context(around(member, self._beginning(at), self._ending(at)))
+            begin, end = guard.around(self._beginning(at)), guard.around(self._ending(at))
+            stack.enter_context(around(member, begin, end))
         stack.callback(self._drop)
 
     def _beginning(self, at: int) -> Any:

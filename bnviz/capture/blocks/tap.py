@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from bnviz.capture.around import around
 from bnviz.capture.native import LAYERS, hidden_state, real_tokens
 from bnviz.capture.watch import Watch
-from bnviz.errors import BnvizError
 from bnviz.observation import BlockSeen, Context, Site
 
 from .axes import batch_axis, features_axis, tokens_first
 from .cells import Cell, first_input
 from .find import Block, matrices
+from .guard import Guard
 from .inside import Inside, Known, Written
 from .notes import sentences
 from .outside import OutsideTap
@@ -102,36 +102,20 @@ class BlockTap:
         self._cell, self._batch = Cell(block.first), batch_axis(self._members)
         self._route: Route | None = None
         self._layout: tuple[int, int, int] | None = None
-        self._copy = self._broken = False
+        self._copy = False
         self._call = _Call(site)
         self._held: list[Callable[[], None]] = []
 
     def attach(self, stack: contextlib.ExitStack) -> None:
         """Put the hooks on; the stack takes them off."""
         first, last = self.block.first, self.block.last
-        begin, finish = self._guarded(self._begin), self._guarded(self._finish)
+        guard = Guard(self._watch, self._site.path, self._drop)
+        begin, finish = guard.around(self._begin), guard.around(self._finish)
         stack.enter_context(around(first, begin, None, quiet=isinstance(first, nn.TransformerEncoderLayer)))
         stack.enter_context(around(last, None, finish, quiet=isinstance(last, nn.TransformerEncoderLayer)))
         if self._cell.over_time:
             self._links.at_end(self._emit_tokens)
         stack.callback(self._release)
-
-    def _guarded(self, run: Callable[..., None]) -> Callable[..., None]:
-        """An error of bnviz's own ends the looking, not the model; one that a probe's `strict` raised goes on."""
-
-        def guarded(*call: Any) -> None:
-            if self._broken:
-                return
-            try:
-                run(*call)
-            except BnvizError:
-                raise
-            except Exception as error:
-                self._broken = True
-                self._drop()
-                self._watch.trouble(self._site.path, error)
-
-        return guarded
 
     # ------------------------------------------------------------------ a call of the block
 

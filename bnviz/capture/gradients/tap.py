@@ -19,7 +19,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from bnviz import quantities
-from bnviz.capture.watch import Watch, tokens_first
+from bnviz.capture.blocks.axes import tokens_of
+from bnviz.capture.watch import Watch
 from bnviz.errors import CaptureError
 from bnviz.observation import Context, GradientWants, Site
 from bnviz.reduce.gradient_stats import gradient_stats
@@ -94,6 +95,7 @@ class GradientTap:
         self._places, self._watch, self._needs = places, watch, needs
         self._scaling, self._rows = Scaling(), dict[int, Row]()
         self._outputs = Outputs(plan, watch.clock, self.reached)
+        self._members = {site.path: block.members or (block.first,) for site, block in plan.blocks}
         self._projection = Projection() if needs.wants.projection else None
         self._means = Means(needs.wants.window) if needs.wants.window else None
         self._nodes: dict[int, tuple[Any, Any, tuple[Any, ...]]] = {}
@@ -189,12 +191,16 @@ class GradientTap:
         if self._ended:
             return
         with self._measuring():
-            seen = tokens_first(local(gradient))
-            if seen is None:
-                return
+            seen = tokens_of(self._members_of(site.path), local(gradient))
             wide = torch.float64 if seen.dtype == torch.float64 else torch.float32
             norms = torch.linalg.vector_norm(seen, dim=-1, dtype=wide)
             self._row(context).outputs[site.layer, site.part] = (site, norms / abs(scale) if scale != 1.0 else norms)
+
+    def _members_of(self, path: str) -> tuple[nn.Module, ...]:
+        """The modules of the block that a path lies in."""
+        while path not in self._members and path:
+            path = path.rpartition(".")[0]
+        return self._members.get(path, ())
 
     def _row(self, context: Context) -> Row:
         if context.step not in self._rows:
