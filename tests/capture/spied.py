@@ -19,8 +19,10 @@ def spied(model: nn.Module, **options: Any) -> Iterator[list[Any]]:
     """The observations of attention that a capture of `model` makes, of both kinds, in order."""
     seen: list[Any] = []
     recorder = bnviz.capture(model, strict=True, **options)
+    kept = {name: recorder._probes[name] for name in ("attention", "cross_attention", "keys_values")}
+    recorder._probes = kept  # the others are none of attention's business
     for name in ("attention", "cross_attention"):
-        probe = recorder._probes[name]
+        probe = kept[name]
         observe = probe.observe
         probe.observe = lambda one, observe=observe: (seen.append(one), observe(one))[1]
     with recorder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -48,8 +48,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "padding"), [*product(FAMILIES, ("none", "left")), ("grouped heads", "right"), ("soft-cap", "right")]
+)
 def test_weights_are_the_models_own(family: str, padding: str) -> None:
     name, options = FAMILIES[family]
     model = built(name, **options)
