@@ -11,7 +11,7 @@ from torch import nn
 from bnviz.capture.blocks.code import in_a_row
 
 from .contract import Contract, contract
-from .parts import chooses, computing, hints, items_of, named_router, said, scores_for, stacked
+from .parts import chooses, computing, hints, is_mixture, items_of, named_router, said, scores_for, stacked
 from .shared import Shared, shared_beside
 
 Adapter = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
@@ -95,7 +95,7 @@ def _by_contract(path: str, block: nn.Module, parents: dict[int, nn.Module]) -> 
         told = contract(child) or (contract(child, named=False) if _unnamed(name, child, block) else None)
         if told is None:
             continue
-        router = _router_beside(block, (child,), said(child) or stacked(child) or len(items_of(child)))
+        router = _router_beside(block, child, said(child) or stacked(child) or len(items_of(child)))
         count = said(child) or stacked(child) or len(items_of(child)) or (said(router) if router is not None else 0)
         if count > 1:
             yield site(_join(path, name), block, (child,), router, count, parents, told=told, evidence=told.evidence)
@@ -105,37 +105,47 @@ def _unnamed(name: str, child: nn.Module, block: nn.Module) -> bool:
     """Experts with a forward of their own that may take what was chosen."""
     count = stacked(child) or len(items_of(child))
     own = type(child).forward not in (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
-    if count < 2 or not own:
+    if count < 2 or not own or _in_a_row(name, child, block):
         return False
-    return hints(name, child) or (chooses(type(block)) and _router_beside(block, (child,), count) is not None)
+    return hints(name, child) or _mixes(block, child, count) is not None
 
 
 def _by_structure(path: str, block: nn.Module, body: set[int], parents: dict[int, nn.Module]) -> Iterator[RouterSite]:
-    held: dict[int, list[nn.Module]] = {}
+    held: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, child in block.named_children():
         items = items_of(child)
-        count = stacked(child) or len(items)
-        if count > 1 and _beside_each_other(name, child, items, block, body):
-            held.setdefault(count, []).append(child)
+        row = _in_a_row(name, child, block) if items else False
+        body_like = row or (row is None and body & {id(m) for m in items})
+        if (stacked(child) or len(items)) > 1 and (hints(name, child) or not body_like):
+            held.setdefault(stacked(child) or len(items), []).append((name, child))
     if stacked(block):
-        held.setdefault(stacked(block), []).append(block)
+        held.setdefault(stacked(block), []).append(("", block))
     for count, holders in held.items():
-        router = _router_beside(block, tuple(holders), count)
-        bare = router is None and scores_bare(block, count)
-        if not (router is not None or bare) or not any(chooses(type(m)) for m in (block, router) if m is not None):
-            continue
-        yield site(
-            path, block, tuple(holders), router, count, parents, evidence=f"scores and chooses among {count} experts"
-        )
-        return
+        experts = tuple(child for _, child in holders)
+        named = any(hints(name, child) for name, child in holders) or block in experts
+        router = scoring(block, experts, count) if named else _mixes(block, experts[0], count)
+        bare = named and router is None and scores_bare(block, count)
+        if (router is not None or bare) and any(chooses(type(m)) for m in (block, router) if m is not None):
+            evidence = f"scores and chooses among {count} experts"
+            yield site(path, block, experts, router, count, parents, evidence=evidence)
+            return
 
 
-def _beside_each_other(
-    name: str, child: nn.Module, items: tuple[nn.Module, ...], block: nn.Module, body: set[int]
-) -> bool:
-    """Not the layers of a body, which run one after the other."""
-    row = in_a_row(block, name) if items else False
-    return hints(name, child) or row is False or (row is None and not body & {id(m) for m in items})
+def _in_a_row(name: str, child: nn.Module, block: nn.Module) -> bool | None:
+    """The items of a list (or of the list that is all of `child`) run one after the other: layers, and not experts."""
+    if isinstance(child, nn.ModuleList | nn.ModuleDict):
+        return in_a_row(block, name)
+    inner = next((n for n, c in child.named_children() if isinstance(c, nn.ModuleList | nn.ModuleDict)), "")
+    return in_a_row(child, inner) if inner else None
+
+
+def _mixes(block: nn.Module, experts: nn.Module, count: int) -> nn.Module | None:
+    """The router of modules that nothing calls experts: called one itself, or one that chooses; else a head beside a list."""
+    router = scoring(block, (experts,), count)
+    if router is None or not any(chooses(type(m)) for m in (block, router)):
+        return None
+    name = next(n for n, c in block.named_children() if c is router)
+    return router if named_router(name, router) or chooses(type(router)) or is_mixture(type(block)) else None
 
 
 def scores_bare(block: nn.Module, count: int) -> bool:
@@ -156,14 +166,19 @@ def _by_attribute(
         yield site(path, module, (), None, said(module), parents, evidence=evidence)
 
 
-def _router_beside(block: nn.Module, experts: tuple[nn.Module, ...], count: int) -> nn.Module | None:
-    """The child that scores the experts: by its matrix, of several the one called a router; else by its name."""
+def scoring(block: nn.Module, experts: tuple[nn.Module, ...], count: int) -> nn.Module | None:
+    """The child whose matrix scores the experts; of several the one called a router, the smallest."""
     others = [(n, c) for n, c in block.named_children() if all(c is not e for e in experts) and "shared" not in n]
-    scoring = [(n, c) for n, c in others if count > 1 and scores_for(c, count)]
-    for candidates in ([(n, c) for n, c in scoring if named_router(n, c)], scoring):
-        if candidates:
-            return min(candidates, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))[1]
-    return next((c for n, c in others if named_router(n, c)), None)
+    found = [(n, c) for n, c in others if count > 1 and scores_for(c, count)]
+    named = [(n, c) for n, c in found if named_router(n, c)] or found
+    return min((c for _, c in named), key=lambda c: sum(p.numel() for p in c.parameters()), default=None)
+
+
+def _router_beside(block: nn.Module, experts: nn.Module, count: int) -> nn.Module | None:
+    """The router of experts that state their contract: by its matrix, else by its name."""
+    found = scoring(block, (experts,), count)
+    others = ((n, c) for n, c in block.named_children() if c is not experts and "shared" not in n)
+    return found if found is not None else next((c for n, c in others if named_router(n, c)), None)
 
 
 def site(

@@ -16,6 +16,7 @@ from .choice import CHOICES
 
 _NO_EXPERTS = (_ConvNd, nn.RNNBase, nn.MultiheadAttention)
 _HINT = re.compile(r"expert", re.IGNORECASE)
+_MIXTURE = re.compile(r"mo[eE]|MO[EA]|mixture|experts?", re.IGNORECASE)
 _NO_ROUTER = re.compile(r"Norm|Forget|Residual|GateMLP|Density|Attention|Embedding", re.IGNORECASE)
 _ROUTER = re.compile(r"^(router|gate|gating|wg|router_gate|gate_network)$|Router|TopK|Gate$", re.IGNORECASE)
 _COUNTS = (
@@ -66,6 +67,11 @@ def said(module: nn.Module) -> int:
 def hints(name: str, module: nn.Module) -> bool:
     """Its name or its class's names experts."""
     return bool(_HINT.search(name) or _HINT.search(type(module).__name__))
+
+
+def is_mixture(cls: type[nn.Module]) -> bool:
+    """A class says that it mixes experts."""
+    return bool(_MIXTURE.search(cls.__name__))
 
 
 def scores_for(module: nn.Module, count: int) -> bool:
