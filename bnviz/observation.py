@@ -30,7 +30,7 @@ class Site:
     layer : int
         The block it lies in, counted in order of execution; -1 outside every block.
     part : str
-        Of the block: "block", "attention", "mlp".
+        Of the block: "block", "attention", "mlp", "cross_attention", "mlp_2" and so on.
     evidence : str
         Why it was taken for one: shown by `bnviz.sites`.
     """

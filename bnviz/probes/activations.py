@@ -57,6 +57,10 @@ class Activations:
 
     Notes
     -----
+    * `kind`: "block"; "attention" for the part that mixes tokens (attention, convolutions, recurrent and state-space mixers),
+      "mlp" for the one that mixes channels; "cross_attention", and "mlp_2" and so on for further ones. Parts are shown where what
+      they write is verified to be what the block added; the notes of the run say where it is not, and why.
+    * A token is a pixel of an image, a frame's pixel of a video, a node of a graph, a row of a table, a call of a recurrent cell.
     * NaN: the token's vector is zero before (`relative_change`), or before or after (`cosine`), or holds a value that is not
       finite; such values are counted in `nonfinite` and left out of the channels.
     * `norm_in`, `cosine` and `relative_change` are absent where before and after differ in shape (a layer that changes
