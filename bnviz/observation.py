@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from bnviz.errors import SchemaError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -80,9 +79,9 @@ class BlockSeen:
     ----------
     site : Site
     context : Context
-    input : Tensor (batch, tokens, features)
+    input : Tensor (batch, tokens, features) or BlockSeen
         The residual stream before. A model without tokens shows (batch, 1, features); a convolution (batch, height x width,
-        channels).
+        channels). The observation of the sub-layer before stands for its output.
     output : Tensor (batch, tokens, features), optional
         The stream after.
     written : Tensor like input, optional
@@ -90,36 +89,47 @@ class BlockSeen:
 
     Attributes
     ----------
-    output : Tensor
-        The stream after; for a sub-layer input + written, which is made when it is first asked for.
+    input, output : Tensor
+        The stream before and after. For a sub-layer, output is input + written, which is made when it is first asked for.
     shape : torch.Size
         Of the stream after.
+    follows : BlockSeen, optional
+        The sub-layer whose output this one reads.
+    parts : tuple of BlockSeen
+        Of a block: the sub-layers that are shown after it.
     """
 
-    __slots__ = ("_output", "context", "input", "site", "written")
+    __slots__ = ("_input", "_output", "context", "follows", "parts", "shape", "site", "written")
 
     def __init__(
         self,
         site: Site,
         context: Context,
-        input: Tensor,  # noqa: A002 - the term of the field
+        input: Tensor | BlockSeen,  # noqa: A002 - the term of the field
         output: Tensor | None = None,
         *,
         written: Tensor | None = None,
     ) -> None:
-        if (output is None) == (written is None):
+        after = output if output is not None else written
+        if after is None or (output is not None and written is not None):
             raise SchemaError("BlockSeen takes either output or written, beside the input.")
-        self.site, self.context, self.input, self.written, self._output = site, context, input, written, output
+        self.site, self.context, self.written, self._output = site, context, written, output
+        self.follows = input if isinstance(input, BlockSeen) else None
+        self._input = None if isinstance(input, BlockSeen) else input
+        self.shape, self.parts = after.shape, tuple[BlockSeen, ...]()
+
+    @property
+    def input(self) -> Tensor:
+        if self._input is None:
+            assert self.follows is not None
+            self._input = self.follows.output
+        return self._input
 
     @property
     def output(self) -> Tensor:
         if self._output is None:
             self._output = self.input + self.written  # type: ignore[operator]
         return self._output
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.input.shape if self._output is None else self._output.shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from bnviz.errors import CaptureError
 from bnviz.observation import BlockSeen
-from bnviz.reduce.block_stats import block_stats
+from bnviz.reduce.block_stats import BlockStats, block_stats, stream_stats
 from bnviz.schema import Variable, probe
 
 if TYPE_CHECKING:
@@ -87,19 +87,18 @@ class Activations:
         if sample < 0:
             raise CaptureError(f"sample={sample}: expected a number of rows to keep, 0 or more.")
         self.sample = sample
+        self._ahead: dict[int, BlockStats] = {}
 
     def observe(self, seen: BlockSeen) -> dict[str, Tensor]:
         """Statistics of one block or sub-layer in one call."""
-        paired, whole = seen.input.shape == seen.shape, seen.site.part == "block"
+        paired, whole = seen.written is not None or seen.input.shape == seen.shape, seen.site.part == "block"
         valid = seen.context.valid
         if valid is not None and valid.shape != seen.shape[:2]:
             valid = None  # the mask is of other rows than this block's
         channels = whole and seen.context.phase != "decode"
-        if seen.written is not None:
-            stats = block_stats(seen.input, written=seen.written, valid=valid, channels=channels)
-        else:
-            before = seen.input if paired else seen.output
-            stats = block_stats(before, seen.output, valid=valid, channels=channels)
+        stats = self._ahead.pop(id(seen), None)
+        if stats is None:
+            stats = self._stats(seen, paired, valid, channels)
         kept = {"norm_out": stats.norm_out, "nonfinite": stats.nonfinite}
         if paired:
             kept |= {name: getattr(stats, name) for name in _PAIR}
@@ -108,6 +107,21 @@ class Activations:
             if self.sample:
                 kept["activation"] = _first_rows(seen.output, self.sample, valid)
         return kept
+
+    def _stats(self, seen: BlockSeen, paired: bool, valid: Tensor | None, channels: bool) -> BlockStats:
+        """Of a block together with its parts, which are shown next, where their sums are one chain; else of this one alone."""
+        self._ahead.clear()
+        if seen.written is not None:
+            return block_stats(seen.input, written=seen.written, valid=valid, channels=channels)
+        if not paired:
+            return block_stats(seen.output, seen.output, valid=valid, channels=channels)
+        written = [part.written for part in seen.parts if part.written is not None and part.shape == seen.shape]
+        if not written or len(written) < len(seen.parts):
+            return block_stats(seen.input, seen.output, valid=valid, channels=channels)
+        parallel = all(part.follows is None for part in seen.parts)
+        stats = stream_stats(seen.input, seen.output, written, parallel=parallel, valid=valid, channels=channels)
+        self._ahead = {id(part): one for part, one in zip(seen.parts, stats[1:], strict=True)}
+        return stats[0]
 
 
 def _first_rows(output: Tensor, count: int, valid: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """The two passes of `block_stats`: a quick one over finite values on a CPU, and a careful one for everything else.
 
-Both give four numbers a row (norm before, norm after, norm of the change, product of before and after) and the sums of the
-channels. The quick one computes in the caller's dtype, in blocks that stay in cache, and gives up when anything was not finite.
+Both give a few numbers a row (norms and products) and the sums of the channels. The quick one computes in the caller's dtype, in
+blocks that stay in cache, reads every tensor once, and gives up when anything was not finite.
 """
 
 from __future__ import annotations
@@ -9,65 +9,72 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ._channels import PIVOT_ROWS, Channels, careful_pivot, outliers, pivot
+from ._channels import PIVOT_ROWS, Channels, careful_pivot, outliers, outliers_of, pivot
 from ._scratch import Scratch, scratch
 
-BLOCK = 1 << 16  # elements of a block: 256 KiB in float32, and five of them are at work
+BLOCK = 1 << 16  # elements of a block: 256 KiB in float32, and half a dozen of them are at work
 ELSEWHERE = 1 << 22  # on a GPU
+READ, AFTER = 30, 20  # numbers of buffers; `Channels` has 0 and 1, and what is multiplied lies in 0
 ROWS = 32  # of a block of wide features, at least: sums of channels cost as much as a few rows
 
 
 @dataclass(frozen=True, slots=True)
-class Sides:
-    """What is compared, as rows: before, and either after or what was written.
+class Stream:
+    """What is compared, as rows: before, after, and what was written in between.
 
     Parameters
     ----------
     before : Tensor (rows, features)
-    other : Tensor (rows, features)
-        What came after, or what was written.
-    written : bool
-        Which of the two; after = before + what was written.
+    after : Tensor (rows, features), optional
+        None: only what was written is looked at.
+    written : tuple of Tensor (rows, features)
+        In order; each is added to the sum so far.
+    parallel : bool
+        Each is added to `before` instead.
     keep : Tensor (rows,) bool, optional
         Rows that count.
     """
 
     before: Tensor
-    other: Tensor
-    written: bool
+    after: Tensor | None
+    written: tuple[Tensor, ...]
+    parallel: bool
     keep: Tensor | None
+
+    @property
+    def sides(self) -> tuple[Tensor, ...]:
+        """All tensors."""
+        return (self.before, *(() if self.after is None else (self.after,)), *self.written)
 
     @property
     def dtype(self) -> torch.dtype:
         """What is computed in."""
-        return torch.float64 if self.other.dtype == torch.float64 else torch.float32
-
-    @property
-    def after(self) -> Tensor:
-        """Rows after."""
-        return self.before + self.other if self.written else self.other
+        return torch.float64 if self.sides[1].dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """What a pass gives.
+    """What a pass gives: arrays, or tensors on a GPU.
 
     Parameters
     ----------
-    by_row : Tensor (4, rows)
-        Norm before, norm after, norm of the change, product of before and after; NaN for rows that do not count or hold a value
-        that is not finite.
-    by_channel : dict of str to Tensor, optional
-    nonfinite : Tensor () int64
+    by_row : list of array (4, rows)
+        For the whole, where there is an after, and for each part that wrote: norm before, norm after, norm of the change, product
+        of before and after; NaN for rows that do not count or hold a value that is not finite.
+    by_channel : dict of str to array, optional
+    nonfinite : list of int, or of Tensor () int64
+        Likewise.
     """
 
-    by_row: Tensor
-    by_channel: dict[str, Tensor] | None
-    nonfinite: Tensor
+    by_row: list[Any]
+    by_channel: dict[str, Any] | None
+    nonfinite: list[Any]
 
 
 def height_of(features: int) -> int:
@@ -75,30 +82,36 @@ def height_of(features: int) -> int:
     return max(8, min(max(ROWS, BLOCK // max(1, features)), 2 * BLOCK // max(1, features)))
 
 
-def quick(sides: Sides, wanted: bool) -> Passed | None:
+def quick(stream: Stream, channels: bool) -> Passed | None:
     """The pass over finite values on a CPU; None when there are others. Padding is not read."""
-    x, features = sides.before, sides.before.shape[1]
-    index = None if sides.keep is None or bool(sides.keep.all()) else sides.keep.nonzero()[:, 0]
-    buffers, rows = scratch(sides.dtype, x.device), x.shape[0] if index is None else len(index)
-    found, height = x.new_empty(4, rows, dtype=sides.dtype), height_of(features)
-    blocks = zip(*(_blocks(side, index, height, buffers, at) for at, side in ((3, x), (4, sides.other))), strict=True)
-    into = zip(*(torch.split(one, height) for one in found.unbind(0)), strict=True)
-    channels: Channels | None = None
-    for (b, other), numbers in zip(blocks, into, strict=True) if rows else ():
-        a = _measure(b, other, sides.written, numbers, buffers)
-        if wanted:
-            channels = channels or Channels(*pivot(a[:PIVOT_ROWS]), buffers)
-            channels.add(a)
-    if not (bool(torch.isfinite(found).all()) and (channels is None or channels.finite)):
+    index = None if stream.keep is None or bool(stream.keep.all()) else stream.keep.nonzero()[:, 0]
+    rows = stream.before.shape[0] if index is None else len(index)
+    features, buffers = stream.before.shape[1], scratch(stream.dtype, stream.before.device)
+    height = height_of(features)
+    blocks = max(1, -(-rows // height))
+    many = 1 + 3 * (len(stream.sides) - 1)
+    found, sums = stream.before.new_empty(blocks, many, height, dtype=stream.dtype), None
+    sides = zip(
+        *(_blocks(side, index, height, buffers, READ + at) for at, side in enumerate(stream.sides)), strict=True
+    )
+    for into, (b, *others) in zip(found.unbind(0), sides if rows else (), strict=False):
+        numbers = into if len(b) == height else into[:, : len(b)]
+        a = _measure(stream, b, others, numbers.unbind(0), buffers)
+        if channels:
+            if sums is None:
+                middle, unit = pivot(a[:PIVOT_ROWS].numpy())
+                sums = Channels(torch.from_numpy(middle), torch.from_numpy(unit), blocks, buffers)
+            sums.add(a)
+    flat = found.numpy().transpose(1, 0, 2).reshape(many, -1)[:, :rows]
+    if not (math.isfinite(float(flat.sum(dtype=np.float64))) and (sums is None or sums.finite)):
         return None
-    by_channel = None
-    if wanted:
-        channels = channels or Channels(found.new_zeros(features), found.new_ones(features), buffers)
-        by_channel = channels.results()
-        by_channel["outlier_fraction"] = outliers(sides.after, sides.keep, channels, by_channel)
+    by_channel = _numbers(stream, sums, index) if channels else None
     if index is not None:
-        found = found.new_full((4, x.shape[0]), math.nan).index_copy_(1, index, found)
-    return Passed(found, by_channel, torch.zeros((), dtype=torch.int64, device=x.device))
+        whole = np.full((many, stream.before.shape[0]), math.nan, flat.dtype)
+        whole[:, index.numpy()] = flat
+        flat = whole
+    by_row = list(_apart(flat, stream))
+    return Passed(by_row, by_channel, [0] * len(by_row))
 
 
 def _blocks(side: Tensor, index: Tensor | None, height: int, buffers: Scratch, number: int) -> Iterator[Tensor]:
@@ -116,37 +129,79 @@ def _blocks(side: Tensor, index: Tensor | None, height: int, buffers: Scratch, n
             yield buffer.copy_(side.index_select(0, rows))
 
 
-def _measure(b: Tensor, other: Tensor, written: bool, into: tuple[Tensor, ...], buffers: Scratch) -> Tensor:
-    """Write the four numbers of some rows; returns the rows after, not to be written to.
+def _measure(stream: Stream, b: Tensor, others: list[Tensor], into: tuple[Tensor, ...], buffers: Scratch) -> Tensor:
+    """Write the numbers of some rows; returns the rows after, not to be written to."""
+    work, norm, dot = buffers.view(0, *b.shape), torch.linalg.vector_norm, torch.mul
+    norm(b, dim=1, out=into[0])
+    at, last = 1, b
+    if stream.after is not None:
+        last, *others = others
+        norm(last, dim=1, out=into[1])
+        norm(torch.sub(last, b, out=work), dim=1, out=into[2])
+        torch.sum(dot(last, b, out=work), 1, out=into[3])
+        at = 4
+    reads, after = b, last
+    for number, written in enumerate(others):
+        after = torch.add(reads, written, out=buffers.view(AFTER + number % 2, *b.shape))
+        norm(after, dim=1, out=into[at])
+        norm(written, dim=1, out=into[at + 1])
+        torch.sum(dot(after, reads, out=work), 1, out=into[at + 2])
+        at, reads = at + 3, b if stream.parallel else after
+    return after if stream.after is None else last
 
-    `other` is what was written, or what came after.
-    """
-    shape = b.shape
-    work = buffers.view(0, *shape)
-    a, d = (
-        (torch.add(b, other, out=buffers.view(5, *shape)), other) if written else (other, torch.sub(other, b, out=work))
-    )
-    before, after, change, product = into
-    torch.linalg.vector_norm(d, dim=1, out=change)
-    torch.linalg.vector_norm(b, dim=1, out=before)
-    torch.linalg.vector_norm(a, dim=1, out=after)
-    torch.sum(torch.mul(a, b, out=work), 1, out=product)
-    return a
+
+def _apart(flat: Any, stream: Stream) -> Iterator[Any]:
+    """(4, rows) of the whole and of each part: what is before a part is after the one before it."""
+    before = flat[0]
+    for at in range(1, len(flat), 3):
+        yield (before, *flat[at : at + 3])
+        if not stream.parallel and (at > 1 or stream.after is None):
+            before = flat[at]
 
 
-def careful(sides: Sides, wanted: bool) -> Passed:
+def _numbers(stream: Stream, sums: Channels | None, index: Tensor | None) -> dict[str, Any]:
+    """Of every channel, as arrays."""
+    after = stream.before + stream.written[0] if stream.after is None else stream.after
+    if sums is None:
+        empty = torch.zeros(after.shape[1], dtype=stream.dtype)
+        sums = Channels(empty, empty + 1, 1, scratch(stream.dtype, after.device))
+
+    def read(rows: slice) -> Tensor:
+        return (after[rows] if index is None else after[index[rows]]).to(stream.dtype)
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = sums.moments(np)
+        return found | {"outlier_fraction": outliers_of(read, sums, found)}
+
+
+def careful(stream: Stream, channels: bool) -> Passed:
     """The pass for any value on any device, in float64; what is not finite is counted and left out of the channels."""
-    x, keep, y = sides.before, sides.keep, sides.after
+    whole = Passed([], None, [])
+    reads, keep = stream.before, stream.keep
+    if stream.after is not None:
+        whole = _careful(reads, stream.after, None, keep, channels)
+    by_row, by_channel, nonfinite = list(whole.by_row), whole.by_channel, list(whole.nonfinite)
+    for written in stream.written:
+        after = reads + written
+        part = _careful(reads, after, written, keep, channels and stream.after is None)
+        by_row, nonfinite, by_channel = by_row + part.by_row, nonfinite + part.nonfinite, by_channel or part.by_channel
+        reads = reads if stream.parallel else after
+    return Passed(by_row, by_channel, nonfinite)
+
+
+def _careful(x: Tensor, y: Tensor, written: Tensor | None, keep: Tensor | None, channels: bool) -> Passed:
     rows, features = y.shape
     found = torch.full((4, rows), math.nan, dtype=torch.float64, device=y.device)
     nonfinite = torch.zeros((), dtype=torch.int64, device=y.device)
-    channels = Channels(*careful_pivot(y, keep), scratch(torch.float64, y.device)) if wanted else None
     height = height_of(features) if y.device.type == "cpu" else max(1, ELSEWHERE // max(1, features))
+    blocks, sums = max(1, -(-rows // height)), None
+    if channels:
+        sums = Channels(*careful_pivot(y, keep), blocks, scratch(torch.float64, y.device))
     for start in range(0, rows, height):
         block = slice(start, min(rows, start + height))
         kept = None if keep is None else keep[block, None]
         a, b = y[block].double(), x[block].double()
-        d = sides.other[block].double() if sides.written else a - b
+        d = a - b if written is None else written[block].double()
         norms = [torch.linalg.vector_norm(side, dim=1) for side in (b, a, d)]
         some = torch.stack([*norms, torch.mul(a, b).sum(1)])
         out, bad = ~torch.isfinite(a), ~torch.isfinite(b)
@@ -156,10 +211,10 @@ def careful(sides: Sides, wanted: bool) -> Passed:
             out = out | ~kept
             some = some.masked_fill(~kept[:, 0], math.nan)
         found[:, block] = some
-        if channels is not None:
-            channels.add(a, out)
-    if channels is None:
-        return Passed(found, None, nonfinite)
-    by_channel = channels.results()
-    by_channel["outlier_fraction"] = outliers(y, keep, channels, by_channel)
-    return Passed(found, by_channel, nonfinite)
+        if sums is not None:
+            sums.add(a, out)
+    if sums is None:
+        return Passed([found], None, [nonfinite])
+    by_channel = sums.moments()
+    by_channel["outlier_fraction"] = outliers(y, keep, sums, by_channel)
+    return Passed([found], by_channel, [nonfinite])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from bnviz.errors import SchemaError
 
 from ._alone import alone
-from ._block_pass import Sides, careful, quick
+from ._block_pass import Passed, Stream, careful, quick
+from ._block_small import small
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,25 +96,69 @@ def block_stats(
     """
     if (output is None) == (written is None):
         raise SchemaError("block_stats takes either output or written, beside the input.")
-    name, second = ("output", output) if written is None else ("written", written)
-    before, other, rows = (_tensor(given) for given in (input, second, valid))
-    if before.shape != other.shape or other.ndim < 1:
-        raise SchemaError(
-            f"input and {name} must have one shape (..., features); found {tuple(before.shape)} and {tuple(other.shape)}."
-        )
-    if rows is not None and rows.shape != other.shape[:-1]:
-        raise SchemaError(f"valid must be (...) = {tuple(other.shape[:-1])}; found {tuple(rows.shape)}.")
-    shape, features = other.shape[:-1], other.shape[-1]
-    before, other = (side.detach().reshape(-1, features) for side in (before, other))
-    sides = Sides(before, other, written is not None, None if rows is None else rows.reshape(-1).bool())
-    with torch.no_grad(), torch.autocast(other.device.type, enabled=False):
-        large = other.device.type == "cpu" and other.numel() > SPLIT
-        out = alone(partial(_numbers, sides, channels)) if large else _numbers(sides, channels)
-    for name in _BY_ROW:
-        out[name] = out[name].reshape(shape)
-    if isinstance(input, np.ndarray):
-        out = {name: value if value is None else value.numpy() for name, value in out.items()}
-    return BlockStats(**out)
+    parts = () if written is None else (written,)
+    return stream_stats(input, output, parts, valid=valid, channels=channels)[0]
+
+
+def stream_stats(
+    before: Any,
+    after: Any,
+    written: Sequence[Any] = (),
+    *,
+    parallel: bool = False,
+    valid: Any = None,
+    channels: bool = True,
+) -> list[BlockStats]:
+    """`block_stats` of a block and of each part that writes to its stream, from one read of every tensor.
+
+    Parameters
+    ----------
+    before, after : Tensor or array (..., features)
+        The stream before and after the block; `after` None: only the parts.
+    written : sequence of Tensor or array (..., features)
+        What each part adds, in order.
+    parallel : bool
+        All parts read `before`; else each reads the sum so far.
+    valid, channels
+        As in `block_stats`; channels are those of the block, of the first part where there is no `after`.
+
+    Returns
+    -------
+    list of BlockStats
+        Of the block, where `after` is given, then of each part.
+
+    Raises
+    ------
+    SchemaError
+        Shapes that do not fit each other.
+
+    Examples
+    --------
+    >>> x, attention, mlp = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 5.0]]), torch.tensor([[1.0, 0.0]])
+    >>> stats = stream_stats(x, x + attention + mlp, (attention, mlp))
+    >>> [round(float(one.norm_in), 3) for one in stats], [round(float(one.relative_change), 3) for one in stats]
+    ([5.0, 5.0, 9.487], [1.02, 1.0, 0.105])
+    """
+    given = [_tensor(side) for side in (before, after, *written)]
+    first, *others = [side for side in given if side is not None]
+    for number, other in enumerate(others):
+        if first.shape != other.shape or other.ndim < 1:
+            name = "written" if number or after is None else "output"
+            raise SchemaError(
+                f"input and {name} must have one shape (..., features); found {tuple(first.shape)} and {tuple(other.shape)}."
+            )
+    shape, keep = first.shape[:-1], _tensor(valid)
+    if keep is not None:
+        if keep.shape != shape:
+            raise SchemaError(f"valid must be (...) = {tuple(shape)}; found {tuple(keep.shape)}.")
+        keep = keep.reshape(-1).bool()
+    flat = [None if side is None else side.detach().reshape(-1, first.shape[-1]) for side in given]
+    stream = Stream(flat[0], flat[1], tuple(flat[2:]), parallel, keep)  # type: ignore[arg-type]
+    with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+        large = first.device.type == "cpu" and first.numel() > SPLIT
+        found = alone(partial(_passed, stream, channels)) if large else _passed(stream, channels)
+    stats = _stats(found, shape, stream.dtype)
+    return [_arrays(one) for one in stats] if isinstance(before, np.ndarray) else stats
 
 
 _BY_ROW = ("norm_in", "norm_out", "cosine", "relative_change")
@@ -120,17 +166,47 @@ _BY_CHANNEL = ("mean", "variance", "max_abs", "kurtosis", "zero_fraction", "outl
 SPLIT = 32_768  # torch does not split an operation on fewer values over threads: no helper is needed
 
 
-def _numbers(sides: Sides, channels: bool) -> dict[str, Any]:
-    """Every number of `BlockStats`, rows flat."""
-    passed = quick(sides, channels) if sides.before.device.type == "cpu" else None
-    passed = passed or careful(sides, channels)
-    before, after, change, both = passed.by_row.unbind(0)
+def _passed(stream: Stream, channels: bool) -> Passed:
+    if stream.before.device.type != "cpu":
+        return careful(stream, channels)
+    found = small(stream, channels) if stream.before.numel() <= SPLIT else quick(stream, channels)
+    return found if found is not None else careful(stream, channels)
+
+
+def _stats(passed: Passed, shape: torch.Size, dtype: torch.dtype) -> list[BlockStats]:
+    stats = []
+    for number, (rows, nonfinite) in enumerate(zip(passed.by_row, passed.nonfinite, strict=True)):
+        numbers = _of_rows(*rows) if isinstance(rows[0], np.ndarray) else _of_rows_there(*rows)
+        found: dict[str, Any] = dict.fromkeys(_BY_CHANNEL)
+        if number == 0 and passed.by_channel is not None:
+            found = {name: _as(passed.by_channel[name], dtype) for name in _BY_CHANNEL}
+        found |= zip(_BY_ROW, (_as(value, dtype).reshape(shape) for value in numbers), strict=True)
+        count = nonfinite if isinstance(nonfinite, torch.Tensor) else torch.tensor(nonfinite)
+        stats.append(BlockStats(**found, nonfinite=count))
+    return stats
+
+
+def _of_rows(before: np.ndarray, after: np.ndarray, change: np.ndarray, both: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Norms before and after, cosine, relative change."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosine = np.clip(both / before / after, -1.0, 1.0)  # 0 / 0 where a side is zero
+        return before, after, cosine, np.where(before == 0, np.nan, change / before)
+
+
+def _of_rows_there(before: Any, after: Any, change: Any, both: Any) -> tuple[Any, ...]:
+    """The same where the rows lie on a GPU, or some are not finite."""
     zero = before == 0
-    cosine = (both / before).div_(after).clamp_(-1.0, 1.0).masked_fill_(zero | (after == 0), math.nan)
-    rows = (before, after, cosine, (change / before).masked_fill_(zero, math.nan))
-    found: dict[str, Any] = dict.fromkeys(_BY_CHANNEL) | (passed.by_channel or {})
-    found |= dict(zip(_BY_ROW, rows, strict=True))
-    return {n: v if v is None else v.to(sides.dtype) for n, v in found.items()} | {"nonfinite": passed.nonfinite}
+    cosine = (both / before / after).clamp(-1.0, 1.0).masked_fill(zero | (after == 0), math.nan)
+    return before, after, cosine, (change / before).masked_fill(zero, math.nan)
+
+
+def _as(values: Any, dtype: torch.dtype) -> Any:
+    return (torch.from_numpy(np.ascontiguousarray(values)) if isinstance(values, np.ndarray) else values).to(dtype)
+
+
+def _arrays(stats: BlockStats) -> BlockStats:
+    values = {f.name: getattr(stats, f.name) for f in fields(stats)}
+    return BlockStats(**{name: None if value is None else value.numpy() for name, value in values.items()})
 
 
 def _tensor(values: Any) -> Any:

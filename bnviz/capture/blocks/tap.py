@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -237,28 +237,31 @@ class BlockTap:
             return
         context = self._clock.seen(last.shape[1]) or context
         context = context if call.real is None else replace(context, valid=call.real)
-        self._watch.emit(BlockSeen(site, context, first, last))
-        flow = self._watch.flow
+        whole, flow = BlockSeen(site, context, first, last), self._watch.flow
+        written = self.inside.finish(before, after) if self.inside is not None else []
+        whole.parts = tuple(self._parts(written, site, context, first, call))
+        self._watch.emit(whole)
         if flow is not None:
             flow(site, after, 1.0)
-        if self.inside is not None:
-            self._show_parts(self.inside.finish(before, after), site, context, first, call)
+        for part, seen in zip(written, whole.parts, strict=True):
+            self._watch.emit(seen)
+            if flow is not None and part.traced is not None and isinstance(part.factor, float):
+                flow(seen.site, part.traced, part.factor)
 
-    def _show_parts(self, parts: list[Written], block: Site, context: Context, first: Tensor, call: _Call) -> None:
+    def _parts(
+        self, written: list[Written], block: Site, context: Context, first: Tensor, call: _Call
+    ) -> Iterator[BlockSeen]:
         shown: BlockSeen | None = None
-        flow = self._watch.flow
-        for part in parts:
+        for part in written:
             value = self._state(part.value, 1, call)
             site = Site("sublayer", f"{self._site.path}.{part.path}", block.layer, part.part, part.evidence)
-            reads = first if part.parallel or shown is None else shown.output
+            reads = first if part.parallel or shown is None else shown
             if part.whole:
                 shown = BlockSeen(site, context, reads, value)
             else:
-                written = value if isinstance(part.factor, float) and part.factor == 1.0 else part.factor * value
-                shown = BlockSeen(site, context, reads, written=written)
-            self._watch.emit(shown)
-            if flow is not None and part.traced is not None and isinstance(part.factor, float):
-                flow(site, part.traced, part.factor)
+                added = value if isinstance(part.factor, float) and part.factor == 1.0 else part.factor * value
+                shown = BlockSeen(site, context, reads, written=added)
+            yield shown
 
     def _state(self, value: Tensor, side: int, call: _Call) -> Tensor:
         """A hidden state as (batch, tokens, features)."""
