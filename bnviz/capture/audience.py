@@ -80,6 +80,8 @@ class Audience:
 
 def _plain_arithmetic(seen: Any) -> Any:
     """Autocast off while probes compute: their float32 sums must stay float32."""
-    tensor = next(t for name in ("written", "input", "query", "weights") if (t := getattr(seen, name, None)) is not None)
+    tensor = next(
+        t for name in ("written", "input", "query", "weights") if (t := getattr(seen, name, None)) is not None
+    )
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()

@@ -80,6 +80,7 @@ class Shelf:
 
     def __init__(self, declared: Mapping[str, tuple[Variable, ...]], ceiling: int) -> None:
         self._declared = {record: {v.name: v for v in some} for record, some in declared.items()}
+        self._axes = {r: {n: axes(v) for n, v in some.items()} for r, some in self._declared.items()}
         self._waiting: list[_Waiting | _Move] = []
         self._live: set[int] = set()  # steps whose tokens may still be taken back, or change places
         self._written: dict[int, int] = {}  # of the last decode steps on disk: the tokens in their cache
@@ -104,14 +105,7 @@ class Shelf:
         """Keep an observation; False when the ceiling leaves no room. Nothing is copied from a GPU here."""
         if self.full_at is not None:
             return False
-        declared = self._declared[record]
-        for name in values:
-            if name not in declared:
-                raise SchemaError(
-                    f"Probe {record!r} gave {name!r}, which it does not declare; declared: {', '.join(declared)}."
-                )
-        size = sum(v.numel() * v.element_size() for v in values.values()) + self._layout_bytes(record, values)
-        on_host = all(v.device.type == "cpu" for v in values.values())
+        size, on_host = self._weighed(record, values)
         if self.held + size > self.ceiling and self._waiting and self._on_host and on_host:
             self.make_room()  # what waits on the host can be merged now; a GPU is not asked inside a forward
         if self.held + size > self.ceiling:
@@ -128,15 +122,19 @@ class Shelf:
         self._waiting.append(_Waiting(record, site, context, kept, dict(valid), size))
         return True
 
-    def _layout_bytes(self, record: str, values: Mapping[str, Tensor]) -> int:
-        """Of the mask, `sequence` and `position` that come with each token-like axis."""
-        tokens: dict[str | None, int] = {}
+    def _weighed(self, record: str, values: Mapping[str, Tensor]) -> tuple[int, bool]:
+        """Bytes, with those of the mask, `sequence` and `position` that come with each token-like axis; whether all lie here."""
+        known, tokens, size, on_host = self._axes[record], dict[str, int](), 0, True
         for name, value in values.items():
-            of = axes(self._declared[record][name])
-            batch = of.batch(value.shape)
-            if batch is not None:
-                tokens[of.token] = batch[0] * batch[1]
-        return 9 * sum(tokens.values())
+            of = known.get(name)
+            if of is None:
+                raise SchemaError(
+                    f"Probe {record!r} gave {name!r}, which it does not declare; declared: {', '.join(known)}."
+                )
+            size, on_host = size + value.nbytes, on_host and value.is_cpu
+            if of.token is not None:
+                tokens[of.token] = value.shape[0] * value.shape[1 + of.at]
+        return size + 9 * sum(tokens.values()), on_host
 
     def crowded(self) -> bool:
         """Asked between forwards: so much waits that it should be brought to the host, or another forward may not fit."""
@@ -322,6 +320,6 @@ def to_host(values: Sequence[Tensor]) -> list[np.ndarray]:
 
 def _own(value: Tensor) -> Tensor:
     """A tensor that shares no memory with the model, so that a later in-place operation cannot change it."""
-    value = value.detach()
-    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-    return value if whole and value._base is None else value.clone()
+    value = value.detach() if value.requires_grad else value
+    whole = value._base is None and value.untyped_storage().nbytes() == value.nbytes
+    return value if whole else value.clone()

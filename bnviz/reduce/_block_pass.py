@@ -18,7 +18,7 @@ from torch import Tensor
 from ._channels import PIVOT_ROWS, Channels, careful_pivot, outliers, outliers_of, pivot
 from ._scratch import Scratch, scratch
 
-BLOCK = 1 << 16  # elements of a block: 256 KiB in float32, and half a dozen of them are at work
+BLOCK = 1 << 17  # elements of a block: 512 KiB in float32, and half a dozen of them are at work
 ELSEWHERE = 1 << 22  # on a GPU
 READ, AFTER = 30, 20  # numbers of buffers; `Channels` has 0 and 1, and what is multiplied lies in 0
 ROWS = 32  # of a block of wide features, at least: sums of channels cost as much as a few rows
@@ -32,7 +32,7 @@ class Stream:
     ----------
     before : Tensor (rows, features)
     after : Tensor (rows, features), optional
-        None: only what was written is looked at.
+        None: only what one part wrote is looked at.
     written : tuple of Tensor (rows, features)
         In order; each is added to the sum so far.
     parallel : bool
@@ -68,8 +68,8 @@ class Passed:
         For the whole, where there is an after, and for each part that wrote: norm before, norm after, norm of the change, product
         of before and after; NaN for rows that do not count or hold a value that is not finite.
     by_channel : dict of str to array, optional
-    nonfinite : list of int, or of Tensor () int64
-        Likewise.
+    nonfinite : list of Tensor () int64
+        Likewise; None where none was found.
     """
 
     by_row: list[Any]
@@ -111,7 +111,7 @@ def quick(stream: Stream, channels: bool) -> Passed | None:
         whole[:, index.numpy()] = flat
         flat = whole
     by_row = list(_apart(flat, stream))
-    return Passed(by_row, by_channel, [0] * len(by_row))
+    return Passed(by_row, by_channel, [None] * len(by_row))
 
 
 def _blocks(side: Tensor, index: Tensor | None, height: int, buffers: Scratch, number: int) -> Iterator[Tensor]:
@@ -176,20 +176,25 @@ def _numbers(stream: Stream, sums: Channels | None, index: Tensor | None) -> dic
 
 def careful(stream: Stream, channels: bool) -> Passed:
     """The pass for any value on any device, in float64; what is not finite is counted and left out of the channels."""
-    whole = Passed([], None, [])
-    reads, keep = stream.before, stream.keep
+    whole, keep = Passed([], None, []), stream.keep
     if stream.after is not None:
-        whole = _careful(reads, stream.after, None, keep, channels)
+        whole = _careful((stream.before,), stream.after, None, keep, channels)
     by_row, by_channel, nonfinite = list(whole.by_row), whole.by_channel, list(whole.nonfinite)
+    reads: tuple[Tensor, ...] = (stream.before,)
     for written in stream.written:
-        after = reads + written
-        part = _careful(reads, after, written, keep, channels and stream.after is None)
+        part = _careful(reads, None, written, keep, channels and stream.after is None)
         by_row, nonfinite, by_channel = by_row + part.by_row, nonfinite + part.nonfinite, by_channel or part.by_channel
-        reads = reads if stream.parallel else after
+        reads = reads if stream.parallel else (*reads, written)
     return Passed(by_row, by_channel, nonfinite)
 
 
-def _careful(x: Tensor, y: Tensor, written: Tensor | None, keep: Tensor | None, channels: bool) -> Passed:
+def _careful(
+    reads: tuple[Tensor, ...], after: Tensor | None, written: Tensor | None, keep: Tensor | None, channels: bool
+) -> Passed:
+    """From the sum of `reads` to `after`, None: that and what was written."""
+    y = reads[0] if after is None else after
+    if channels and after is None and written is not None:
+        y = reads[0].double() + written.double()
     rows, features = y.shape
     found = torch.full((4, rows), math.nan, dtype=torch.float64, device=y.device)
     nonfinite = torch.zeros((), dtype=torch.int64, device=y.device)
@@ -200,8 +205,9 @@ def _careful(x: Tensor, y: Tensor, written: Tensor | None, keep: Tensor | None, 
     for start in range(0, rows, height):
         block = slice(start, min(rows, start + height))
         kept = None if keep is None else keep[block, None]
-        a, b = y[block].double(), x[block].double()
-        d = a - b if written is None else written[block].double()
+        b = sum((one[block].double() for one in reads[1:]), reads[0][block].double())
+        d = y[block].double() - b if written is None else written[block].double()
+        a = y[block].double() if written is None else b + d
         norms = [torch.linalg.vector_norm(side, dim=1) for side in (b, a, d)]
         some = torch.stack([*norms, torch.mul(a, b).sum(1)])
         out, bad = ~torch.isfinite(a), ~torch.isfinite(b)

@@ -32,7 +32,7 @@ def small(stream: Stream, channels: bool) -> Passed | None:
     if sides is not whole:
         found = [_spread(rows, keep) for rows in found]
     by_channel = _channels(others[0] if stream.after is not None else before + others[0]) if channels else None
-    return Passed(found, by_channel, [0] * len(found))
+    return Passed(found, by_channel, [None] * len(found))
 
 
 def _rows(before: np.ndarray, after: np.ndarray, change: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -96,8 +96,7 @@ def block_stats(
     """
     if (output is None) == (written is None):
         raise SchemaError("block_stats takes either output or written, beside the input.")
-    parts = () if written is None else (written,)
-    return stream_stats(input, output, parts, valid=valid, channels=channels)[0]
+    return _of_stream((input, output, *(() if written is None else (written,))), False, valid, channels)[0]
 
 
 def stream_stats(
@@ -114,18 +113,18 @@ def stream_stats(
     Parameters
     ----------
     before, after : Tensor or array (..., features)
-        The stream before and after the block; `after` None: only the parts.
+        The stream before and after the block.
     written : sequence of Tensor or array (..., features)
         What each part adds, in order.
     parallel : bool
         All parts read `before`; else each reads the sum so far.
     valid, channels
-        As in `block_stats`; channels are those of the block, of the first part where there is no `after`.
+        As in `block_stats`; channels are those of the block.
 
     Returns
     -------
     list of BlockStats
-        Of the block, where `after` is given, then of each part.
+        Of the block, then of each part.
 
     Raises
     ------
@@ -139,11 +138,16 @@ def stream_stats(
     >>> [round(float(one.norm_in), 3) for one in stats], [round(float(one.relative_change), 3) for one in stats]
     ([5.0, 5.0, 9.487], [1.02, 1.0, 0.105])
     """
-    given = [_tensor(side) for side in (before, after, *written)]
+    return _of_stream((before, after, *written), parallel, valid, channels)
+
+
+def _of_stream(sides: tuple[Any, ...], parallel: bool, valid: Any, channels: bool) -> list[BlockStats]:
+    """Of before, after and what was written; after may be None where one part is looked at alone."""
+    given = [_tensor(side) for side in sides]
     first, *others = [side for side in given if side is not None]
     for number, other in enumerate(others):
         if first.shape != other.shape or other.ndim < 1:
-            name = "written" if number or after is None else "output"
+            name = "written" if number or given[1] is None else "output"
             raise SchemaError(
                 f"input and {name} must have one shape (..., features); found {tuple(first.shape)} and {tuple(other.shape)}."
             )
@@ -158,7 +162,7 @@ def stream_stats(
         large = first.device.type == "cpu" and first.numel() > SPLIT
         found = alone(partial(_passed, stream, channels)) if large else _passed(stream, channels)
     stats = _stats(found, shape, stream.dtype)
-    return [_arrays(one) for one in stats] if isinstance(before, np.ndarray) else stats
+    return [_arrays(one) for one in stats] if isinstance(sides[0], np.ndarray) else stats
 
 
 _BY_ROW = ("norm_in", "norm_out", "cosine", "relative_change")
@@ -180,8 +184,8 @@ def _stats(passed: Passed, shape: torch.Size, dtype: torch.dtype) -> list[BlockS
         found: dict[str, Any] = dict.fromkeys(_BY_CHANNEL)
         if number == 0 and passed.by_channel is not None:
             found = {name: _as(passed.by_channel[name], dtype) for name in _BY_CHANNEL}
-        found |= zip(_BY_ROW, (_as(value, dtype).reshape(shape) for value in numbers), strict=True)
-        count = nonfinite if isinstance(nonfinite, torch.Tensor) else torch.tensor(nonfinite)
+        found |= zip(_BY_ROW, (_as(value, dtype).view(shape) for value in numbers), strict=True)
+        count = nonfinite if isinstance(nonfinite, torch.Tensor) else torch.zeros((), dtype=torch.int64)
         stats.append(BlockStats(**found, nonfinite=count))
     return stats
 

@@ -120,3 +120,23 @@ def test_a_sublayer_is_seen_by_what_it_writes_and_has_no_channels():
 def test_an_observation_has_an_output_or_what_was_written():
     with pytest.raises(SchemaError, match="either output or written"):
         BlockSeen(Site("block", "a", 0), Context(0, 0, "forward"), torch.ones(1, 1, 1))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("tokens", [3, 400])
+def test_parts_shown_with_their_block_are_what_they_are_alone(parallel, tokens):
+    torch.manual_seed(0)
+    x, attention, mlp = (torch.randn(2, tokens, 96) for _ in range(3))
+    context = Context(0, 0, "forward")
+    first = BlockSeen(Site("sublayer", "layers.0.attn", 0, "attention"), context, x, written=attention)
+    reads = x if parallel else first
+    second = BlockSeen(Site("sublayer", "layers.0.mlp", 0, "mlp"), context, reads, written=mlp)
+    whole = seen(x, x + attention + mlp)
+    alone = [Activations().observe(one) for one in (whole, first, second)]
+    whole.parts = (first, second)
+    probe = Activations()
+    for one, want in zip((whole, first, second), alone, strict=True):
+        got = probe.observe(one)
+        assert set(got) == set(want)
+        for name in got:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)

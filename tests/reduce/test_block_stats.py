@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from bnviz.errors import SchemaError
 from bnviz.reduce import block_stats
+from bnviz.reduce.block_stats import stream_stats
 
 ROWS = ("norm_in", "norm_out", "cosine", "relative_change")
 CHANNELS = ("mean", "variance", "max_abs", "kurtosis", "zero_fraction", "outlier_fraction")
@@ -280,3 +281,62 @@ def test_one_of_output_and_written() -> None:
             block_stats(x, **sides)
     with pytest.raises(SchemaError, match=r"input and written must have one shape"):
         block_stats(x, written=torch.ones(2, 4))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.sampled_from([(1, 1, 64), (2, 33, 16), (2, 400, 96), (1, 70, 2100), (3, 500, 65)]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    parts=st.integers(0, 3),
+    parallel=st.booleans(),
+    padded=st.booleans(),
+    broken=st.booleans(),
+)
+def test_a_block_and_its_parts_from_one_read_are_what_each_is_alone(
+    seed: int,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    parts: int,
+    parallel: bool,
+    padded: bool,
+    broken: bool,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    written = [(0.5 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(parts)]
+    if broken:
+        x[0, 0, 0] = math.nan
+    after = sum(written, x)
+    keep = torch.rand(shape[:2], generator=generator) < 0.7 if padded else None
+    got = stream_stats(x, after, written, parallel=parallel, valid=keep)
+    alone, reads = [block_stats(x, after, valid=keep)], x.double()
+    for part in written:
+        alone.append(block_stats(reads, written=part.double(), valid=keep))
+        reads = x.double() if parallel else reads + part.double()
+    assert len(got) == len(alone)
+    for number, (one, want) in enumerate(zip(got, alone, strict=True)):
+        for name in (*ROWS, *(CHANNELS if number == 0 else ())):
+            torch.testing.assert_close(
+                getattr(one, name).double(), getattr(want, name).double(), rtol=3e-5, atol=3e-5, equal_nan=True
+            )
+        assert int(one.nonfinite) == int(want.nonfinite)
+        assert number == 0 or one.mean is None
+
+
+def test_numbers_of_parts_are_float32_where_they_lie() -> None:
+    x, f = torch.ones(2, 3, 8).bfloat16(), torch.ones(2, 3, 8).bfloat16()
+    for one in stream_stats(x, x + f, [f]):
+        assert one.norm_in.shape == (2, 3) and one.norm_in.dtype == torch.float32
+    arrays = stream_stats(x.float().numpy(), x.float().numpy(), [f.float().numpy()])
+    assert isinstance(arrays[0].cosine, np.ndarray)
+
+
+@pytest.mark.parametrize("features", [8, 3000])
+def test_outliers_far_apart_are_all_counted(features: int) -> None:
+    y = torch.randn(2000, features, generator=torch.Generator().manual_seed(0)) * 0.1
+    y[[0, 700, 1999], 5] = torch.tensor([50.0, -40.0, 60.0])
+    y[1000, 0] = 9.0
+    got = block_stats(y, y).outlier_fraction.double()
+    deviation, mean = y.double().std(0, correction=0), y.double().mean(0)
+    torch.testing.assert_close(got, ((y.double() - mean).abs() > 6 * deviation).double().mean(0), rtol=1e-6, atol=0)

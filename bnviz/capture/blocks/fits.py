@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 ROWS = 128  # tokens that are looked at
+FEW = 32  # that what is known of a sister is tried on
 ENOUGH = 8  # tokens (or channels) a factor must fit to be believed
 TOLERANCE = 1e-3  # of what was added; a stream in 16 bits rounds what is added to it, and is judged with 1e-2
 MOST_TERMS = 4
@@ -37,13 +38,13 @@ class Thin:
     noise: float
 
 
-def thin(state: Tensor) -> Tensor:
-    """At most about ROWS tokens of (batch, ..., features), spread evenly over samples and tokens, as a copy in float64."""
+def thin(state: Tensor, rows: int = ROWS) -> Tensor:
+    """At most about `rows` tokens of (batch, ..., features), spread evenly over samples and tokens, as a copy in float64."""
     batch = state.shape[0]
     tokens = max(1, state[0, ..., 0].numel())
-    samples = min(batch, max(4, ROWS // tokens))
+    samples = min(batch, max(4, rows // tokens))
     state = state[:: -(-batch // samples)]
-    left = max(1, ROWS // state.shape[0])
+    left = max(1, rows // state.shape[0])
     for axis in range(1, state.dim() - 1):
         wanted = max(1, round(left ** (1 / (state.dim() - 1 - axis))))
         step = max(1, -(-state.shape[axis] // wanted))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .axes import features_axis
-from .fits import thin, tolerance
+from .fits import FEW, thin, tolerance
 from .search import Search, features_last
 from .stream import Place, fetch, fetch_given
 from .writers import Call, Unsolved, Writers
@@ -70,6 +70,7 @@ class Inside:
         self._hooked: Writers | None = None
         self._kept: dict[Call, tuple[Tensor, Tensor | None]] = {}
         self._calls = Counter[str]()
+        self._axes: dict[tuple[int, ...], int] = {}
 
     @property
     def verdict(self) -> Writers | Unsolved | None:
@@ -89,7 +90,7 @@ class Inside:
         if verdict is None or (isinstance(verdict, Unsolved) and not verdict.final and self._tries < TRIES):
             self._tries += 1
             self._unhook()
-            axes = {tuple(x.shape): features_axis([self._block], x) for x in given.values()}
+            axes = {tuple(x.shape): self._axis_of(x) for x in given.values()}
             self._search = Search(self._block, axes)
         elif isinstance(verdict, Writers):
             if verdict is not self._hooked:
@@ -160,10 +161,10 @@ class Inside:
 
     def _fits(self, found: Writers, before: Tensor, after: Tensor) -> bool:
         """Whether what was found in another block of its kind holds for this one."""
-        axis = features_axis([self._block], before)
+        axis = self._axis_of(before)
 
         def few(value: Tensor) -> Tensor:
-            return thin(features_last(value, axis)).cpu()
+            return thin(features_last(value, axis), FEW).cpu()
 
         last = few(after)
         left = last - few(before)
@@ -171,6 +172,12 @@ class Inside:
         for call, factor in zip(found.watched, found.factors, strict=True):
             left = left - (factor.double().cpu() if isinstance(factor, Tensor) else factor) * few(self._kept[call][0])
         return float(left.norm()) <= error
+
+    def _axis_of(self, value: Tensor) -> int:
+        shape = tuple(value.shape)
+        if shape not in self._axes:
+            self._axes = {shape: features_axis([self._block], value)}
+        return self._axes[shape]
 
     def drop(self) -> None:
         """Let the tensors of a call go."""
