@@ -1,18 +1,15 @@
-"""What a capture costs: time and records against the plain forward, on a 12-layer llama with random weights.
+"""What a capture costs: time, memory and records against the plain forward, on a llama with random weights.
 
-    python -m bench.capture [--layers 12] [--hidden 512] [--tokens 1024] [--rounds 7]
+    python -m bench.capture [--layers 12] [--hidden 512] [--tokens 1024] [--rounds 7] [--threads 1]
 
-Plain and watched forwards take turns, so that a machine whose speed drifts moves both; the ratio is taken within each round.
-Processor time of the process when torch runs one thread, which a busy machine does not stretch; wall time otherwise.
+Each round makes a capture of its own, as a first forward is watched; *later* is the second forward of such a capture, when the
+blocks' residual writers are known. A decode step is one token behind `tokens` in the cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
-import resource
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +18,10 @@ import torch
 import bnviz
 from bnviz import quantities
 
+from .memory import peak
+from .model import Decoding, build
+from .rounds import Ratio, paired, seconds
+
 CASES: dict[str, list[str] | None] = {
     "activations": ["activations"],
     "attention": ["attention"],
@@ -28,39 +29,46 @@ CASES: dict[str, list[str] | None] = {
     "activations, attention, keys_values": ["activations", "attention", "keys_values"],
     "default capture": None,
 }
+STEPS = 6
 
 
-def build(layers: int, hidden: int, tokens: int) -> tuple[Any, torch.Tensor]:
-    """The model and its input."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+class Watched:
+    """Forwards of one model under given probes."""
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=hidden,
-        intermediate_size=int(hidden * 8 / 3) // 64 * 64,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        max_position_embeddings=max(tokens, 2048),
-    )
-    return LlamaForCausalLM(config).eval(), torch.randint(0, 1024, (1, tokens))
+    def __init__(self, model: Any, ids: torch.Tensor, probes: list[str] | None) -> None:
+        self._model, self._ids, self._probes = model, ids, probes
+        self.nbytes = 0
+
+    def first(self) -> float:
+        """Seconds of the first forward of a capture."""
+        return self._forwards()[0]
+
+    def later(self) -> float:
+        """Seconds of the second."""
+        return self._forwards()[1]
+
+    def _forwards(self) -> tuple[float, float]:
+        with bnviz.capture(self._model, probes=self._probes) as recorder:
+            first, later = (seconds(lambda: self._model(self._ids)) for _ in range(2))
+        self.nbytes = recorder.run.nbytes
+        return first, later
+
+    def step(self) -> float:
+        """Seconds of a decode step behind a watched prompt, the median of some."""
+        with bnviz.capture(self._model, probes=self._probes):
+            return steps(self._model, self._ids)
 
 
-def seconds(act: Callable[[], Any]) -> float:
-    """Time of one call: of the processor, in all threads, when torch uses one; else on the wall."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    act()
-    return clock() - start
+def steps(model: Any, ids: torch.Tensor) -> float:
+    """Seconds of a decode step, the median of STEPS, after one."""
+    decoding = Decoding(model, ids)
+    decoding.step()
+    return float(np.median([seconds(decoding.step) for _ in range(STEPS)]))
 
 
-def watched(model: Any, ids: torch.Tensor, probes: list[str] | None) -> tuple[float, float, int]:
-    """Seconds of the watched forward alone, of the whole capture, and bytes of the records."""
-    start = time.perf_counter()
-    with bnviz.capture(model, probes=probes) as recorder:
-        inside = seconds(lambda: model(ids))
-    return inside, time.perf_counter() - start, recorder.run.nbytes
+def _row(label: str, ratios: list[Ratio], nbytes: float) -> str:
+    columns = "".join(f"{ratio!s:>21}" for ratio in ratios)
+    return f"{label:<38}{columns}{quantities.size(nbytes):>12}"
 
 
 def main() -> None:
@@ -70,24 +78,26 @@ def main() -> None:
     given = ask.parse_args()
     torch.set_num_threads(given.threads)
     model, ids = build(given.layers, given.hidden, given.tokens)
+    clock = "processor" if given.threads == 1 else "wall"
+    print(f"{given.layers}-layer llama, hidden {given.hidden}, {given.tokens} tokens, float32")
     print(
-        f"{given.layers}-layer llama, hidden {given.hidden}, {given.tokens} tokens, float32 · {given.threads} thread(s)"
+        f"{given.threads} thread(s), {clock} time over the plain model's · "
+        f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     )
-    print(f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
-    print(f"{'probes':<38}{'x plain forward':>22}{'plain':>10}{'watched':>10}{'capture':>10}{'records':>12}")
+    print(f"{'probes':<38}{'first forward':>21}{'later forward':>21}{'decode step':>21}{'records':>12}")
     with torch.no_grad():
-        model(ids)
         for label, probes in CASES.items():
-            watched(model, ids, probes)
-            rounds = [(seconds(lambda: model(ids)), *watched(model, ids, probes)) for _ in range(given.rounds)]
-            plain, inside, whole, size = (np.array(column) for column in zip(*rounds, strict=True))
-            low, middle, high = np.quantile(inside / plain, (0.25, 0.5, 0.75))
-            times = [quantities.duration(float(np.median(t))) for t in (plain, inside, whole)]
-            print(
-                f"{label:<38}{f'{middle:.2f} [{low:.2f}, {high:.2f}]':>22}"
-                f"{times[0]:>10}{times[1]:>10}{times[2]:>10}{quantities.size(float(size[0])):>12}"
-            )
-    print(f"peak memory of the process {quantities.size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}")
+            watched = Watched(model, ids, probes)
+            ratios = [
+                paired(lambda: seconds(lambda: model(ids)), which, given.rounds)
+                for which in (watched.first, watched.later)
+            ]
+            ratios.append(paired(lambda: steps(model, ids), watched.step, max(3, given.rounds // 2)))
+            print(_row(label, ratios, watched.nbytes), flush=True)
+    size = (given.layers, given.hidden, given.tokens)
+    plain = peak("", *size)
+    for probes in ("activations", "activations,attention,keys_values"):
+        print(f"peak memory of a process, {probes}: {peak(probes, *size) / plain:.2f} x {quantities.size(plain)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""Peak memory of one forward, in a process of its own: `python -m bench.memory "activations,attention"`, or "" for plain."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import torch
+
+
+def peak(probes: str, layers: int, hidden: int, tokens: int) -> int:
+    """Bytes, at most, of a process that runs one forward, watched by `probes` or, for "", plain.
+
+    A process that is only started takes most of it: both import everything, and the model's weights are the same.
+    """
+    arguments = [sys.executable, "-m", "bench.memory", probes, str(layers), str(hidden), str(tokens)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def main() -> None:
+    probes, (layers, hidden, tokens) = sys.argv[1], map(int, sys.argv[2:5])
+    import bnviz
+
+    from .model import build
+
+    torch.set_num_threads(1)
+    model, ids = build(layers, hidden, tokens)
+    with torch.no_grad():
+        if probes:
+            with bnviz.capture(model, probes=probes.split(",")) as recorder:
+                model(ids)
+            del recorder
+        else:
+            model(ids)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+if __name__ == "__main__":
+    main()
