@@ -25,8 +25,10 @@ test: $(READY) ## run the tests
 lab: $(READY) ## open JupyterLab on the quickstart notebook
 	$(BIN)/jupyter lab notebooks/quickstart.ipynb
 
-bench: $(READY) ## print what a capture costs, and the kernels' rates
+bench: $(READY) ## print what a capture costs, beside its peers where they are installed, and the kernels' rates
 	$(BIN)/python -m bench.capture
+	$(BIN)/python -m bench.events
+	$(BIN)/python -m bench.peers
 	$(BIN)/python kernels/bench
 
 coverage: $(READY) ## capture every model type of transformers and others, write docs/coverage.md

@@ -1,7 +1,7 @@
 """What other ways of looking into the same model cost, in the same run: `python -m bench.peers [--rounds 5]`.
 
-Each row is one way, over the plain model: for a whole forward, and for a decode step of one token behind it. A package that is not
-installed is named as such. What is kept differs and is said; torchlens comes last, as it wraps torch's functions.
+Each row is one way, over the plain model: for a whole forward, and for a decode step of one token behind it. A package that is
+not installed is named as such. What is kept differs and is said; torchlens comes last, as it wraps torch's functions.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
-import importlib.util
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,8 @@ def transformer_lens(model: Any) -> Forward:
         tokenizer.init_kwargs["name_or_path"] = folder
         tokenizer.save_pretrained(folder)
         bridge = TransformerBridge.boot_transformers(folder, hf_model=own, tokenizer=tokenizer)
-    return lambda ids, **more: bridge.run_with_cache(ids, **more)
+    run: Forward = bridge.run_with_cache
+    return run
 
 
 def torchlens(model: Any) -> Forward:
@@ -138,6 +140,7 @@ def main() -> None:
         ask.add_argument(f"--{name}", type=int, default=value)
     given = ask.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of the peers
     model, ids = build(given.layers, given.hidden, given.tokens)
     few = max(3, given.rounds // 2)
 
@@ -150,20 +153,20 @@ def main() -> None:
     print(
         f"{given.layers}-layer llama, hidden {given.hidden}, {given.tokens} tokens, float32, 1 thread, processor time"
     )
-    print(f"{'way':<44}{'version':>9}{'forward':>21}{'decode step':>21}  keeps")
+    print(f"{'way':<44}{'version':>9}{'forward':>24}{'decode step':>24}  keeps")
     with torch.no_grad():
         for label, probes in OURS.items():
             ours = Watched(model, ids, probes)
             ratios = paired(plain, ours.first, given.rounds), paired(plain_step, ours.step, few)
-            print(f"{label:<44}{'':>9}{ratios[0]!s:>21}{ratios[1]!s:>21}  statistics", flush=True)
+            print(f"{label:<44}{'':>9}{ratios[0]!s:>24}{ratios[1]!s:>24}  statistics", flush=True)
         for peer in PEERS:
             if peer.version is None:
                 print(f"{peer.name:<44}  {peer.package} is not installed")
                 continue
             forward = peer.make(model)
-            whole = _told(lambda: paired(plain, lambda: seconds(lambda: forward(ids)), given.rounds))
-            one = _told(lambda: paired(plain_step, lambda: _decode(model, ids, forward), few))
-            print(f"{peer.name:<44}{peer.version:>9}{whole:>21}{one:>21}  {peer.keeps}", flush=True)
+            whole = _told(partial(paired, plain, partial(seconds, partial(forward, ids)), given.rounds))
+            one = _told(partial(paired, plain_step, partial(_decode, model, ids, forward), few))
+            print(f"{peer.name:<44}{peer.version:>9}{whole:>24}{one:>24}  {peer.keeps}", flush=True)
 
 
 if __name__ == "__main__":
