@@ -40,9 +40,14 @@ class SiteCount:
     ran: int = -1
 
     @property
-    def unseen(self) -> bool:
-        """It ran more often than it was seen: what was kept of it is not all of it."""
-        return self.ran > self.observations
+    def partly(self) -> bool:
+        """It ran more often than it was seen: numbers over all that was kept of it are numbers over a part."""
+        return self.ran > self.observations > 0
+
+    @property
+    def missed(self) -> bool:
+        """It ran and was never seen: it is missing from its record."""
+        return self.ran > self.observations == 0
 
     def to_json(self) -> dict[str, Any]:
         """As it is kept in a run's provenance."""
@@ -60,41 +65,64 @@ def refusal(counts: Iterable[SiteCount], kinds: Sequence[str]) -> str:
     Examples
     --------
     >>> refusal([SiteCount("attention", "a.attn", "sdpa", 0, 3, 3, ran=8)], ["attention"])
-    'Not complete: a.attn ran 8 times in watched forwards and was seen 3 times, as sdpa'
+    'Not complete: a.attn ran 8 times in watched forwards and was seen 3 times (as sdpa)'
     """
-    lost = [one for one in counts if one.kind in kinds and one.unseen]
+    lost = [one for one in counts if one.kind in kinds and one.partly]
     if not lost:
         return ""
     first = max(lost, key=lambda one: one.ran - one.observations)
-    seen = "never seen" if first.observations == 0 else f"seen {counted(first.observations, 'time')}"
-    how = f", as {first.mechanism}" if first.mechanism else ""
-    more = f"; so did {counted(len(lost) - 1, 'more place')}" if len(lost) > 1 else ""
-    return f"Not complete: {first.path} ran {counted(first.ran, 'time')} in watched forwards and was {seen}{how}{more}"
+    how = f" (as {first.mechanism})" if first.mechanism else ""
+    more = f"; {counted(len(lost) - 1, 'more place')} likewise" if len(lost) > 1 else ""
+    return (
+        f"Not complete: {first.path} ran {counted(first.ran, 'time')} in watched forwards and was seen "
+        f"{counted(first.observations, 'time')}{how}{more}"
+    )
 
 
 def caveats(counts: Iterable[SiteCount], kinds: Sequence[str], watched: int) -> list[str]:
-    """A sentence where places of these kinds were not seen in every watched forward, which a model may well intend.
+    """A sentence where places of these kinds are missing, or were not seen in every watched forward, which a model may intend.
 
     Examples
     --------
     >>> one, two = (SiteCount("block", path, "", 0, n, n) for path, n in (("a.0", 8), ("a.1", 5)))
     >>> caveats([one, two], ["block"], 8)
     ['a.1 was seen in 5 of 8 forwards: it did not run in the others, or ran where no hook sees it.']
+    >>> caveats([SiteCount("attention", "a.attn", "sdpa", 0, 0, 0, ran=8)], ["attention"], 8)
+    ['a.attn ran and was never seen: how it computes is not read, and it is missing here.']
     """
-    few = [one for one in counts if one.kind in kinds and one.kind != "sublayer" and one.forwards < watched]
+    own = [one for one in counts if one.kind in kinds and one.kind != "sublayer"]
+    said = _missed([one for one in own if one.missed])
     alike: dict[int, list[SiteCount]] = {}
-    for one in few:
-        alike.setdefault(one.forwards, []).append(one)
-    said = []
-    for forwards, some in sorted(alike.items()):
-        many = len(some) > 1
-        who = f"{some[0].path} and {counted(len(some) - 1, 'more place')} were" if many else f"{some[0].path} was"
-        seen = "not seen in any of" if forwards == 0 else f"seen in {forwards} of"
-        they, others = "they" if many else "it", "them" if forwards == 0 else "the others"
-        said.append(
-            f"{who} {seen} {counted(watched, 'forward')}: {they} did not run in {others}, or ran where no hook sees it."
-        )
-    return said if len(said) <= 3 else [*said[:2], f"{len(said) - 2} more groups of places ran in some forwards only."]
+    for one in own:
+        if one.forwards < watched and not one.missed:
+            alike.setdefault(one.forwards, []).append(one)
+    few = [_few(forwards, some, watched) for forwards, some in sorted(alike.items())]
+    return said + (
+        few if len(few) <= 3 else [*few[:2], f"{len(few) - 2} more groups of places ran in some forwards only."]
+    )
+
+
+def _missed(places: list[SiteCount]) -> list[str]:
+    if not places:
+        return []
+    they = f"{_who(places)} ran and {'were' if len(places) > 1 else 'was'} never seen"
+    return [
+        f"{they}: how they compute is not read, and they are missing here."
+        if len(places) > 1
+        else f"{they}: how it computes is not read, and it is missing here."
+    ]
+
+
+def _few(forwards: int, places: list[SiteCount], watched: int) -> str:
+    many = len(places) > 1
+    seen = f"{'were' if many else 'was'} " + ("not seen in any of" if forwards == 0 else f"seen in {forwards} of")
+    they, others = "they" if many else "it", "them" if forwards == 0 else "the others"
+    return f"{_who(places)} {seen} {counted(watched, 'forward')}: {they} did not run in {others}, or ran where no hook sees it."
+
+
+def _who(places: list[SiteCount]) -> str:
+    more = f" and {counted(len(places) - 1, 'more place')}" if len(places) > 1 else ""
+    return f"{places[0].path}{more}"
 
 
 def summary(counts: Iterable[SiteCount]) -> list[str]:

@@ -34,6 +34,9 @@ class Census:
         self._layer: dict[tuple[str, str], int] = {}
         self._ran: dict[tuple[str, str], list[int]] = {}
         self._kinds: Collection[str] = ()
+        self._doubtful = {
+            (a.site.kind, a.site.path) for a in plan.attention if a.doubtful
+        }  # perhaps no attention at all
 
     def saw(self, site: Site, call: int) -> None:
         """A place was shown to the probes in forward `call`."""
@@ -89,8 +92,8 @@ class Census:
         final = layers.order()
         found: dict[tuple[str, str], SiteCount] = {}
         for site, _, mechanism in self._planned():
-            if site.kind in self._kinds:
-                at = (site.kind, site.path)
+            at = (site.kind, site.path)
+            if site.kind in self._kinds and (at in self._seen or at not in self._doubtful):
                 found[at] = self._count(at, mechanism, final.get(site.layer, site.layer))
         for at in self._seen:
             if at not in found:

@@ -15,9 +15,15 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 LINES = 40  # of a tree; what does not fit is counted
-_SEEN_AT = {
+_SEEN = {
     "interface": "seen at transformers' attention interface",
     "sdpa": "seen at F.scaled_dot_product_attention",
+    "multi_head": "seen at F.multi_head_attention_forward",
+    "flex": "seen at flex_attention",
+    "softmax": "written by hand, followed from its softmax",
+    "native": "torch's own layer, its projections are read again",
+    "named": "named by attention=, listened to",
+    "adapter": "shown by the function given to attention=",
 }
 
 
@@ -131,8 +137,8 @@ def _inside(plan: Plan, layer: int, path: str) -> Iterator[Branch]:
 
 def _attention(place: Any, block: str) -> Branch:
     code = f"{_below(place.site.path, block)}  {type(place.module).__name__}"
-    seen = _SEEN_AT.get(place.mechanism, f"seen by {place.mechanism}")
-    return Branch(place.site.kind.replace("_", " "), code, f"{seen} ({place.site.evidence})")
+    words = _SEEN.get(place.mechanism, f"seen by {place.mechanism} ({place.site.evidence})")
+    return Branch(place.site.kind.replace("_", " "), code, words)
 
 
 def _router(site: Any, router: Any, block: str) -> Branch:
@@ -167,7 +173,7 @@ def _unknown(places: Iterable[Unknown]) -> Iterator[Branch]:
     for (cls, why, option), paths in alike.items():
         pattern = common(paths)
         named = Branch("name it", f'{option}="{pattern}"  or  {option}={{{cls}: function}}') if option else None
-        found.append(Branch(pattern, cls, why, (named,) if named else ()))
+        found.append(Branch("", f"{pattern}  {cls}", why, (named,) if named else ()))
     if found:
         yield Branch("not understood", below=_cut(found, 12))
 

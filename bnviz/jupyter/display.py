@@ -58,7 +58,7 @@ def _below(branch: Any, style: str = _STEM) -> str:
 
 def _branch(branch: Any, *, strong: bool = False) -> str:
     name = html.escape(branch.name)
-    shown = [f"<strong>{name}</strong>" if strong else name]
+    shown = [f"<strong>{name}</strong>" if strong else name] if name else []
     if branch.code:
         shown.append(f'<span style="{_CODE}">{html.escape(branch.code).replace("  ", " &nbsp;")}</span>')
     if branch.words:

@@ -468,6 +468,19 @@ def test_what_ran_unseen_is_refused() -> None:
     assert any(note.startswith("attention: Not complete: blocks.0.attn ran 3 times") for note in recorder.run.notes)
 
 
+def test_a_place_that_is_never_seen_is_missing_and_said() -> None:
+    model, x = Body(Sometimes, 2).eval(), torch.randn(1, 6, 8)
+    model.blocks[0].attn = PlainAttention().eval()
+    Either.hidden = True
+    with torch.no_grad(), bnviz.capture(model, probes=["attention"]) as recorder:
+        model(x)
+    Either.hidden = False
+    said = "blocks.1.attn ran and was never seen: how it computes is not read, and it is missing here."
+    assert f"attention: {said}" in recorder.run.notes
+    report = bnviz.diagnose(recorder.run, "attention_heads")
+    assert said in report.judgement("attention_heads").caveats
+
+
 def test_a_layer_that_is_skipped_is_no_error_and_is_said() -> None:
     class Exits(Body):
         depth = 3
