@@ -47,7 +47,7 @@ class State:
         Examples
         --------
         >>> State("Llama", 1204, 1204, 3, 34 << 20, 1 << 30, -1, 52.0).words
-        'Llama: 1,204 forwards · 3 steps · 34.0 MiB of 1.00 GiB · 52 s'
+        'Llama: 1,204 forwards · 3 steps · 34.0 MiB of 1.00 GiB · 52.0 s'
         """
         seen = quantities.counted(self.forwards, "forward")
         if self.watched != self.forwards:

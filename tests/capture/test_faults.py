@@ -137,10 +137,14 @@ def test_a_forward_inside_an_except_block_is_whole() -> None:
 
 def test_a_real_interrupt_from_outside() -> None:
     model = body()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with torch.no_grad(), as_found(model):
         handle = fails_in(model, "blocks.1.mlp", lambda: signal.raise_signal(signal.SIGINT), 1)
-        with pytest.raises(KeyboardInterrupt), bnviz.capture(model) as recorder:
-            [model(X) for _ in range(9)]
+        try:
+            with pytest.raises(KeyboardInterrupt), bnviz.capture(model) as recorder:
+                [model(X) for _ in range(9)]
+        finally:
+            signal.signal(signal.SIGINT, before)
         handle.remove()
     assert recorder.run["attention"].sizes["step"] == 2
 
