@@ -28,6 +28,19 @@ class Universal(zoo.Looped):
         return x
 
 
+class Again(nn.Module):
+    """One block, looped; its MLP is a list, and no body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = PreNorm(), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.block(x)
+        return self.head(x)
+
+
 class Siamese(nn.Module):
     """One tower, two inputs."""
 
@@ -203,6 +216,11 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]], lis
         lambda: Universal(PreNorm(), PreNorm()),
         lambda: (tokens(),),
         [f"blocks.{b}{c}" for c in ("", " (call 2)", " (call 3)") for b in (0, 1)],
+    ),
+    "one block, looped": (
+        Again,
+        lambda: (tokens(),),
+        ["block", "block (call 2)", "block (call 3)", "head"],
     ),
     "siamese": (
         Siamese,

@@ -295,6 +295,36 @@ def test_later_forwards_of_a_cell_are_steps() -> None:
     assert np.isfinite(record).sum("token").values.tolist() == [8, 4, 10]
 
 
+class Attending(nn.Module):
+    """A decoder that looks at what was encoded before each step of its cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.attention, self.cell = nn.LSTM(6, 8, batch_first=True), nn.Linear(16, 8), nn.GRUCell(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, _ = self.encoder(x)
+        state, states = memory[:, -1], []
+        for _ in range(5):
+            state = self.cell(self.attention(torch.cat([state, memory.mean(1)], -1)), state)
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+def test_what_runs_beside_a_cell_is_called_once_a_token_too() -> None:
+    torch.manual_seed(0)
+    model, x = Attending(), torch.randn(2, 7, 6)
+    with torch.no_grad(), bnviz.capture(model, probes=["activations"], strict=True) as recorder:
+        for _ in range(2):
+            states = model(x)
+    record = recorder.run["activations"]
+    assert record.path.values.tolist() == ["encoder", "attention", "cell"]
+    for step in range(2):
+        seen = record["norm_out"].isel(step=step).sel(kind="block")
+        assert np.isfinite(seen).sum("token").values.tolist() == [14, 10, 10]
+        assert np.allclose(seen.sel(layer=2)[:10], states.norm(dim=-1).flatten(), atol=1e-5)
+
+
 class Deep(nn.Module):
     """One block of rows, looped over depth, with the conditioning beside it."""
 

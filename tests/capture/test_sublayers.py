@@ -272,6 +272,35 @@ def test_four_parts_each_have_a_name() -> None:
         assert np.allclose(at["norm_out"].sel(kind=one), at["norm_in"].sel(kind=other), rtol=1e-4)
 
 
+class Mixer(nn.Module):
+    """An MLP over tokens between two turns of its axes, as a convolution over tokens would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.tokens, self.channels = (
+            nn.LayerNorm(16),
+            nn.LayerNorm(16),
+            zoo.mlp(11),
+            zoo.mlp(16),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.channels(self.norm2(x))
+
+
+def test_a_part_that_works_on_turned_axes_is_found() -> None:
+    torch.manual_seed(0)
+    model, x = zoo.Looped(Mixer(), Mixer()), torch.randn(2, 11, 16)
+    record = captured(model, x)
+    assert record.kind.values.tolist() == ["block", "attention", "mlp"]
+    with torch.no_grad():
+        x = model.blocks[0](x)
+        middle = x + model.blocks[1].tokens(model.blocks[1].norm1(x).mT).mT
+    assert np.allclose(record["cosine"].sel(layer=1, kind="attention"), cosine(x, middle), atol=1e-5)
+    assert np.allclose(record["cosine"].sel(layer=1, kind="mlp"), cosine(middle, model.blocks[1](x)), atol=1e-5)
+
+
 class HyperConnected(PreNorm):
     """Mixes its streams: what it adds is no sum of what its modules give."""
 

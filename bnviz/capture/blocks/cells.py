@@ -1,8 +1,8 @@
 """Blocks that are called once a token, as recurrent cells are: their calls are tokens of one layer, not layers.
 
 `nn.LSTMCell` and its like are known by their class. Others are told by what they are given at their second call in a forward: a
-fresh input, and beside it something that they gave themselves. A block that is given its own output as its stream is looped over
-depth, and each call is a layer.
+fresh input, and beside it something that they gave themselves. What else is called between two calls of a cell is called once a
+token too. A block that is given its own output as its stream is looped over depth, and each call is a layer.
 """
 
 from __future__ import annotations
@@ -32,15 +32,11 @@ class Cell:
     def __init__(self, block: nn.Module) -> None:
         self.over_time = isinstance(block, nn.RNNCellBase)
         self._call = -1
+        self._when = (-1, 0)
         self._forwards = 0
         self._gave: list[weakref.ref[Tensor]] = []
         self._before: list[Tensor] = []
         self._after: list[Tensor] = []
-
-    @property
-    def begun(self) -> bool:
-        """A token of this forward was seen."""
-        return bool(self._after)
 
     def gave(self, call: int, output: Any) -> None:
         """The block ended, in forward number `call`."""
@@ -62,6 +58,14 @@ class Cell:
             return None
         self.over_time = True
         return Route(fresh, route.made)
+
+    def in_loop(self, call: int, cells: int) -> bool:
+        """The block begins, and a cell ran since it began before in this forward: it is called once a token as well."""
+        known, self._when = self._when, (call, cells)
+        if self.over_time or known[0] != call or cells == known[1]:
+            return False
+        self.over_time = True
+        return True
 
     def add(self, before: Tensor, after: Tensor) -> None:
         """One token, (batch, 1, features) before and after."""

@@ -59,6 +59,7 @@ class _List:
     path: str
     module: nn.Module
     row: bool | None  # its items run one after the other; None: not known
+    owner: nn.Module  # the module that holds it
 
     @property
     def items(self) -> list[tuple[str, nn.Module]]:
@@ -88,22 +89,26 @@ def find_blocks(model: nn.Module) -> list[Block]:
     total = size_of(model)
     if total == 0:
         return []
-    lists = [_List("", model, True)] if _is_list(model) else list(_outermost("", model, ()))
+    lists = [_List("", model, True, model)] if _is_list(model) else list(_outermost("", model, ()))
     chosen = [one for one in lists if one.row is not False]
     bodies = [one for one in chosen if one.composite and (len(one.items) > 1 or size_of(one.module) >= SHARE * total)]
     classes = {type(c) for one in bodies for _, c in one.items}
     bodies += [one for one in chosen if one not in bodies and classes & {type(c) for _, c in one.items}]
-    least = (HEAD if bodies else SHARE) * total
-    bodies += [
-        one
-        for one in chosen
-        if one not in bodies and not one.composite and len(one.items) > 1 and size_of(one.module) >= least
-    ]
+    bodies += _plain_lists([one for one in chosen if one not in bodies], (HEAD if bodies else SHARE) * total)
     if not bodies:
         beside = [one for one in lists if one.row is False and size_of(one.module) >= HEAD * total]
         return _branches(beside) if beside else _children(model)
     paths = {one.path: one for one in bodies}
     return [b for path, item in _in_order(model, paths) for b in (_expand(paths[path]) if item is None else [item])]
+
+
+def _plain_lists(lists: list[_List], least: float) -> list[_List]:
+    """Lists of plain layers that are the body of what holds them, and not one part of a block beside others."""
+    plain = [one for one in lists if not one.composite and len(one.items) > 1]
+    held = Counter[int]()
+    for one in plain:
+        held[id(one.owner)] += matrices(one.module)
+    return [one for one in plain if size_of(one.module) >= least and held[id(one.owner)] > MOST * matrices(one.owner)]
 
 
 def _is_list(module: nn.Module) -> bool:
@@ -135,7 +140,7 @@ def _outermost(path: str, module: nn.Module, owners: tuple[nn.Module, ...]) -> I
             if row is not False
             else [x for n, c in child.named_children() for x in _outermost(_join(at, n), c, owners)]
         )
-        yield from inner or [_List(at, child, row)]
+        yield from inner or [_List(at, child, row, module)]
 
 
 def _row(owners: tuple[nn.Module, ...], name: str) -> bool | None:

@@ -61,6 +61,12 @@ def parts_of(block: nn.Module, paths: Sequence[str], modules: Sequence[Sequence[
     return tuple(named)
 
 
+def holds_both(block: nn.Module) -> bool:
+    """Whether a block holds, by their names, an attention and an MLP: one that expects to see them apart is told why not."""
+    told = {_named([name], child) for name, child in block.named_children()}
+    return "mlp" in told and bool({"self", "cross", "attention"} & told)
+
+
 def _kind(block: nn.Module, path: str, ran: Sequence[str]) -> str | None:
     """ "self" or "cross" for attentions, "attention" for other mixers of tokens, "mlp", "conv"; None: names say nothing."""
     own = _named(path.split("."), block.get_submodule(path))

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .fits import Scale, by_channel, gate, sets, thin, tolerance
-from .parts import parts_of
-from .stream import called_with, floats
+from .parts import holds_both, parts_of
+from .stream import TURNED, called_with, floats
 from .writers import Call, Unsolved, Writers, fused_below
 
 _NORM = re.compile(r"norm", re.IGNORECASE)
@@ -91,11 +91,15 @@ class Search:
 
     def _events(self, at: tuple[str, int], found: Any) -> list[Event]:
         self._clock += 1
-        return [
-            Event((*at, place), self._clock, value, self._few(value))
-            for place, value in found
-            if tuple(value.shape) in self._axes
-        ]
+        events = []
+        for place, value in found:
+            shape = tuple(value.shape)
+            if shape in self._axes:
+                events.append(Event((*at, place), self._clock, value, self._few(value)))
+            elif len(shape) == 3 and (shape[0], shape[2], shape[1]) in self._axes:  # an MLP over tokens, a convolution
+                turned = value.transpose(1, 2)
+                events.append(Event((*at, (*place, TURNED)), self._clock, turned, self._few(turned)))
+        return events
 
     @torch.no_grad()
     def _few(self, value: Tensor) -> Tensor:
@@ -289,7 +293,7 @@ class Search:
                 return (
                     f"end with {type(module).__name__} ({path}) after the sum, and what it makes of the sum is no sum"
                 )
-        return "add what is no sum of outputs of their modules"
+        return "add what is no sum of outputs of their modules" if holds_both(self._block) else ""
 
 
 @dataclass(slots=True)

@@ -17,6 +17,16 @@ DEPTH = 3  # of nested tuples and dicts that are looked into
 Place = tuple[Any, ...]
 
 
+class _Turned:
+    """Stands in a place for "and then its last two axes change places": (batch, features, tokens) as the stream has them."""
+
+    def __repr__(self) -> str:
+        return "TURNED"
+
+
+TURNED = _Turned()
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Route:
     """Where a block's stream goes in and comes out.
@@ -67,6 +77,9 @@ def called_with(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Place,
 def fetch(value: Any, place: Place) -> Tensor | None:
     """The tensor at a place, None when there is no floating one."""
     for key in place:
+        if key is TURNED:
+            value = value.transpose(1, 2) if isinstance(value, Tensor) and value.dim() == 3 else None
+            continue
         try:
             value = (
                 getattr(value, key)
@@ -124,6 +137,7 @@ class Links:
     def __init__(self) -> None:
         self._waiting: list[tuple[list[Route], Mapping[Place, Tensor], Callable[[Route], None]]] = []
         self._told: list[Callable[[], None]] = []
+        self.cells = 0  # calls of recurrent cells so far
         self.known: dict[type, Route] = {}  # of blocks of a class, once one of them was told
 
     def wait(self, found: list[Route], made: Mapping[Place, Tensor], decide: Callable[[Route], None]) -> None:

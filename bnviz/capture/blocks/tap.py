@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class Taps:
     """The taps of all blocks; called, they tell the writers of each."""
 
-    def __init__(self, taps: list[BlockTap | OutsideTap]) -> None:
-        self._taps = taps
+    def __init__(self, taps: list[BlockTap | OutsideTap], fused: list[str]) -> None:
+        self._taps, self._fused = taps, fused
 
     def __call__(self) -> list[Writers | None]:
         return [one if isinstance(one, Writers) else None for one in map(_last, self._taps)]
@@ -45,6 +45,7 @@ class Taps:
             for tap in self._taps
             if isinstance(verdict := _last(tap), Unsolved)
         ]
+        unsolved += [(name, "run in one fused kernel, which a look inside would switch off") for name in self._fused]
         return sentences(unsolved, len(self._taps))
 
 
@@ -53,17 +54,20 @@ def tap_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack, *, inside:
     known: Known = {}
     links = Links()
     taps: list[BlockTap | OutsideTap] = []
+    fused: list[str] = []
     for site, block in plan.blocks:
         if block.parts:
             taps.append(OutsideTap(site, block, watch, parts=inside))
             taps[-1].attach(stack)
             continue
-        parts = inside and block.first is block.last and matrices(block.first) > 1 and not plan.fused(f"{site.path}.x")
-        taps.append(BlockTap(site, block, watch, links, Inside(block.first, known) if parts else None))
+        whole = block.first is not block.last or matrices(block.first) < 2
+        if inside and plan.fused(f"{site.path}.x"):
+            whole, fused = True, [*fused, type(block.first).__name__]
+        taps.append(BlockTap(site, block, watch, links, None if whole or not inside else Inside(block.first, known)))
         taps[-1].attach(stack)
     watch.clock.ending.append(links.ends)
     stack.callback(watch.clock.ending.remove, links.ends)
-    return Taps(taps)
+    return Taps(taps, fused)
 
 
 def follow_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None:
@@ -102,7 +106,7 @@ class BlockTap:
         self._cell, self._batch = Cell(block.first), batch_axis(self._members)
         self._route: Route | None = None
         self._layout: tuple[int, int, int] | None = None
-        self._copy = False
+        self._copy, self._forward = False, -1
         self._call = _Call(site)
         self._held: list[Callable[[], None]] = []
 
@@ -125,12 +129,13 @@ class BlockTap:
             return
         self._links.begins(args, kwargs)
         route = self._cell.carried(now.call, args, kwargs, self._route)
-        if route is not None:
-            self._route = route
+        if route is not None or self._cell.in_loop(now.call, self._links.cells):
+            self._route = route or self._route
             self._links.at_end(self._emit_tokens)
+        self._links.cells += self._cell.over_time
         self._flush()
         self._drop()
-        call = self._call = _Call(self._numbered())
+        call = self._call = _Call(self._numbered(now.call))
         known = fetch_given(args, kwargs, self._route.given) if self._route is not None else None
         if known is None or self._route is None:
             self._route = None
@@ -151,10 +156,11 @@ class BlockTap:
         if self.inside is not None:
             self.inside.begin(call.given)
 
-    def _numbered(self) -> Site | None:
-        """The block as the layer that this call of it is."""
-        if self._cell.over_time and self._cell.begun:
+    def _numbered(self, forward: int) -> Site | None:
+        """The block as the layer that this call of it is; all calls of a cell in one forward are one."""
+        if self._cell.over_time and self._forward == forward:
             return self._call.site
+        self._forward = forward
         number = self._watch.layers.enter(self._site.layer)
         if number is None or number == self._site.layer:
             return self._site if number is not None else None
