@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .inputs import boxes
-from .kits import DECODER, Kit, image, noise, of, ones, text, whole
+import torch
+
+from .inputs import boxes, ids, read
+from .kits import DECODER, Kit, grid, image, noise, of, ones, text, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +81,66 @@ _SAM = {
     "prompt_encoder_config.image_embedding_size": 4,
 }
 _CLICK = of(pixel_values=image(64), input_points=noise(2, 1, 1, 2), input_labels=ones(2, 1, 1))
-_MLLAMA = of(pixel_values=noise(1, 1, 2, 3, 56, 56), aspect_ratio_ids=ones(1, 1), aspect_ratio_mask=ones(1, 1, 2))
+_DIFFUSION = {
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+}
+_QWEN4 = {"head_dim": 16, "index_n_heads": 4, "index_head_dim": 16, "num_key_value_heads": 2}
+_DETR_ENCODER = of(
+    vision_features=lambda c: [torch.randn(2, c.hidden_size, 4, 4)],
+    text_features=noise(2, 7, "hidden_size"),
+    vision_pos_embeds=lambda c: [torch.randn(2, c.hidden_size, 4, 4)],
+)
+_DETR_DECODER = of(
+    vision_features=noise(2, 16, "hidden_size"),
+    text_features=noise(2, 7, "hidden_size"),
+    vision_pos_encoding=noise(2, 16, "hidden_size"),
+    spatial_shapes=lambda c: torch.tensor([[4, 4]]),
+)
+_MASKS = of(
+    decoder_queries=noise(2, 5, "hidden_size"),
+    backbone_features=lambda c: [torch.randn(2, c.hidden_size, side, side) for side in (16, 8, 4)],
+    encoder_hidden_states=noise(2, 16, "hidden_size"),
+)
+
+
+def _patches(config: Any) -> torch.Tensor:
+    """Flattened patches, each with its row and its column before it."""
+    size = read(config, "patch_embed_hidden_size")
+    place = torch.cartesian_prod(torch.arange(1.0, 4), torch.arange(1.0, 4)).expand(2, 9, 2)
+    return torch.cat([place, torch.randn(2, 9, size)], -1)
+
 
 TYPES: dict[str, Override] = {
     # text
-    "bamba": _fields(**_MAMBA, attn_layer_indices=[1]),
-    "cohere_compass_text": _fields(**_COMPASS),
+    "cosmos3_edge_text": _fields(head_dim=16, rope_parameters=_rope(2, 3, 3)),
     "dbrx": _fields(
-        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0},
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     ),
+    "diffusion_gemma_text": _fields(**_DIFFUSION),
+    "hy_v4_vl_text": _fields(qk_rope_head_dim=16, rope_parameters=_rope(2, 3, 3)),
+    "jev": Override(
+        inputs=of(
+            input_ids=lambda c: ids(batch=1),
+            marks=lambda c: torch.tensor([[3, 5]]),
+            num_options=lambda c: torch.tensor([[2]]),
+            question_type_ids=lambda c: torch.tensor([[0]]),
+        )
+    ),
+    "qwen3_omni_moe_talker_text": _fields(shared_expert_intermediate_size=32),
+    "qwen3_omni_moe_talker_code_predictor": Override(inputs=of(inputs_embeds=noise(2, 7, "hidden_size"))),
+    "qwen4_exp_text": _fields(**_QWEN4),
+    "t5gemma2_decoder": _fields(dropout_rate=0.0),
+    "t5gemma2_text": _fields(dropout_rate=0.0),
+    "muse_glimmer_assistant": Override(
+        inputs=of(noise_embeds=noise(2, 5, "hidden_size"), context_hidden_states=noise(2, 9, "hidden_size"))
+    ),
+    "bamba": _fields(**_MAMBA, attn_layer_indices=[1]),
+    "cohere_compass_text": _fields(**_COMPASS),
     "deepseek_ocr2_text": _fields(mlp_layer_types=["dense", "sparse"], num_hidden_layers=2),
     "dots1": _fields(n_routed_experts=4, n_shared_experts=1),
     "esm": _fields(vocab_size=80, pad_token_id=1, mask_token_id=32, position_embedding_type="rotary"),
@@ -138,52 +190,123 @@ TYPES: dict[str, Override] = {
     ),
     "udop": Override(inputs=of(input_ids=text(), bbox=lambda c: boxes() / 100, pixel_values=image(64), **DECODER)),
     # pictures
+    "align": _fields(projection_dim=80),
+    "depth_pro": Override(
+        {"patch_size": 56, "image_model_config.image_size": 56, "patch_model_config.image_size": 56},
+        of(pixel_values=image(224)),
+    ),
+    "efficientnet": _fields(hidden_dim=2560),
+    "inkling_vision": Override(inputs=of(pixel_values=noise(2, 2, 40, 40, 3))),
+    "janus_vqgan": _fields(num_patches=4),
+    "kosmos_2_5_vision_model": Override(inputs=of(flattened_patches=_patches)),
+    "pix2struct_vision_model": Override(inputs=of(flattened_patches=_patches)),
+    "pix2struct": Override(inputs=of(flattened_patches=_patches, **DECODER)),
+    "pix2struct_text_model": _fields(initializer_range=0.02),
+    "mllama_vision_model": Override(
+        inputs=of(pixel_values=noise(1, 1, 4, 3, 56, 56), aspect_ratio_ids=ones(1, 1), aspect_ratio_mask=ones(1, 1, 4))
+    ),
+    "molmo2_vision": Override(inputs=of(pixel_values=noise(2, 9, 588))),
+    "molmo2_adapter": Override(inputs=of(image_features=noise(2, 1, 9, 32), pooled_patches_idx=whole(2, 4, 4, most=9))),
+    "oneformer": Override({"is_training": False}, of(pixel_values=image(64), task_inputs=text())),
+    "sam3_detr_encoder": Override(inputs=_DETR_ENCODER),
+    "sam3_lite_text_detr_encoder": Override(inputs=_DETR_ENCODER),
+    "sam3_detr_decoder": Override(inputs=_DETR_DECODER),
+    "sam3_lite_text_detr_decoder": Override(inputs=_DETR_DECODER),
+    "sam3_mask_decoder": Override(inputs=_MASKS),
+    "sam3_lite_text_mask_decoder": Override(inputs=_MASKS),
+    "seggpt": Override(
+        {"image_size": [64, 32]}, of(pixel_values=image(32), prompt_pixel_values=image(32), prompt_masks=image(32))
+    ),
+    "siglip2_vision_model": Override(
+        {"num_patches": 16},
+        of(
+            pixel_values=noise(2, 16, 768),
+            pixel_attention_mask=ones(2, 16),
+            spatial_shapes=lambda c: torch.tensor([[4, 4], [4, 4]]),
+        ),
+    ),
+    "siglip2": Override(
+        {"vision_config.num_patches": 16},
+        of(
+            input_ids=text(),
+            pixel_values=noise(2, 16, 768),
+            pixel_attention_mask=ones(2, 16),
+            spatial_shapes=lambda c: torch.tensor([[4, 4], [4, 4]]),
+        ),
+    ),
+    "superpoint": Override(
+        {"encoder_hidden_sizes": [16, 16, 32, 32], "decoder_hidden_size": 32, "keypoint_decoder_dim": 65}
+    ),
+    "swin2sr": _fields(embed_dim=64, depths=[2, 1], num_heads=[2, 4]),
+    "tvp": Override(
+        {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
+        of(input_ids=text(), pixel_values=noise(2, 2, 3, 64, 64), attention_mask=ones(2, 7)),
+    ),
+    "video_llama_3_vision": Override(
+        inputs=of(pixel_values=noise(32, 588), grid_thw=grid(), merge_sizes=lambda c: torch.tensor([2, 2]))
+    ),
+    "videomt": Override(inputs=of(pixel_values_videos=noise(1, 2, 3, 64, 64))),
+    "vitmatte": _fields(**{"backbone_config.out_features": ["stage2"]}),
+    "lightglue": Override(inputs=_TWO_PICTURES),
+    "superglue": Override(inputs=_TWO_PICTURES),
     "bridgetower_vision_model": Override(inputs=of(image=image(64))),
     "efficientloftr": Override(
         {"out_features": [16, 32, 32, 64], "stage_num_blocks": [1, 1, 1, 1], "hidden_size": 64}, _TWO_PICTURES
     ),
-    "efficientnet": _fields(hidden_dim=320),
     "idefics2_perceiver": Override(inputs=of(context=noise(2, 9, "hidden_size"), attention_mask=ones(2, 9))),
-    "lightglue": Override(inputs=_TWO_PICTURES),
-    "mllama_vision_model": Override(inputs=_MLLAMA),
     "perceiver": Override(
         {"d_model": 64, "num_blocks": 1, "num_self_attends_per_block": 2, "num_latents": 6, "d_latents": 64},
         of(inputs=noise(2, 9, "d_model")),
     ),
     "sam": Override(_SAM, _CLICK),
     "sam_hq": Override(_SAM, _CLICK),
-    "superglue": Override(inputs=_TWO_PICTURES),
-    "superpoint": Override(
-        {"encoder_hidden_sizes": [16, 16, 32, 32], "decoder_hidden_size": 32, "keypoint_decoder_dim": 65}
-    ),
-    "tvp": Override(
-        {"max_img_size": 64, "visual_prompt_size": 8},
-        of(input_ids=text(), pixel_values=noise(2, 2, 3, 64, 64), attention_mask=ones(2, 7)),
-    ),
     "unlimited_ocr_vision_encoder": Override(
         inputs=of(patch_embeds=noise(2, "hidden_size", 4, 4), pixel_values=image(64))
     ),
-    "vitmatte": _fields(backbone_config__out_features=("stage2",)),
     "xclip_vision_model": Override({"num_frames": 2}, of(pixel_values=image(128, 4))),
     # pictures and text
     "blip_2_qformer": Override(
         inputs=of(query_embeds=noise(2, 5, "hidden_size"), encoder_hidden_states=noise(2, 9, "encoder_hidden_size"))
     ),
+    "cosmos3_edge": _fields(**{"text_config.head_dim": 16, "text_config.rope_parameters": _rope(2, 3, 3)}),
+    "deepseek_ocr2": _fields(**{"text_config.mlp_layer_types": ["dense", "sparse"]}),
+    "diffusion_gemma": _fields(**{f"text_config.{k}": v for k, v in _DIFFUSION.items()}),
+    "hy_v4_vl": _fields(**{"text_config.qk_rope_head_dim": 16, "text_config.rope_parameters": _rope(2, 3, 3)}),
+    "qwen4_exp": _fields(**{f"text_config.{k}": v for k, v in _QWEN4.items()}),
+    "t5gemma2_encoder": _fields(**{"text_config.dropout_rate": 0.0}),
     "chameleon": _fields(vocabulary_map={"<image>": 130}),
     "cohere_compass": _fields(**{f"text_config.{k}": v for k, v in _COMPASS.items()}),
-    "emu3": _fields(vocabulary_map={"<image>": 130}),
     "ernie4_5_vl_moe": _fields(**{f"text_config.{k}": v for k, v in _ERNIE.items()}),
     "hunyuan_vl": _fields(**{"text_config.head_dim": 16}),
-    "pi0": Override(inputs=of(action_embeds=noise(2, 3, "hidden_size"), input_ids=text())),
     "step3p7": _fields(**{"text_config.sliding_window": 4}),
     # sound
-    "audioflamingo3_encoder": Override(
-        inputs=of(input_features=noise(2, "num_mel_bins", 64), input_features_mask=ones(2, 64))
+    "dia": Override(
+        {"decoder_config.num_channels": 2, "delay_pattern": [0, 1]},
+        of(input_ids=text(), decoder_input_ids=whole(2, 5, 2)),
     ),
-    "clvp_encoder": _fields(projection_dim=64),
-    "dia": Override({"decoder_config.num_channels": 2}, of(input_ids=text(), decoder_input_ids=whole(2, 5, 2))),
     "dia_decoder": Override(
         {"num_channels": 2}, of(input_ids=whole(2, 5, 2), encoder_hidden_states=noise(2, 9, "cross_hidden_size"))
+    ),
+    "gemma4_audio": Override(inputs=of(input_features=noise(2, 64, 128), attention_mask=ones(2, 64))),
+    "granite_speech_encoder": Override(inputs=of(hidden_states=noise(2, 40, "input_dim"))),
+    "granite_speech_plus_encoder": Override(inputs=of(hidden_states=noise(2, 40, "input_dim"))),
+    "inkling_audio": Override(inputs=of(audio_input_ids=whole(2, 7, 80, most=3))),
+    "phi4_multimodal_audio": Override(inputs=of(hidden_states=noise(2, 64, "input_size"), mask=ones(2, 64))),
+    "qwen2_5_omni_audio_encoder": Override(
+        inputs=of(
+            input_features=noise("num_mel_bins", 64),
+            feature_lens=lambda c: torch.tensor([40, 24]),
+            aftercnn_lens=lambda c: torch.tensor([20, 12]),
+        )
+    ),
+    "qwen3_omni_moe_audio_encoder": Override(
+        inputs=of(input_features=noise("num_mel_bins", 64), feature_lens=lambda c: torch.tensor([40, 24]))
+    ),
+    "qwen3_asr_encoder": Override(
+        inputs=of(input_features=noise(2, "num_mel_bins", 100), input_features_mask=ones(2, 100))
+    ),
+    "audioflamingo3_encoder": Override(
+        inputs=of(input_features=noise(2, "num_mel_bins", 64), input_features_mask=ones(2, 64))
     ),
     "fastspeech2_conformer_hifigan": Override(inputs=of(spectrogram=noise(2, 9, "model_in_dim"))),
     "speecht5_hifigan": Override(inputs=of(spectrogram=noise(2, 9, "model_in_dim"))),

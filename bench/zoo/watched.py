@@ -168,13 +168,21 @@ def _attention(result: Result, counter: Census, shapes: Shapes, made: Made | Non
     other = [s for s in counter.seen if not s.logits] if made is None else []
     left = list(shapes.attention)
     result.attention, result.attention_expected = len(left), len(real)
+    lost = []
     for seen in real:
         fitting = [c for c in left if _matches(c, seen)]
         match = next((c for c in fitting if _under(seen.path, c[0])), fitting[0] if fitting else None)
         if match is None:
-            result.missing.append(_sentence(seen))
+            lost.append(seen)
         else:
             left.remove(match)
+    for whole in list(left):  # one attention that the model computes in pieces is shown whole
+        pieces = _pieces(whole, [s for s in lost if s.path and _under(s.path, whole[0])])
+        if pieces:
+            left.remove(whole)
+            lost = [s for s in lost if not any(s is p for p in pieces)]
+            result.attention += len(pieces) - 1
+    result.missing = [_sentence(s) for s in lost]
     for seen in other:
         match = next((c for c in left if _matches(c, seen)), None)
         if match is not None:
@@ -188,6 +196,19 @@ def _matches(captured: tuple[str, int, int, int, int], seen: Seen) -> bool:
     _, rows, heads, queries, keys = captured
     shaped = (queries, keys) == (seen.queries, seen.keys) and seen.heads in (0, heads)
     return shaped and seen.rows in (0, rows)
+
+
+def _pieces(whole: tuple[str, int, int, int, int], parts: list[Seen]) -> list[Seen]:
+    """The parts of one place that are `whole` together: by sequence, by rows of queries, or by heads."""
+    _, rows, _, queries, keys = whole
+    for size in range(2, len(parts) + 1):
+        some = parts[:size]
+        by_queries = {s.rows for s in some} == {rows} and sum(s.queries for s in some) == queries
+        by_keys = sum(s.keys for s in some) == keys or {s.keys for s in some} == {keys}
+        by_heads = sum(s.rows for s in some) == rows and {(s.queries, s.keys) for s in some} == {(queries, keys)}
+        if (by_queries and by_keys) or by_heads:
+            return some
+    return []
 
 
 def _under(path: str, owner: str) -> bool:
