@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .shrink import SPECIAL
+from .shrink import SPECIAL, held
 
 BATCH, TOKENS, DECODER_TOKENS, FRAMES = 2, 7, 5, 4
 HIGHEST_ID = 60  # of an ordinary token: special tokens have higher ids
@@ -24,7 +24,7 @@ def read(config: Any, *names: str, default: Any = None) -> Any:
     """The first of these fields that the config or one of its sub-configs states."""
     for one in _tree(config):
         for name in names:
-            value = getattr(one, name, None)
+            value = held(one, name)
             if value is not None:
                 return value
     return default
@@ -112,7 +112,7 @@ class Maker:
         given = {k: v for k, v in kit.items() if k in taken}
         for name, parameter in taken.items():
             if parameter.default is parameter.empty and name not in given and parameter.kind not in (2, 4):
-                given[name] = getattr(self.config, name, None)
+                given[name] = held(self.config, name)
         with torch.no_grad():
             try:
                 found = method(**given)

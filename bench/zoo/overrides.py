@@ -54,6 +54,12 @@ def _fields(**changes: Any) -> Override:
     return Override({k.replace("__", "."): v for k, v in changes.items()})
 
 
+def _class(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)
+
+
 def _part_of(whole_type: str) -> Override:
     return Override(reason=f"a part without a model of its own; it runs in {whole_type}")
 
@@ -81,6 +87,18 @@ _SAM = {
     "prompt_encoder_config.image_embedding_size": 4,
 }
 _CLICK = of(pixel_values=image(64), input_points=noise(2, 1, 1, 2), input_labels=ones(2, 1, 1))
+_TILES = of(pixel_values=noise(1, 3, 14, 14 * 32), target_sizes=lambda c: torch.tensor([[4, 4], [4, 4]]))
+_HIERA = {
+    "hidden_size": 16,
+    "num_attention_heads": 1,
+    "image_size": [64, 64],
+    "blocks_per_stage": [1, 1, 1, 1],
+    "embed_dim_per_stage": [16, 32, 64, 128],
+    "num_attention_heads_per_stage": [1, 2, 4, 4],
+    "window_size_per_stage": [4, 2, 2, 2],
+    "window_positional_embedding_background_size": [4, 4],
+    "global_attention_blocks": [2],
+}
 _DIFFUSION = {
     "num_hidden_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -88,7 +106,14 @@ _DIFFUSION = {
     "top_k_experts": 2,
     "moe_intermediate_size": 32,
 }
-_QWEN4 = {"head_dim": 16, "index_n_heads": 4, "index_head_dim": 16, "num_key_value_heads": 2}
+_QWEN4 = {
+    "head_dim": 16,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 2,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
 _DETR_ENCODER = of(
     vision_features=lambda c: [torch.randn(2, c.hidden_size, 4, 4)],
     text_features=noise(2, 7, "hidden_size"),
@@ -116,6 +141,24 @@ def _patches(config: Any) -> torch.Tensor:
 
 TYPES: dict[str, Override] = {
     # text
+    "blt": _fields(
+        **{f"{p}.num_hidden_layers": 2 for p in ("patcher_config", "encoder_config", "decoder_config", "global_config")}
+    ),
+    "jev": Override(
+        inputs=of(
+            input_ids=lambda c: ids(batch=1),
+            marks=lambda c: torch.tensor([[3, 5]]),
+            num_options=lambda c: torch.tensor([[2, 2]]),
+            question_type_ids=lambda c: torch.tensor([[0, 0]]),
+        )
+    ),
+    "qwen3_omni_moe_talker_text": Override(
+        {"shared_expert_intermediate_size": 32}, of(inputs_embeds=noise(2, 7, "hidden_size"))
+    ),
+    "t5gemma2_decoder": Override(
+        {"dropout_rate": 0.0}, of(input_ids=text(5), encoder_hidden_states=noise(2, 7, "hidden_size"))
+    ),
+    "moshi_depth": Override(inputs=of(input_ids=text(8), last_hidden_state=noise(2, 1, "input_size"))),
     "cosmos3_edge_text": _fields(head_dim=16, rope_parameters=_rope(2, 3, 3)),
     "dbrx": _fields(
         attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -123,18 +166,8 @@ TYPES: dict[str, Override] = {
     ),
     "diffusion_gemma_text": _fields(**_DIFFUSION),
     "hy_v4_vl_text": _fields(qk_rope_head_dim=16, rope_parameters=_rope(2, 3, 3)),
-    "jev": Override(
-        inputs=of(
-            input_ids=lambda c: ids(batch=1),
-            marks=lambda c: torch.tensor([[3, 5]]),
-            num_options=lambda c: torch.tensor([[2]]),
-            question_type_ids=lambda c: torch.tensor([[0]]),
-        )
-    ),
-    "qwen3_omni_moe_talker_text": _fields(shared_expert_intermediate_size=32),
     "qwen3_omni_moe_talker_code_predictor": Override(inputs=of(inputs_embeds=noise(2, 7, "hidden_size"))),
     "qwen4_exp_text": _fields(**_QWEN4),
-    "t5gemma2_decoder": _fields(dropout_rate=0.0),
     "t5gemma2_text": _fields(dropout_rate=0.0),
     "muse_glimmer_assistant": Override(
         inputs=of(noise_embeds=noise(2, 5, "hidden_size"), context_hidden_states=noise(2, 9, "hidden_size"))
@@ -190,11 +223,86 @@ TYPES: dict[str, Override] = {
     ),
     "udop": Override(inputs=of(input_ids=text(), bbox=lambda c: boxes() / 100, pixel_values=image(64), **DECODER)),
     # pictures
-    "align": _fields(projection_dim=80),
+    "align": _fields(**{"projection_dim": 160, "vision_config.hidden_dim": 160, "temperature_init_value": 1.0}),
+    "sam2_hiera_det_model": _fields(**_HIERA),
+    "sam2_vision_model": _fields(
+        **{f"backbone_config.{k}": v for k, v in _HIERA.items()}, backbone_channel_list=[128, 64, 32, 16]
+    ),
+    "sam2": Override(
+        {
+            **{f"vision_config.backbone_config.{k}": v for k, v in _HIERA.items()},
+            "vision_config.backbone_channel_list": [128, 64, 32, 16],
+            "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+            "prompt_encoder_config.image_size": 64,
+        },
+        _CLICK,
+    ),
+    "vitmatte": Override(
+        {
+            "backbone_config.out_features": ["stage1"],
+            "fusion_hidden_sizes": [16, 16, 16, 16],
+            "convstream_hidden_sizes": [8, 8, 16],
+        },
+        of(pixel_values=image(64, channels=4)),
+    ),
+    "uvdoc": Override(reason="a convolutional net whose backbone's channels are fixed"),
+    "videoprism_vision_model": Override({"num_frames": 4}, of(pixel_values_videos=noise(2, 4, 3, 72, 72))),
     "depth_pro": Override(
-        {"patch_size": 56, "image_model_config.image_size": 56, "patch_model_config.image_size": 56},
+        {
+            "patch_size": 56,
+            "image_model_config.image_size": 56,
+            "patch_model_config.image_size": 56,
+            "intermediate_hook_ids": [1, 0],
+        },
         of(pixel_values=image(224)),
     ),
+    "idefics": Override(
+        inputs=of(input_ids=text(), pixel_values=noise(2, 1, 3, 56, 56), image_attention_mask=ones(2, 7, 1))
+    ),
+    "minicpm_ocr_vision": Override(inputs=_TILES),
+    "minicpmv4_6_vision": Override(inputs=_TILES),
+    "minicpmv4_7_vision": Override(inputs=_TILES),
+    "mllama_vision_model": Override(
+        {"intermediate_layers_indices": [0, 1]},
+        of(pixel_values=noise(1, 1, 4, 3, 56, 56), aspect_ratio_ids=ones(1, 1), aspect_ratio_mask=ones(1, 1, 4)),
+    ),
+    "molmo2_adapter": Override(
+        {"vision_feature_layer": [1, 0]},
+        of(image_features=lambda c: torch.randn(2, 9, 2 * c.hidden_size), pooled_patches_idx=whole(8, 4, most=9)),
+    ),
+    "molmo2_vision": Override(inputs=of(pixel_values=noise(2, 729, 588))),
+    "kimi_k25_vision": Override(inputs=of(pixel_values=noise(32, 3, 14, 14), grid_thw=grid())),
+    "paddleocr_vl_vision": Override(inputs=of(pixel_values=noise(1, 32, 3, 14, 14), grid_thw=grid())),
+    "muse_glimmer_vision": Override(inputs=of(pixel_values=noise(32, 1176), grid_thw=grid())),
+    "muse_spark_vision": Override(inputs=of(pixel_values=noise(32, 1176), grid_thw=grid())),
+    "oneformer": Override({"is_training": False}, of(pixel_values=image(64), task_inputs=whole(2, 77))),
+    "tvp": Override(
+        {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2, "hidden_size": 64},
+        of(input_ids=text(), pixel_values=noise(2, 2, 3, 448, 448), attention_mask=ones(2, 7)),
+    ),
+    "video_llama_3_vision": Override(
+        inputs=of(pixel_values=noise(32, 768), grid_thw=grid(), merge_sizes=lambda c: torch.tensor([2, 2]))
+    ),
+    "gemma4_vision": Override(
+        inputs=of(
+            pixel_values=noise(2, 9, 768),
+            pixel_position_ids=lambda c: torch.cartesian_prod(torch.arange(3), torch.arange(3)).expand(2, 9, 2),
+        )
+    ),
+    "rag": Override(
+        reason="needs a retriever, or documents of one: a wrapper of dpr and bart, which are types of their own"
+    ),
+    "efficientloftr": Override(
+        {
+            "out_features": [16, 32, 64],
+            "stage_num_blocks": [1, 1, 1],
+            "stage_stride": [2, 1, 2],
+            "hidden_size": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 4.0},
+        },
+        _TWO_PICTURES,
+    ),
+    "timm_backbone": Override(reason="TimmBackbone requires the timm library"),
     "efficientnet": _fields(hidden_dim=2560),
     "inkling_vision": Override(inputs=of(pixel_values=noise(2, 2, 40, 40, 3))),
     "janus_vqgan": _fields(num_patches=4),
@@ -202,12 +310,6 @@ TYPES: dict[str, Override] = {
     "pix2struct_vision_model": Override(inputs=of(flattened_patches=_patches)),
     "pix2struct": Override(inputs=of(flattened_patches=_patches, **DECODER)),
     "pix2struct_text_model": _fields(initializer_range=0.02),
-    "mllama_vision_model": Override(
-        inputs=of(pixel_values=noise(1, 1, 4, 3, 56, 56), aspect_ratio_ids=ones(1, 1), aspect_ratio_mask=ones(1, 1, 4))
-    ),
-    "molmo2_vision": Override(inputs=of(pixel_values=noise(2, 9, 588))),
-    "molmo2_adapter": Override(inputs=of(image_features=noise(2, 1, 9, 32), pooled_patches_idx=whole(2, 4, 4, most=9))),
-    "oneformer": Override({"is_training": False}, of(pixel_values=image(64), task_inputs=text())),
     "sam3_detr_encoder": Override(inputs=_DETR_ENCODER),
     "sam3_lite_text_detr_encoder": Override(inputs=_DETR_ENCODER),
     "sam3_detr_decoder": Override(inputs=_DETR_DECODER),
@@ -238,21 +340,10 @@ TYPES: dict[str, Override] = {
         {"encoder_hidden_sizes": [16, 16, 32, 32], "decoder_hidden_size": 32, "keypoint_decoder_dim": 65}
     ),
     "swin2sr": _fields(embed_dim=64, depths=[2, 1], num_heads=[2, 4]),
-    "tvp": Override(
-        {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
-        of(input_ids=text(), pixel_values=noise(2, 2, 3, 64, 64), attention_mask=ones(2, 7)),
-    ),
-    "video_llama_3_vision": Override(
-        inputs=of(pixel_values=noise(32, 588), grid_thw=grid(), merge_sizes=lambda c: torch.tensor([2, 2]))
-    ),
     "videomt": Override(inputs=of(pixel_values_videos=noise(1, 2, 3, 64, 64))),
-    "vitmatte": _fields(**{"backbone_config.out_features": ["stage2"]}),
     "lightglue": Override(inputs=_TWO_PICTURES),
     "superglue": Override(inputs=_TWO_PICTURES),
     "bridgetower_vision_model": Override(inputs=of(image=image(64))),
-    "efficientloftr": Override(
-        {"out_features": [16, 32, 32, 64], "stage_num_blocks": [1, 1, 1, 1], "hidden_size": 64}, _TWO_PICTURES
-    ),
     "idefics2_perceiver": Override(inputs=of(context=noise(2, 9, "hidden_size"), attention_mask=ones(2, 9))),
     "perceiver": Override(
         {"d_model": 64, "num_blocks": 1, "num_self_attends_per_block": 2, "num_latents": 6, "d_latents": 64},
@@ -265,6 +356,28 @@ TYPES: dict[str, Override] = {
     ),
     "xclip_vision_model": Override({"num_frames": 2}, of(pixel_values=image(128, 4))),
     # pictures and text
+    "llama4": _fields(
+        **{
+            "vision_config.vision_output_dim": 64,
+            "vision_config.projector_output_dim": 64,
+            "vision_config.projector_input_dim": 64,
+        }
+    ),
+    "shieldgemma2": _fields(mm_tokens_per_image=4),
+    "clvp": _fields(
+        **{
+            "text_config.projection_dim": 64,
+            "text_config.num_attention_heads": 2,
+            "speech_config.projection_dim": 64,
+            "speech_config.num_attention_heads": 2,
+            "text_config.hidden_size": 64,
+            "speech_config.hidden_size": 64,
+        }
+    ),
+    "clvp_encoder": _fields(hidden_size=64, num_attention_heads=2),
+    "granite4_vision": _fields(deepstack_layer_map=[[0, 0]], spatial_target_layers=[1], downsample_rate="2/4"),
+    "grounding-dino": _fields(d_model=64),
+    "mm-grounding-dino": _fields(d_model=64),
     "blip_2_qformer": Override(
         inputs=of(query_embeds=noise(2, 5, "hidden_size"), encoder_hidden_states=noise(2, 9, "encoder_hidden_size"))
     ),
@@ -280,6 +393,28 @@ TYPES: dict[str, Override] = {
     "hunyuan_vl": _fields(**{"text_config.head_dim": 16}),
     "step3p7": _fields(**{"text_config.sliding_window": 4}),
     # sound
+    "dots3_note_audio_encoder": _fields(hidden_size=64, adapter_input_size=64),
+    "gemma4_audio": Override(
+        inputs=of(input_features=noise(2, 64, 128), attention_mask=ones(2, 64)),
+        changes={"subsampling_conv_channels": [16, 4]},
+    ),
+    "musicgen": Override(
+        model=lambda: _class("MusicgenForConditionalGeneration"),
+        inputs=of(input_ids=text(), decoder_input_ids=whole(8, 5)),
+    ),
+    "musicgen_melody": Override(
+        model=lambda: _class("MusicgenMelodyForConditionalGeneration"),
+        inputs=of(input_ids=text(), decoder_input_ids=whole(8, 5)),
+    ),
+    "pe_audio_encoder": Override(inputs=of(input_values=noise(2, 1, 1920))),
+    "vibevoice_acoustic_tokenizer": Override(inputs=of(input_values=noise(1, 1, 3200))),
+    "vibevoice_acoustic_tokenizer_encoder": Override(inputs=of(hidden_states=noise(1, 1, 3200))),
+    "vibevoice_acoustic_tokenizer_decoder": Override(inputs=of(hidden_states=noise(1, 64, 2))),
+    "mimi": Override(inputs=of(input_values=noise(2, 1, 3840))),
+    "speech-encoder-decoder": Override(reason="a wrapper of an encoder and a decoder that are types of their own"),
+    "voxtral_realtime_text": Override(
+        reason="its class is not in the installed transformers; it runs in voxtral_realtime"
+    ),
     "dia": Override(
         {"decoder_config.num_channels": 2, "delay_pattern": [0, 1]},
         of(input_ids=text(), decoder_input_ids=whole(2, 5, 2)),
@@ -287,7 +422,6 @@ TYPES: dict[str, Override] = {
     "dia_decoder": Override(
         {"num_channels": 2}, of(input_ids=whole(2, 5, 2), encoder_hidden_states=noise(2, 9, "cross_hidden_size"))
     ),
-    "gemma4_audio": Override(inputs=of(input_features=noise(2, 64, 128), attention_mask=ones(2, 64))),
     "granite_speech_encoder": Override(inputs=of(hidden_states=noise(2, 40, "input_dim"))),
     "granite_speech_plus_encoder": Override(inputs=of(hidden_states=noise(2, 40, "input_dim"))),
     "inkling_audio": Override(inputs=of(audio_input_ids=whole(2, 7, 80, most=3))),

@@ -176,9 +176,7 @@ def _of_each_kind(cls: Any, given: Mapping[str, Any], small: Mapping[str, Any]) 
         return {}
     whole = cls(**given)
     depth = whole.num_hidden_layers
-    lists = {
-        n: v for n in values if isinstance(v := getattr(whole, n, None), list | tuple) and len(v) == depth > LAYERS
-    }
+    lists = {n: v for n in values if isinstance(v := held(whole, n), list | tuple) and len(v) == depth > LAYERS}
     lists = {n: v for n, v in lists.items() if 1 < len(set(map(str, v))) <= KINDS}
     kinds = [str(k) for k in zip(*lists.values(), strict=True)]
     picks = sorted(kinds.index(k) for k in dict.fromkeys(kinds))[:KINDS]
@@ -187,7 +185,8 @@ def _of_each_kind(cls: Any, given: Mapping[str, Any], small: Mapping[str, Any]) 
     return {"num_hidden_layers": len(picks)} | {n: type(v)(v[p] for p in picks) for n, v in lists.items()}
 
 
-def _held(config: Any, name: str) -> Any:
+def held(config: Any, name: str) -> Any:
+    """A field of a config; None where it has none."""
     try:
         return getattr(config, name, None)
     except Exception:  # a field that differs from layer to layer refuses to be read for all
@@ -202,11 +201,11 @@ def _agreed(config: Any) -> Any:
         if hasattr(part, "sub_configs"):
             _agreed(part)
     text = getattr(config, "text_config", None)
-    width = getattr(text, "hidden_size", None)
+    width = held(text, "hidden_size")
     for name in config.sub_configs if width else ():
         part = getattr(config, name, None)
         for field in ("out_hidden_size", "text_hidden_size"):
-            if part is not text and hasattr(part, field):
+            if part is not text and held(part, field) is not None:
                 setattr(part, field, width)
     return config
 
@@ -214,8 +213,8 @@ def _agreed(config: Any) -> Any:
 def _share_head(config: Any) -> None:
     """Where time, height and width share the rotation of a head: their parts of the tiny one."""
     name = type(config).__module__.replace(".configuration_", ".modeling_")
-    rope, head = _held(config, "rope_parameters"), _held(config, "head_dim")
-    width, heads = _held(config, "hidden_size"), _held(config, "num_attention_heads")
+    rope, head = held(config, "rope_parameters"), held(config, "head_dim")
+    width, heads = held(config, "hidden_size"), held(config, "num_attention_heads")
     if head is None and isinstance(width, int) and isinstance(heads, int):
         head = width // heads
     if not (

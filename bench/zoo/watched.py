@@ -144,7 +144,7 @@ def _captured(model: nn.Module, call: Callable[[], Any], plain: Any, result: Res
     result.equal = same(plain, output)
     if not torch.equal(generator, torch.random.get_rng_state()):
         result.left.append("torch: random numbers")
-    result.notes = [n for n in recorder.notes if "stopped at call" in n]
+    result.notes = [n for n in recorder.notes if "stopped at call" in n or "attention of" in n]
     result.blocks_seen = len(set(shapes.blocks))
     result.writers = _with_writers(recorder)
     return shapes

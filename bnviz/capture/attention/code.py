@@ -62,12 +62,13 @@ def reaches(module: nn.Module, *, far: bool = False) -> frozenset[str]:
 
 
 def bypasses(module: nn.Module) -> bool:
-    """Whether methods of a module's class may compute attention beside transformers' interface."""
+    """Whether methods of a module's class may compute attention beside transformers' interface, or name it and not ask it."""
     cls = type(module)
     names = set(_own(cls.forward))
     for name in tuple(names):
         names |= _own(inspect.getattr_static(cls, name, None))
-    return bool({"softmax", "scaled_dot_product_attention"} & names)
+    asks = "get_interface" in names or "ALL_ATTENTION_FUNCTIONS" not in names
+    return bool({"softmax", "scaled_dot_product_attention"} & names) or not asks
 
 
 def _own(function: Any) -> frozenset[str]:

@@ -33,7 +33,7 @@ _COUNTS = (
 def items_of(module: nn.Module) -> tuple[nn.Module, ...]:
     """The experts of a list or dict of alike modules; also where it is the only thing with parameters in `module`."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        items = tuple(module.values() if isinstance(module, nn.ModuleDict) else module)
+        items = tuple(module.children()) if all(m is not None for m in module._modules.values()) else ()
         return items if len(items) > 1 and len({_like(m) for m in items}) == 1 and _like(items[0])[1] else ()
     inner = [c for c in module.children() if next(c.parameters(), None) is not None]
     lonely = len(inner) == 1 and next(module.parameters(recurse=False), None) is None
