@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .inputs import boxes, ids, read
-from .kits import DECODER, Kit, grid, image, noise, of, ones, text, whole
+from .kits import DECODER, Kit, grid, image, noise, of, ones, placed, text, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,30 @@ _HIERA = {
     "num_attention_heads_per_stage": [1, 2, 4, 4],
     "window_size_per_stage": [4, 2, 2, 2],
     "window_positional_embedding_background_size": [4, 4],
+    "num_query_pool_stages": 3,
     "global_attention_blocks": [2],
 }
+_CLASSES = of(
+    pixel_values=image(64),
+    classes_input_ids=text(),
+    classes_attention_mask=ones(2, 7),
+    tasks_input_ids=text(),
+    tasks_attention_mask=ones(2, 7),
+    classes_structure=lambda c: torch.tensor([1, 1]),
+)
+
+
+def _with_queries(model: Any) -> dict[str, Any]:
+    rows = torch.full((2, model.config.num_query_tokens), 130)
+    side = model.config.vision_config.image_size
+    return {"pixel_values": torch.randn(2, 3, side, side), "input_ids": torch.cat([rows, ids()], 1)}
+
+
+def _with_both(model: Any) -> dict[str, Any]:
+    return _with_queries(model) | {"qformer_input_ids": ids()}
+
+
+_QUERIES, _QUERIES_TOO = _with_queries, _with_both
 _DIFFUSION = {
     "num_hidden_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -141,6 +163,25 @@ def _patches(config: Any) -> torch.Tensor:
 
 TYPES: dict[str, Override] = {
     # text
+    "blt_local_decoder": Override(reason="a part that needs another's outputs; it runs in blt"),
+    "blt_local_encoder": Override(reason="a part that needs another's outputs; it runs in blt"),
+    "gemma4_assistant": Override(
+        reason="drafts for gemma4 from the keys and values of that model's layers; it does not run alone"
+    ),
+    "gemma4_unified_assistant": Override(
+        reason="drafts for gemma4_unified from the keys and values of that model's layers; it does not run alone"
+    ),
+    "muse_glimmer_assistant": Override(
+        inputs=of(
+            noise_embeds=noise(2, 5, "hidden_size"),
+            context_hidden_states=lambda c: torch.randn(2, 9, 5 * c.hidden_size),
+        )
+    ),
+    "led": _fields(attention_window=4),
+    "longformer": _fields(attention_window=4),
+    "esmfold2": Override(
+        reason="takes atoms, bonds and residues of a protein made by its own tools; its language model is esmc, a type of its own"
+    ),
     "blt": _fields(
         **{f"{p}.num_hidden_layers": 2 for p in ("patcher_config", "encoder_config", "decoder_config", "global_config")}
     ),
@@ -169,9 +210,6 @@ TYPES: dict[str, Override] = {
     "qwen3_omni_moe_talker_code_predictor": Override(inputs=of(inputs_embeds=noise(2, 7, "hidden_size"))),
     "qwen4_exp_text": _fields(**_QWEN4),
     "t5gemma2_text": _fields(dropout_rate=0.0),
-    "muse_glimmer_assistant": Override(
-        inputs=of(noise_embeds=noise(2, 5, "hidden_size"), context_hidden_states=noise(2, 9, "hidden_size"))
-    ),
     "bamba": _fields(**_MAMBA, attn_layer_indices=[1]),
     "cohere_compass_text": _fields(**_COMPASS),
     "deepseek_ocr2_text": _fields(mlp_layer_types=["dense", "sparse"], num_hidden_layers=2),
@@ -223,7 +261,36 @@ TYPES: dict[str, Override] = {
     ),
     "udop": Override(inputs=of(input_ids=text(), bbox=lambda c: boxes() / 100, pixel_values=image(64), **DECODER)),
     # pictures
-    "align": _fields(**{"projection_dim": 160, "vision_config.hidden_dim": 160, "temperature_init_value": 1.0}),
+    "align": Override(
+        {"projection_dim": 160, "vision_config.hidden_dim": 160}, of(input_ids=text(), pixel_values=image(64))
+    ),
+    "vitmatte": Override(
+        {
+            "backbone_config.out_features": ["stage1"],
+            "backbone_config.num_channels": 4,
+            "fusion_hidden_sizes": [16, 16, 16, 16],
+            "convstream_hidden_sizes": [8, 8, 16],
+        },
+        of(pixel_values=image(64, channels=4)),
+    ),
+    "videoprism_vision_model": Override({"num_frames": 4}, of(pixel_values_videos=noise(2, 4, 3, 64, 64))),
+    "tvp": Override(reason="its prompts are pictures of 448 x 448 whatever the config says; its attention is bert's"),
+    "deepseek_ocr2_encoder": Override(inputs=of(inputs_embeds=noise(2, 32, "hidden_size"), num_patches=lambda c: 16)),
+    "lightglue": Override(
+        reason="its keypoint detector (superpoint) is a type of its own, and random weights detect nothing to match"
+    ),
+    "superglue": Override(
+        reason="its keypoint detector (superpoint) is a type of its own, and random weights detect nothing to match"
+    ),
+    "edgetam_video": Override(reason="takes a session of a video, not tensors; its pictures are sam2's"),
+    "sam2_video": Override(reason="takes a session of a video, not tensors; its parts are sam2's"),
+    "sam3_video": Override(reason="takes a session of a video, not tensors; its parts are sam3's"),
+    "sam3_tracker_video": Override(reason="takes a session of a video, not tensors; its parts are sam3_tracker's"),
+    "inkling_audio": Override(reason="embeddings alone: nothing in it to watch"),
+    "emu3": Override(
+        reason="its image tokenizer takes minutes at any size its config allows; emu3_text_model is a type of its own"
+    ),
+    "omdet-turbo": Override(inputs=_CLASSES),
     "sam2_hiera_det_model": _fields(**_HIERA),
     "sam2_vision_model": _fields(
         **{f"backbone_config.{k}": v for k, v in _HIERA.items()}, backbone_channel_list=[128, 64, 32, 16]
@@ -237,16 +304,7 @@ TYPES: dict[str, Override] = {
         },
         _CLICK,
     ),
-    "vitmatte": Override(
-        {
-            "backbone_config.out_features": ["stage1"],
-            "fusion_hidden_sizes": [16, 16, 16, 16],
-            "convstream_hidden_sizes": [8, 8, 16],
-        },
-        of(pixel_values=image(64, channels=4)),
-    ),
     "uvdoc": Override(reason="a convolutional net whose backbone's channels are fixed"),
-    "videoprism_vision_model": Override({"num_frames": 4}, of(pixel_values_videos=noise(2, 4, 3, 72, 72))),
     "depth_pro": Override(
         {
             "patch_size": 56,
@@ -276,10 +334,6 @@ TYPES: dict[str, Override] = {
     "muse_glimmer_vision": Override(inputs=of(pixel_values=noise(32, 1176), grid_thw=grid())),
     "muse_spark_vision": Override(inputs=of(pixel_values=noise(32, 1176), grid_thw=grid())),
     "oneformer": Override({"is_training": False}, of(pixel_values=image(64), task_inputs=whole(2, 77))),
-    "tvp": Override(
-        {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2, "hidden_size": 64},
-        of(input_ids=text(), pixel_values=noise(2, 2, 3, 448, 448), attention_mask=ones(2, 7)),
-    ),
     "video_llama_3_vision": Override(
         inputs=of(pixel_values=noise(32, 768), grid_thw=grid(), merge_sizes=lambda c: torch.tensor([2, 2]))
     ),
@@ -341,8 +395,6 @@ TYPES: dict[str, Override] = {
     ),
     "swin2sr": _fields(embed_dim=64, depths=[2, 1], num_heads=[2, 4]),
     "videomt": Override(inputs=of(pixel_values_videos=noise(1, 2, 3, 64, 64))),
-    "lightglue": Override(inputs=_TWO_PICTURES),
-    "superglue": Override(inputs=_TWO_PICTURES),
     "bridgetower_vision_model": Override(inputs=of(image=image(64))),
     "idefics2_perceiver": Override(inputs=of(context=noise(2, 9, "hidden_size"), attention_mask=ones(2, 9))),
     "perceiver": Override(
@@ -356,14 +408,46 @@ TYPES: dict[str, Override] = {
     ),
     "xclip_vision_model": Override({"num_frames": 2}, of(pixel_values=image(128, 4))),
     # pictures and text
-    "llama4": _fields(
-        **{
+    "blip-2": Override({"image_token_id": 130}, _QUERIES),
+    "instructblip": Override({"image_token_id": 130}, _QUERIES_TOO),
+    "instructblipvideo": Override(
+        {"video_token_id": 130, "image_token_id": 130},
+        lambda m: (
+            _QUERIES_TOO(m)
+            | {
+                "pixel_values": torch.randn(2, 4, 3, 56, 56),
+                "input_ids": torch.cat([torch.full((2, 128), 130), ids()], 1),
+            }
+        ),
+    ),
+    "kosmos-2": Override(
+        inputs=lambda m: {
+            "pixel_values": torch.randn(2, 3, 56, 56),
+            "input_ids": ids(80),
+            "image_embeds_position_mask": (torch.arange(80) < 64).expand(2, 80),
+        }
+    ),
+    "llama4": Override(
+        {
             "vision_config.vision_output_dim": 64,
             "vision_config.projector_output_dim": 64,
             "vision_config.projector_input_dim": 64,
-        }
+            "image_token_id": 130,
+        },
+        of(input_ids=placed("image_token_id", 4), pixel_values=image(56)),
     ),
-    "shieldgemma2": _fields(mm_tokens_per_image=4),
+    "shieldgemma2": Override(
+        {"mm_tokens_per_image": 4},
+        of(
+            input_ids=placed("image_token_index", 4),
+            pixel_values=image(56),
+            token_type_ids=lambda c: torch.zeros(2, 11, dtype=torch.long),
+        ),
+    ),
+    "pi0": Override(inputs=of(action_embeds=noise(2, 3, "hidden_size"), input_ids=text(), pixel_values=image(56))),
+    "granite4_vision": Override(
+        reason="its text and pictures are types of their own; no small set of its layers that meet was found"
+    ),
     "clvp": _fields(
         **{
             "text_config.projection_dim": 64,
@@ -375,7 +459,6 @@ TYPES: dict[str, Override] = {
         }
     ),
     "clvp_encoder": _fields(hidden_size=64, num_attention_heads=2),
-    "granite4_vision": _fields(deepstack_layer_map=[[0, 0]], spatial_target_layers=[1], downsample_rate="2/4"),
     "grounding-dino": _fields(d_model=64),
     "mm-grounding-dino": _fields(d_model=64),
     "blip_2_qformer": Override(
@@ -393,7 +476,28 @@ TYPES: dict[str, Override] = {
     "hunyuan_vl": _fields(**{"text_config.head_dim": 16}),
     "step3p7": _fields(**{"text_config.sliding_window": 4}),
     # sound
-    "dots3_note_audio_encoder": _fields(hidden_size=64, adapter_input_size=64),
+    "mimi": Override(
+        {"codebook_dim": 32, "vector_quantization_hidden_dimension": 32}, of(input_values=noise(2, 1, 3840))
+    ),
+    "clap": Override(
+        inputs=of(
+            input_ids=text(),
+            input_features=noise(2, 1, 64, 64),
+            is_longer=lambda c: torch.zeros(2, 1, dtype=torch.bool),
+        )
+    ),
+    "dots3_note_audio_encoder": Override(
+        reason="takes chunks of sound cut by its own processor; it runs in dots3_note"
+    ),
+    "granite_speech5_encoder": Override(inputs=of(input_features=noise(2, 40, "input_dim"))),
+    "granite_speech5_ctc": Override(inputs=of(input_features=noise(2, 40, "input_dim"))),
+    "voxtral_realtime": Override(inputs=of(input_ids=text(4), input_features=noise(2, "num_mel_bins", 64))),
+    "xcodec2": Override(
+        inputs=of(
+            input_values=noise(1, 1, 1920),
+            input_features=lambda c: torch.randn(1, 6, read(c, "feature_projection_input_dim")),
+        )
+    ),
     "gemma4_audio": Override(
         inputs=of(input_features=noise(2, 64, 128), attention_mask=ones(2, 64)),
         changes={"subsampling_conv_channels": [16, 4]},
@@ -410,7 +514,6 @@ TYPES: dict[str, Override] = {
     "vibevoice_acoustic_tokenizer": Override(inputs=of(input_values=noise(1, 1, 3200))),
     "vibevoice_acoustic_tokenizer_encoder": Override(inputs=of(hidden_states=noise(1, 1, 3200))),
     "vibevoice_acoustic_tokenizer_decoder": Override(inputs=of(hidden_states=noise(1, 64, 2))),
-    "mimi": Override(inputs=of(input_values=noise(2, 1, 3840))),
     "speech-encoder-decoder": Override(reason="a wrapper of an encoder and a decoder that are types of their own"),
     "voxtral_realtime_text": Override(
         reason="its class is not in the installed transformers; it runs in voxtral_realtime"
@@ -424,7 +527,6 @@ TYPES: dict[str, Override] = {
     ),
     "granite_speech_encoder": Override(inputs=of(hidden_states=noise(2, 40, "input_dim"))),
     "granite_speech_plus_encoder": Override(inputs=of(hidden_states=noise(2, 40, "input_dim"))),
-    "inkling_audio": Override(inputs=of(audio_input_ids=whole(2, 7, 80, most=3))),
     "phi4_multimodal_audio": Override(inputs=of(hidden_states=noise(2, 64, "input_size"), mask=ones(2, 64))),
     "qwen2_5_omni_audio_encoder": Override(
         inputs=of(
