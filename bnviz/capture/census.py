@@ -83,7 +83,8 @@ class Census:
         for site, block in self._plan.blocks:
             yield site, block.first, ""
         for place in self._plan.attention:
-            yield place.site, place.module, place.mechanism
+            if not place.doubtful or (place.site.kind, place.site.path) in self._seen:  # it may turn out to be none
+                yield place.site, place.module, place.mechanism
         for site, router in self._plan.routers:
             yield site, router.block, ""
 

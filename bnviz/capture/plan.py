@@ -92,8 +92,12 @@ def sites(model: nn.Module, *, attention: Any = None, routers: Any = None) -> Pl
     Parameters
     ----------
     model : torch.nn.Module
-    attention : str, optional
-        Pattern of module paths (`"*.attn"`) to take as attention besides those found.
+    attention : str, type, callable, sequence or mapping, optional
+        Attention besides what is found: a pattern of paths (`"*.attn"`), a class or its name, a function of (path, module) that
+        is true for it, several of these in a list; the torch functions it calls are then listened to. Or a mapping of such to a
+        function, given (module, args, kwargs, output) after each call, that returns weights (batch, heads, queries, keys), or
+        (query, key, value), each (batch, heads, tokens, dim), or a mapping with any of `query`, `key`, `value`, `weights`,
+        `logits`, `allowed`, `causal`, `scale`, `window`, `softcap`, `sinks`, or None for nothing.
     routers : str, type, sequence or mapping, optional
         Routers, or modules around them, by pattern of paths (`"*.moe"`) or by class; a mapping of such to a function
         (module, args, kwargs, output) -> (ids, weights[, logits[, experts]]) reads what no mechanism understands.

@@ -17,6 +17,8 @@ from bnviz.capture.attention.heads import Shape, batch_and_heads
 from bnviz.capture.attention.pieces import dense, together
 from bnviz.capture.attention.products import product
 
+from .spied import watched
+
 
 @st.composite
 def journeys(draw: st.DrawFn) -> tuple[Tensor, Tensor, Any]:
@@ -180,6 +182,27 @@ def test_heads_and_parts_of_the_batch_side_by_side() -> None:
     parts = [call(4, 4, seed=n, mask=torch.randn(1, 1, 4, 4)) for n in range(3)]
     (one,) = together(parts, Shape((3, 4)))
     assert torch.allclose(weights(one), torch.cat([weights(p) for p in parts], 0))
+
+
+def test_layers_that_follow_each_other_in_one_module_are_no_heads() -> None:
+    """A model of one module, its layers a loop: each attention is computed from the one before."""
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ParameterList(torch.randn(8, 24) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for weight in self.layers:
+                q, k, v = (x @ weight).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+                x = x + ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+            return x
+
+    model, x = Loop(), torch.randn(2, 5, 8)
+    seen = watched(model, lambda m: m(x))
+    assert [tuple(s.query.shape) for s in seen] == [(2, 2, 5, 4)] * 3
+    assert [s.site.kind for s in seen] == ["attention", "cross_attention", "cross_attention"]
+    assert [s.site.layer for s in seen[1:]] == [0, 1]
 
 
 def test_what_is_no_piece_of_another_stays_alone() -> None:

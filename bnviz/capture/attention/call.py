@@ -12,6 +12,7 @@ from torch import Tensor, nn
 class Call:
     """One call of an attention kernel, before it is placed in a model.
 
+    `after` an earlier attention in the same call of its module, from whose result it was computed: they are no pieces of one.
     `valid` (batch, keys) bool tells which keys are tokens, where the call itself says so; with `together` the queries are those
     tokens too.
     """
@@ -27,6 +28,7 @@ class Call:
     sinks: Tensor | None = None
     valid: Tensor | None = None
     together: bool = False
+    after: bool = False
 
 
 Listener = Callable[[nn.Module, Call], None]

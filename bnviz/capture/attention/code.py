@@ -49,7 +49,7 @@ def reaches(module: nn.Module, *, far: bool = False) -> frozenset[str]:
     ['softmax']
     """
     cls = type(module)
-    if cls.forward is nn.Module.forward:
+    if getattr(cls, "forward", nn.Module.forward) is nn.Module.forward:  # a scripted module's class has none to read
         return frozenset()
     names = _reached(cls, FAR_STEPS if far else STEPS)
     found = {_NAMES[name] for name in names if name in _NAMES} | {n for n in names if n in _KINDS}

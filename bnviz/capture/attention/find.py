@@ -146,7 +146,7 @@ def _site(path: str, module: nn.Module, mechanism: str, **how: Any) -> Attention
 
 def _called_attention(path: str, module: nn.Module) -> bool:
     cls, name = type(module), path.rpartition(".")[2]
-    if cls.forward is nn.Module.forward or cls.__module__.startswith("torch.nn."):
+    if getattr(cls, "forward", nn.Module.forward) is nn.Module.forward or cls.__module__.startswith("torch.nn."):
         return False
     return bool(_ATTENTION.search(cls.__name__) or _ATTRIBUTE.search(name))
 

@@ -61,7 +61,7 @@ def attended(mixed: Mixed, shape: Shape, *, check: bool = False) -> Call | None:
         if found is not None and rest is not None and not (check and _differs(logits, rest, found, mixed.soft.scale)):
             (query, key), scale, logits = found, mixed.soft.scale, rest
     value = of(batch, heads, keys, 0) if value is None else value
-    return Call(query, key, value, logits, False, scale, sinks=sinks)
+    return Call(query, key, value, logits, False, scale, sinks=sinks, after=mixed.after)
 
 
 def product_of(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:

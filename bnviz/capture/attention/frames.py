@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .find import AttentionSite
 from .heads import Shape
 from .interface import interface
 from .kernel import reader
+from .lineage import Lineage
 from .trail import Mixed, Trail
 
 NATIVE = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -45,6 +46,10 @@ class Frame:
     trail : Trail, optional
         Follows a softmax written by hand; None in a module that is not listened to.
     heard : list of Call, Mixed
+    listens : bool
+        The function mode is on for it.
+    lineage : Lineage
+        What was made of the attention heard so far.
     """
 
     place: AttentionSite
@@ -54,6 +59,7 @@ class Frame:
     trail: Trail | None = None
     heard: list[Call | Mixed] = field(default_factory=list)
     listens: bool = False
+    lineage: Lineage = field(default_factory=Lineage)
 
 
 class Frames:
@@ -122,11 +128,15 @@ class Frames:
             read = reader(function)
             if read is not None:
                 with self.busy():
-                    frame.heard.append(read(args, kwargs, frame.shape))
+                    call = read(args, kwargs, frame.shape)
+                frame.heard.append(replace(call, after=frame.lineage.holds(*args[:2], *kwargs.values())))
+                frame.lineage.mark(output)
                 return
             mixed = frame.trail.hear(function, args, kwargs, output)
+            frame.lineage.follow(args, kwargs, output)
             if mixed is not None and (mixed.soft.compared or not frame.place.doubtful):
-                frame.heard.append(mixed)
+                frame.heard.append(replace(mixed, after=frame.lineage.holds(mixed.soft.logits)))
+                frame.lineage.mark(output)
         except Exception as error:
             self._failed(frame.place, error)
             frame.trail = None

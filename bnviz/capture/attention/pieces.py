@@ -58,6 +58,7 @@ def _alike(calls: Sequence[Call]) -> bool:
         (c.scale, c.softcap, c.query.shape[-1], c.key.shape[-1], c.value.shape[-1])
         == (first.scale, first.softcap, first.query.shape[-1], first.key.shape[-1], first.value.shape[-1])
         and c.valid is None
+        and not c.after
         and (c.sinks is None) == (first.sinks is None)
         for c in calls
     )

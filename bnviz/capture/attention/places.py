@@ -68,5 +68,7 @@ class Places:
         key = (site.path, site.layer, again)
         number = self._numbers.setdefault(key, len(self._numbers))
         if number not in self._plan.cross:
-            self._plan.cross[number] = site.path + (f" (attention {again + 1})" if again else "")
+            self._plan.cross[number] = " ".join(
+                [site.path] * bool(site.path) + [f"(attention {again + 1})"] * bool(again)
+            )
         return replace(site, kind=CROSS, layer=number)

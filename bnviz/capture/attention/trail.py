@@ -113,6 +113,8 @@ class Mixed:
     into : Product
     altered : (Tensor, Layout), optional
         The weights, where they are not those of the softmax any more: some were taken away, or made larger.
+    after : bool
+        The logits were made of the result of an earlier attention in the same call of the module.
     """
 
     soft: Soft
@@ -121,6 +123,7 @@ class Mixed:
     labels: tuple[str, ...]
     into: Product
     altered: tuple[Tensor, Layout] | None
+    after: bool = False
 
     @property
     def value(self) -> tuple[Tensor, tuple[str, ...]]:
