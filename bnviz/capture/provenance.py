@@ -15,6 +15,7 @@ from torch import nn
 from bnviz.schema import SCHEMA_VERSION
 
 from .blocks.find import size_of
+from .values import device_of, nbytes_of
 
 
 def model_name(model: nn.Module) -> str:
@@ -28,7 +29,7 @@ def provenance(model: nn.Module, name: str | None, options: Mapping[str, Any]) -
     """JSON-able facts about a capture that starts now."""
     parameter = next(model.parameters(), None)
     transformers = sys.modules.get("transformers")
-    weights = sum(t.numel() * t.element_size() for t in {id(p): p for p in model.parameters()}.values())
+    weights = parameter_bytes(model)
     return {
         "schema": SCHEMA_VERSION,
         "model": name or model_name(model),
@@ -36,7 +37,7 @@ def provenance(model: nn.Module, name: str | None, options: Mapping[str, Any]) -
         "parameters": size_of(model),
         "parameter_bytes": weights,
         "dtype": str(parameter.dtype).removeprefix("torch.") if parameter is not None else "none",
-        "device": str(parameter.device) if parameter is not None else "cpu",
+        "device": device_of(model),
         "training": model.training,
         "seed": torch.initial_seed(),
         "versions": {
@@ -56,4 +57,4 @@ def provenance(model: nn.Module, name: str | None, options: Mapping[str, Any]) -
 
 def parameter_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters, shared ones once."""
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(nbytes_of(p) for p in module.parameters())

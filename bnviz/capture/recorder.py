@@ -17,6 +17,7 @@ from bnviz.run import Run
 from .compiled import plain
 from .options import Options, make_probes
 from .session import Session
+from .values import check_values
 
 
 def capture(model: nn.Module, *, probes: Sequence[str] | None = None, **options: Any) -> Recorder:
@@ -109,10 +110,7 @@ class Recorder:
         """
         if self._session is not None or self._model is None:
             raise CaptureError("This recorder was attached before; make a new one with bnviz.capture(model).")
-        if any(p.is_meta for p in self._model.parameters()):
-            raise CaptureError(
-                "The model has parameters on the meta device, without values; load its weights, then capture."
-            )
+        check_values(self._model)
         session = Session(self._model, self.options, self._probes, named=self._named, notes=self.notes)
         session.attach()
         self._session = session

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+import bnviz
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
          "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks")  # fmt: skip
@@ -55,3 +59,31 @@ def traces(model: nn.Module) -> dict[str, Any]:
     for name, parameter in model.named_parameters():
         left[f"{name}.parameter"] = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
     return left
+
+
+def alike(one: Any, other: Any, records: tuple[str, ...] = ("activations", "attention")) -> None:
+    """Every number of two runs is the same."""
+    for record in records:
+        assert set(one[record].data_vars) == set(other[record].data_vars)
+        for name in one[record].data_vars:
+            assert np.array_equal(one[record][name].values, other[record][name].values, equal_nan=True), (record, name)
+
+
+def captured(model: nn.Module, call: Callable[[], Any], *probes: str, **options: Any) -> Any:
+    """The run of one watched call, whose output is bit-identical and which leaves nothing behind."""
+    with torch.no_grad():
+        expected = output_of(call())
+        before = traces(model)
+        with bnviz.capture(model, probes=probes or ("activations", "attention"), strict=True, **options) as recorder:
+            found = output_of(call())
+        after = traces(model)
+    assert torch.equal(found, expected)
+    changed = [key for key in before if after.get(key) != before[key]]
+    assert not changed, changed
+    return recorder.run
+
+
+def output_of(value: Any) -> torch.Tensor:
+    """The tensor a model gave, or its logits."""
+    found: torch.Tensor = getattr(value, "logits", value)
+    return found

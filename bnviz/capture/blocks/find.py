@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from bnviz.capture.values import nbytes_of
+
 from .code import in_a_row
 
 SHARE = 0.05  # of the parameters: below it a list of plain layers is a detail (a head, a stem), not the body
@@ -51,7 +53,7 @@ class Block:
     def nbytes(self) -> int:
         """Bytes of its parameters, shared ones once."""
         held = {id(p): p for module in self.members or (self.first,) for p in module.parameters()}
-        return sum(p.numel() * p.element_size() for p in held.values())
+        return sum(nbytes_of(p) for p in held.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +75,19 @@ class _List:
 
 def size_of(module: nn.Module) -> int:
     """Parameters of a module, shared ones once."""
-    return sum(p.numel() for p in module.parameters())
+    return sum(p.numel() for p in module.parameters()) + sum(_packed(m) for m in module.modules())
+
+
+def _packed(module: nn.Module) -> int:
+    """Weights that torch's quantisation packed into something that is no parameter."""
+    held = vars(module)
+    return held.get("in_features", 0) * held.get("out_features", 0) if hasattr(module, "_packed_params") else 0
 
 
 def matrices(module: nn.Module) -> int:
     """Modules below (and itself) that hold weights of two dimensions or more; look-up tables are none."""
     return sum(
-        not isinstance(m, nn.Embedding) and any(p.dim() > 1 for p in m.parameters(recurse=False))
+        not isinstance(m, nn.Embedding) and (_packed(m) > 0 or any(p.dim() > 1 for p in m.parameters(recurse=False)))
         for m in module.modules()
     )
 

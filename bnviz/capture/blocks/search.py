@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnviz.capture.values import nbytes_of
+
 from .fits import Scale, by_channel, gate, sets, thin, tolerance
 from .parts import holds_both, parts_of
 from .stream import TURNED, called_with, floats
@@ -278,7 +280,7 @@ class Search:
             for parameter in self._block.get_submodule(path).parameters(recurse=False):
                 if id(parameter) not in counted:
                     counted.add(id(parameter))
-                    sizes[part] += parameter.numel() * parameter.element_size()
+                    sizes[part] += nbytes_of(parameter)
         return tuple(sizes), tuple(map(tuple, modules))
 
     def _why(self, after: Tensor) -> str:

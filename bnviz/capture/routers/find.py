@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from bnviz.capture.blocks.code import in_a_row
+from bnviz.capture.values import nbytes_of
 
 from .contract import Contract, contract
-from .parts import chooses, computing, hints, is_mixture, items_of, named_router, said, scores_for, stacked
+from .parts import chooses, computing, hints, is_mixture, items_of, named_router, said, scores_for, stacked, unwrapped
 from .shared import Shared, shared_beside
 
 Adapter = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
@@ -74,7 +75,8 @@ def find_routers(model: nn.Module, *, blocks: Collection[nn.Module] = ()) -> Ite
     for path, block in model.named_modules():
         if id(block) in taken:
             continue
-        found = [*_by_contract(path, block, parents)] or [*_by_structure(path, block, body, parents)]
+        found = [s for s in _by_contract(path, block, parents) if not {id(e) for e in s.experts} & taken]
+        found = found or [*_by_structure(path, block, body, parents)]
         for site in found:
             taken |= {id(m) for part in (*site.experts, site.router) if part is not None for m in part.modules()}
         yield from found
@@ -91,7 +93,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _by_contract(path: str, block: nn.Module, parents: dict[int, nn.Module]) -> Iterator[RouterSite]:
-    for name, child in block.named_children():
+    for name, child in (unwrapped(*pair) for pair in block.named_children()):
         told = contract(child) or (contract(child, named=False) if _unnamed(name, child, block) else None)
         if told is None:
             continue
@@ -194,7 +196,7 @@ def site(
     told, evidence = facts.pop("told", None), facts.pop("evidence", "")
     items = next((found for e in experts if (found := items_of(e)) and e is not block), ())
     weights = [p for e in experts for p in e.parameters(recurse=e is not block) if e is not block or p.dim() >= 3]
-    nbytes = sum(p.numel() * p.element_size() for p in weights) // count if count else 0
+    nbytes = sum(nbytes_of(p) for p in weights) // count if count else 0
     outer = parents.get(id(block))
     around = (block,) if outer is None or isinstance(outer, nn.ModuleList) else (block, outer)
     runs = min((n for e in experts if (n := computing(e))), default=0)

@@ -19,6 +19,7 @@ _HINT = re.compile(r"expert", re.IGNORECASE)
 _MIXTURE = re.compile(r"mo[eE]|MO[EA]|mixture|experts?", re.IGNORECASE)
 _NO_ROUTER = re.compile(r"Norm|Forget|Residual|GateMLP|Density|Attention|Embedding", re.IGNORECASE)
 _ROUTER = re.compile(r"^(router|gate|gating|wg|router_gate|gate_network)$|Router|TopK|Gate$", re.IGNORECASE)
+_INSIDE = ("base_layer", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _COUNTS = (
     "total_experts",
     "num_experts",
@@ -28,6 +29,13 @@ _COUNTS = (
     "moe_num_experts",
     "num_expert",
 )
+
+
+def unwrapped(name: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """What an adapter or a wrapper is put around, with its path."""
+    while (inner := next((n for n in _INSIDE if isinstance(module._modules.get(n), nn.Module)), None)) is not None:
+        name, module = f"{name}.{inner}", module.get_submodule(inner)
+    return name, module
 
 
 def items_of(module: nn.Module) -> tuple[nn.Module, ...]:

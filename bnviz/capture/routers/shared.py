@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from bnviz.capture.values import nbytes_of
+
 _SHARED = re.compile(r"shared", re.IGNORECASE)
 _NO_EXPERT = re.compile(r"gate$|norm$", re.IGNORECASE)
 
@@ -42,7 +44,7 @@ def shared_beside(blocks: tuple[nn.Module, ...], routed: int) -> Shared:
         for name, child in block.named_children()
         if _SHARED.search(name) and not _NO_EXPERT.search(name) and _computes(child)
     }
-    nbytes = sum(p.numel() * p.element_size() for child in found.values() for p in child.parameters())
+    nbytes = sum(nbytes_of(p) for child in found.values() for p in child.parameters())
     if not found:
         return Shared()
     multiple = nbytes / routed if routed else 0.0
