@@ -277,8 +277,8 @@ class Closing:
         if clock.forwards_watched == 0:
             return (
                 f"Nothing was captured: {self._model} was called {clock.calls} times, none of them watched; "
-                "look at when= and every=."
-            )
+                f"look at when= and every=. {' '.join(notes)}"
+            ).strip()
         return f"Nothing was captured in {clock.forwards_watched} forwards of {self._model}. {' '.join(notes)}".strip()
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnviz.errors import CaptureError
+
 NOTE = "The model is compiled; while it was watched it ran eager, so times are those of eager code."
 HINT = (
     "Where torch.compile made one piece of a function or a larger model that calls it, no hook is called: run that code under "
@@ -25,7 +27,17 @@ _STRENGTH = ("eager_on_recompile", "force_eager")
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The model itself, of one that `torch.compile` wrapped."""
+    """The model itself, of one that `torch.compile` wrapped.
+
+    Raises
+    ------
+    CaptureError
+        It is TorchScript.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "The model is TorchScript, which runs outside of Python and calls no hooks; capture the module it was made from."
+        )
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
 

@@ -219,7 +219,8 @@ class Session:
         if in_transform():
             self.clock.skip(module)
             self._say(
-                "Forwards inside torch.func (grad, vmap) were not watched: their tensors have no values of their own."
+                "Forwards inside torch.func (grad, vmap) or torch.jit.trace were not watched: "
+                "their tensors stand for others and have no values of their own."
             )
             return
         if self._gradients is not None:

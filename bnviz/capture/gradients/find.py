@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -56,9 +57,24 @@ class Places:
         self.parameters = [
             Parameter(n, p, tuple(dict.fromkeys(within.get(id(p), ())))) for n, p in model.named_parameters()
         ]
-        self.index = {id(p.value): at for at, p in enumerate(self.parameters)}
+        self._model = model
+        self._index = {id(p.value): at for at, p in enumerate(self.parameters)}
+        self._others: dict[int, Tensor | weakref.ref[Tensor]] = {}  # seen later: the model's own, held, and others'
         self._known: tuple[Writers | None, ...] = ()
         self._places: dict[int, tuple[Place, ...]] = {}
+
+    def index_of(self, value: Tensor) -> int | None:
+        """Which parameter this is; also one that has stood in its place since (sharding swaps them). None: not the model's."""
+        known = self._others.get(id(value))
+        if id(value) not in self._index and (
+            known is None or (isinstance(known, weakref.ref) and known() is not value)
+        ):
+            names = {parameter.name: at for at, parameter in enumerate(self.parameters)}
+            self._others[id(value)] = weakref.ref(value)
+            for name, now in self._model.named_parameters():
+                if name in names and id(now) not in self._index:
+                    self._index[id(now)], self._others[id(now)] = names[name], now
+        return self._index.get(id(value))
 
     def of(self, index: int) -> tuple[Place, ...]:
         """Layers and parts that a parameter belongs to; none when it lies outside every block."""

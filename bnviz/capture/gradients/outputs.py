@@ -33,8 +33,8 @@ def task() -> int:
 
 
 def in_transform() -> bool:
-    """Code runs inside torch.func (grad, vmap): its tensors stand for others and have no values to keep."""
-    return _level() is not None
+    """Code runs inside torch.func (grad, vmap), or is traced: its tensors stand for others, what is computed becomes code."""
+    return _level() is not None or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 class Outputs:

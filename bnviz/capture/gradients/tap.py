@@ -100,6 +100,7 @@ class GradientTap:
         self._means = Means(needs.wants.window) if needs.wants.window else None
         self._nodes: dict[int, tuple[Any, Any, tuple[Any, ...]]] = {}
         self._kept: dict[int, Tensor] = {}
+        self._fired: set[int] = set()
         self._last: Row | None = None
         self._latest: Context | None = None
         self._by_task: tuple[int, Context | None] = (-1, None)
@@ -169,6 +170,7 @@ class GradientTap:
         with self._measuring():
             row = self._row(context)
             self._last = row
+            self._fired.add(index)
             parameter = self._places.parameters[index].value
             before = parameter.grad
             gradient = local(gradient)
@@ -194,7 +196,10 @@ class GradientTap:
             seen = tokens_of(self._members_of(site.path), local(gradient))
             wide = torch.float64 if seen.dtype == torch.float64 else torch.float32
             norms = torch.linalg.vector_norm(seen, dim=-1, dtype=wide)
-            self._row(context).outputs[site.layer, site.part] = (site, norms / abs(scale) if scale != 1.0 else norms)
+            row = self._row(context)
+            row.outputs[site.layer, site.part] = (site, norms / abs(scale) if scale != 1.0 else norms)
+            if self._last is None or self._last.context.step < context.step:
+                self._last = row
 
     def _members_of(self, path: str) -> tuple[nn.Module, ...]:
         """The modules of the block that a path lies in."""
@@ -209,9 +214,9 @@ class GradientTap:
 
     # ------------------------------------------------------------------ while an optimizer steps
 
-    def _mine(self, optimizer: torch.optim.Optimizer) -> list[int]:
-        every = (p for group in optimizer.param_groups for p in group["params"])
-        return [self._places.index[id(p)] for p in every if id(p) in self._places.index]
+    def _mine(self, optimizer: torch.optim.Optimizer) -> list[tuple[int, Tensor]]:
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        return [(index, p) for p in every if (index := self._places.index_of(p)) is not None]
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         mine = self._mine(optimizer)
@@ -220,11 +225,12 @@ class GradientTap:
         with self._measuring():
             self._learn_scale()
             row, given = self._last, getattr(optimizer, "grad_scale", None)  # a fused optimizer divides by it itself
-            for index in mine if row is not None else ():
-                parameter = self._places.parameters[index].value
+            for index, parameter in mine if row is not None else ():
                 if row is not None and parameter.grad is not None:
                     norm = gradient_stats(local(parameter.grad)).norm
                     row.total[index] = norm if given is None else norm / given.to(norm.device)
+                    if index not in self._fired:  # a sharded one: its gradient is made elsewhere
+                        row.weights[index] = gradient_stats(local(parameter)).norm
                     if self._needs.wants.changes:
                         self._kept[index] = local(parameter).detach().clone()
 
@@ -241,10 +247,10 @@ class GradientTap:
         if not self._kept or self._ended:
             return
         with self._measuring():
-            for index in self._mine(optimizer):
+            for index, parameter in self._mine(optimizer):
                 before = self._kept.pop(index, None)
                 if before is not None and self._last is not None:
-                    change = before.sub_(local(self._places.parameters[index].value))
+                    change = before.sub_(local(parameter))
                     self._last.changes[index] = gradient_stats(change).norm
 
     # ------------------------------------------------------------------ between forwards
