@@ -12,10 +12,14 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
+
+from .modes import without_modes
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
@@ -34,6 +38,32 @@ def counts_hooks(model: nn.Module) -> Callable[[str], bool]:
     return lambda path: any(root in (path, "") or path.startswith(f"{root}.") for root in roots)
 
 
+_gate: ContextVar[Callable[[], bool] | None] = ContextVar("gate", default=None)
+
+
+@contextlib.contextmanager
+def gated(opens: Callable[[], bool]) -> Iterator[None]:
+    """Hooks that are put on meanwhile do nothing while `opens()` is false: in a thread whose forward is not watched."""
+    token = _gate.set(opens)
+    try:
+        yield
+    finally:
+        _gate.reset(token)
+
+
+def _behind(run: Callable[..., None] | None) -> Callable[..., None] | None:
+    opens = _gate.get()
+    if run is None or opens is None:
+        return run
+
+    def behind(*args: Any) -> None:
+        if not torch.compiler.is_compiling() and opens():
+            with without_modes():
+                run(*args)
+
+    return behind
+
+
 @contextlib.contextmanager
 def around(
     module: nn.Module,
@@ -43,6 +73,7 @@ def around(
     quiet: bool = False,
     of: type | None = None,
     first: bool = False,
+    gate: bool = True,
 ) -> Iterator[None]:
     """Call `before(module, args, kwargs)` and `after(module, args, kwargs, output)` at each call of `module`.
 
@@ -58,7 +89,11 @@ def around(
         was given itself.
     first : bool
         `before` comes before the hooks that are there.
+    gate : bool
+        Behind the gate that is set, see `gated`, and apart from the user's modes.
     """
+    if gate:
+        before, after = _behind(before), _behind(after)
     with contextlib.ExitStack() as stack:
         if quiet or of is not None:
             stack.enter_context(_classes.watching(module, before, after, of))

@@ -10,6 +10,7 @@ import torch
 
 from bnviz.observation import AttentionSeen, BlockSeen
 
+from .modes import without_modes
 from .portions import apart
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Audience:
             return
         self._inside = True
         try:
-            with torch.no_grad(), _plain_arithmetic(seen):
+            with without_modes(), torch.no_grad(), _plain_arithmetic(seen):
                 for part in apart(seen, self._clock.portions):
                     for name, probe in list(self._probes.items()):
                         if part.site.kind in probe.spec.sites:

@@ -6,6 +6,7 @@ Positions are counted here: a static cache would answer with a live tensor, and 
 from __future__ import annotations
 
 import inspect
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -91,10 +92,32 @@ class Clock:
         self._first: tuple[Tensor, Tensor | None] | None = None
         self.first_ids: tuple[Any, Any] | None = None
         self.ending: list[Callable[[], None]] = []  # called when a watched forward ends, while it is still now
-        self.now: Context | None = None
+        self._now: Context | None = None
+        self._thread: int | None = None
+        self._lock = threading.Lock()
         self.portions: tuple[Portion, ...] = ()
         self.token_ids: Tensor | None = None
         self.valid_keys: Tensor | None = None
+
+    @property
+    def now(self) -> Context | None:
+        """The moment, in the thread whose forward is watched; None where nothing is."""
+        return self._now if self._now is not None and self._thread == threading.get_ident() else None
+
+    @now.setter
+    def now(self, context: Context | None) -> None:
+        self._now = context
+
+    def here(self) -> bool:
+        """No forward is under way in another thread."""
+        return self._thread is None or self._thread == threading.get_ident()
+
+    def claim(self) -> bool:
+        """Take the forward that begins for this thread, until it ends; False where another thread's is under way."""
+        with self._lock:
+            if self.here():
+                self._thread = threading.get_ident()
+            return self.here()
 
     def advance(self) -> None:
         """End a manual step."""
@@ -185,6 +208,8 @@ class Clock:
 
     def end(self, model: nn.Module) -> None:
         """The forward is over."""
+        if self._outer is None:  # it could not begin
+            self._thread = None
         if self._outer != id(model):
             return
         self._outer = None
@@ -196,7 +221,7 @@ class Clock:
         finally:
             if self._story is not None:
                 self._stories.after(self.cache, self._story)
-            self.now, self._story, self.cache = None, None, None
+            self.now, self._story, self.cache, self._thread = None, None, None, None
 
     def release(self) -> None:
         """Let caches and ids go; the ids of the first watched forward stay, on the host."""

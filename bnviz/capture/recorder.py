@@ -15,6 +15,7 @@ from bnviz.errors import BnvizError, CaptureError
 from bnviz.run import Run
 
 from .compiled import plain
+from .modes import without_modes
 from .options import Options, make_probes
 from .session import Session
 from .values import check_values
@@ -110,9 +111,10 @@ class Recorder:
         """
         if self._session is not None or self._model is None:
             raise CaptureError("This recorder was attached before; make a new one with bnviz.capture(model).")
-        check_values(self._model)
-        session = Session(self._model, self.options, self._probes, named=self._named, notes=self.notes)
-        session.attach()
+        with without_modes():
+            check_values(self._model)
+            session = Session(self._model, self.options, self._probes, named=self._named, notes=self.notes)
+            session.attach()
         self._session = session
         self._abandoned = weakref.finalize(self, _let_go, session)
         return self
@@ -133,9 +135,10 @@ class Recorder:
         if self._session is None:
             return self._run
         session = self._session
-        session.release()
         try:
-            self._run = session.close()
+            with without_modes():
+                session.release()
+                self._run = session.close()
         except KeyboardInterrupt:  # nothing is lost: detach can be called again
             raise
         except BaseException as error:

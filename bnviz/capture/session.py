@@ -21,7 +21,7 @@ from bnviz.counts import SiteCount
 from bnviz.errors import BnvizError, CaptureError
 from bnviz.run import Run
 
-from .around import around
+from .around import around, gated
 from .attention.tap import tap_attention
 from .audience import Audience
 from .blocks.tap import follow_blocks, tap_blocks
@@ -34,6 +34,7 @@ from .gradients.outputs import in_transform
 from .gradients.tap import GradientTap, Needs, tap_gradients, wants_of
 from .instruments import Instruments
 from .layers import Layers
+from .modes import without_modes
 from .options import Options, told
 from .plan import Plan, parts, sites
 from .progress import Progress, State
@@ -123,7 +124,8 @@ class Session:
         """Put everything on the model; after an error nothing is left on it."""
         try:
             with contextlib.ExitStack() as stack:
-                self._attach(self._plan, stack)
+                with gated(self.clock.here):
+                    self._attach(self._plan, stack)
                 self._stack = stack.pop_all()
         except BaseException:
             self._closing.discard()
@@ -135,9 +137,9 @@ class Session:
         self._note_compiled()
         stack.enter_context(eager(self.model, NOTE in self.notes))
         fused = isinstance(self.model, nn.TransformerEncoderLayer)
-        stack.enter_context(around(self.model, self._begin, None, quiet=fused, first=True))
+        stack.enter_context(around(self.model, self._begin, None, quiet=fused, first=True, gate=False))
         for module in parts(self.model, plan):
-            stack.enter_context(around(module, self._begin_part, None, first=True))
+            stack.enter_context(around(module, self._begin_part, None, first=True, gate=False))
         audience = Audience(self._probes, self.clock, self.shelf, self._failed, self.census.saw)
         watch = Watch(self.clock, self._layers, audience.emit, self._instruments.own, trouble=self._trouble)
         if "gradient" in wanted:
@@ -211,10 +213,20 @@ class Session:
 
     # ------------------------------------------------------------------ while the model runs
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, part: bool = False) -> None:
-        if torch.compiler.is_compiling():  # traced: what is compiled here is not watched, and holds nothing of ours
-            return
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (
+            not torch.compiler.is_compiling()
+        ):  # what is traced and compiled here is not watched, and holds nothing of ours
+            with without_modes():
+                self._begin_forward(module, args, kwargs)
+
+    def _begin_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, part: bool = False
+    ) -> None:
         if recomputing():  # checkpointing runs the model again: no new forward
+            return
+        if not self.clock.claim():
+            self._say("Forwards in one thread were not watched while one in another thread was.")
             return
         if in_transform():
             self.clock.skip(module)
@@ -237,11 +249,12 @@ class Session:
             self._gradients.begins(context)
 
     def _begin_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.clock.running:
-            self._begin(module, args, kwargs, part=True)
+        if not torch.compiler.is_compiling() and self.clock.here() and not self.clock.running:
+            with without_modes():
+                self._begin_forward(module, args, kwargs, part=True)
 
     def _end(self, module: nn.Module, *_: Any) -> None:
-        if recomputing():
+        if torch.compiler.is_compiling() or recomputing() or not self.clock.here():
             return
         running = self.clock.running
         self.clock.end(module)

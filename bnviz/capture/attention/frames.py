@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnviz.capture.around import around
 from bnviz.capture.clock import Clock
+from bnviz.capture.modes import without_modes
 from bnviz.observation import Site
 
 from .call import Call
@@ -203,7 +204,8 @@ class Ear(TorchFunctionMode):
         output = function(*args, **kwargs)
         frame = self._frames.top
         if frame is not None and frame.listens:
-            self._frames.hear(frame, function, args, kwargs, output)
+            with without_modes():
+                self._frames.hear(frame, function, args, kwargs, output)
         return output
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnviz.capture.modes import without_modes
+
 from .call import Call
 from .masks import of_blocks, of_packed, of_positions, top_left
 
@@ -85,8 +87,9 @@ class _Interface:
             finally:
                 self.inside.depth -= 1
             given = (module, query, key, value, attention_mask, *args)
-            for listener in tuple(self._listeners):
-                listener(module, functools.partial(_from_interface, function, given, kwargs))
+            with without_modes():
+                for listener in tuple(self._listeners):
+                    listener(module, functools.partial(_from_interface, function, given, kwargs))
             return output
 
         return watched

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from bnviz.capture.modes import without_modes
 
 from .axes import features_axis
 from .fits import FEW, thin, tolerance
@@ -71,6 +74,7 @@ class Inside:
         self._kept: dict[Call, tuple[Tensor, Tensor | None]] = {}
         self._calls = Counter[str]()
         self._axes: dict[tuple[int, ...], int] = {}
+        self._thread = 0
 
     @property
     def verdict(self) -> Writers | Unsolved | None:
@@ -86,6 +90,7 @@ class Inside:
     def begin(self, given: Mapping[Place, Tensor]) -> None:
         """The block begins, in a watched forward; `given` may be its stream."""
         self.drop()
+        self._thread = threading.get_ident()
         verdict = self.verdict
         if verdict is None or (isinstance(verdict, Unsolved) and not verdict.final and self._tries < TRIES):
             self._tries += 1
@@ -113,13 +118,16 @@ class Inside:
 
     def _keep(self, path: str, wanted: dict[int, list[Place]], copy: bool, given: bool) -> Callable[..., None]:
         def keep(_: nn.Module, args: Any, last: Any) -> None:
+            if threading.get_ident() != self._thread:
+                return
             nth = self._calls[path]
             self._calls[path] += 1
-            for place in wanted.get(nth, ()):
-                value = fetch_given(args, last, place) if given else fetch(last, place)
-                if value is not None:
-                    seen = value.detach().clone() if copy else value.detach()
-                    self._kept[path, nth, place] = (seen, None if copy else value)
+            with without_modes():
+                for place in wanted.get(nth, ()):
+                    value = fetch_given(args, last, place) if given else fetch(last, place)
+                    if value is not None:
+                        seen = value.detach().clone() if copy else value.detach()
+                        self._kept[path, nth, place] = (seen, None if copy else value)
 
         return keep
 

@@ -9,6 +9,7 @@ output. A block that is neither (post-norm, hyper-connections) has no verified w
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnviz.capture.modes import without_modes
 from bnviz.capture.values import nbytes_of
 
 from .fits import Scale, by_channel, gate, sets, thin, tolerance
@@ -64,6 +66,7 @@ class Search:
     def __init__(self, block: nn.Module, axes: Mapping[tuple[int, ...], int]) -> None:
         self._block, self._axes = block, dict(axes)
         self._clock = 0
+        self._thread = threading.get_ident()
         self._calls = Counter[str]()
         self._running: list[tuple[str, int]] = []
         self._ended: list[tuple[str, int, int]] = []
@@ -75,17 +78,21 @@ class Search:
 
     def _watch(self, path: str, module: nn.Module) -> Iterator[Any]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if threading.get_ident() != self._thread:
+                return
             call = self._calls[path]
             self._calls[path] += 1
             self._running.append((path, call))
-            self._took += self._events((path, call), called_with(args, kwargs).items())
+            with without_modes():
+                self._took += self._events((path, call), called_with(args, kwargs).items())
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
             running = [at for at in self._running if at[0] == path]
-            if not running:
+            if not running or threading.get_ident() != self._thread:
                 return
             self._running.remove(running[-1])
-            self._gave += self._events(running[-1], floats(output))
+            with without_modes():
+                self._gave += self._events(running[-1], floats(output))
             self._ended.append((*running[-1], self._clock))
 
         yield module.register_forward_pre_hook(before, with_kwargs=True)

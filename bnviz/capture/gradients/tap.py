@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from bnviz import quantities
 from bnviz.capture.blocks.axes import tokens_of
+from bnviz.capture.modes import without_modes
 from bnviz.capture.watch import Watch
 from bnviz.errors import CaptureError
 from bnviz.observation import Context, GradientWants, Site
@@ -153,7 +154,7 @@ class GradientTap:
     def _measuring(self) -> Any:
         """Our own arithmetic: without gradients or autocast; an error of it ends the tap, not the model's backward pass."""
         try:
-            with torch.no_grad(), self._watch.own():
+            with without_modes(), torch.no_grad(), self._watch.own():
                 yield
         except Exception as error:
             self._ended = self._broken = True

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bnviz.capture.around import around
+from bnviz.capture.modes import without_modes
 
 from .choice import Choice
 from .lineage import Lineage
@@ -29,7 +30,8 @@ class Following(TorchFunctionMode):
         lineage = self._lineage
         if lineage.error is None and (output is None or isinstance(output, Tensor | tuple | list)):
             try:
-                lineage.called(getattr(function, "__name__", ""), args, kwargs, output)
+                with without_modes():
+                    lineage.called(getattr(function, "__name__", ""), args, kwargs, output)
             except Exception as error:  # what cannot be followed must not reach the model
                 lineage.error = error
         return output
@@ -50,7 +52,7 @@ def unfollowed(block: nn.Module, stack: contextlib.ExitStack) -> None:
                 if open_:
                     open_.pop().__exit__(None, None, None)
 
-            stack.enter_context(around(module, enter, leave, quiet=True))
+            stack.enter_context(around(module, enter, leave, quiet=True, gate=False))
 
 
 def followed(lineage: Lineage) -> Route | None:
