@@ -167,7 +167,8 @@ def _valid(row: Row, dim: str, batch: tuple[int, int]) -> np.ndarray:
 
 def pack(values: np.ndarray, axis: int, valid: np.ndarray) -> np.ndarray:
     """(batch, ...) with tokens on `axis` of what remains, to packed tokens: sequences one after the other, padding out."""
-    return np.concatenate([np.compress(keep, one, axis) for one, keep in zip(values, valid, strict=True)], axis)
+    packed: np.ndarray = np.moveaxis(np.moveaxis(values, axis + 1, 1)[valid], 0, axis)
+    return packed
 
 
 def layout(
@@ -180,11 +181,9 @@ def layout(
     if documents is not None and documents.shape == valid.shape:
         valid = np.stack([r & (d == n) for r, d in zip(valid, documents, strict=True) for n in range(d.max() + 1)])
         past = None
-    counts = valid.sum(1)
-    start = np.zeros(len(counts), np.int64) if past is None else past
-    position = [np.arange(n) + s for n, s in zip(counts, start, strict=True)]
-    sequence = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
-    return sequence, np.concatenate(position or [np.empty(0)]).astype(np.int32)
+    start = np.zeros(len(valid), np.int64) if past is None else past
+    position = valid.cumsum(1) - 1 + start[:, None]
+    return valid.nonzero()[0].astype(np.int32), position[valid].astype(np.int32)
 
 
 def _parts(rows: list[Row], variable: Variable, place: Mapping[str, Mapping[Any, int]], layouts: _Layouts) -> _Parts:
