@@ -501,3 +501,22 @@ def test_a_layer_that_is_skipped_is_no_error_and_is_said() -> None:
     said = report.judgement("layer_redundancy").caveats
     assert any(line.startswith("blocks.2 was seen in 2 of 4 forwards") for line in said)
     assert any(line.startswith("blocks.1 was seen in 3 of 4 forwards") for line in said)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_waits_on_a_device_comes_over_together() -> None:
+    model, xs = Body(PreNorm, 2).eval().cuda(), torch.randn(20, 2, 7, 8, device="cuda")
+    with torch.no_grad():
+        with bnviz.capture(model, probes=["activations"], budget="64 KiB") as recorder:
+            for x in xs:
+                model(x)
+                assert recorder.snapshot()["held_bytes"] <= 64 << 10
+        with bnviz.capture(model.cpu(), probes=["activations"]) as other:
+            for x in xs.cpu():
+                model(x)
+    steps = recorder.run["activations"].sizes["step"]
+    assert steps > 1
+    xr.testing.assert_allclose(
+        recorder.run["activations"], other.run["activations"].isel(step=slice(steps)), rtol=1e-3, atol=1e-4
+    )
