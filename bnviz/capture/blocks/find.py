@@ -169,7 +169,9 @@ def _in_order(model: nn.Module, bodies: dict[str, _List]) -> Iterator[tuple[str,
         if inside or not path or parent not in many or _is_list(module):
             continue
         level = many[parent] > 1 and conv and matrices(module) > 1 and any(p.dim() > 2 for p in module.parameters())
-        if type(module) in kinds or level:
+        # one plain layer beside a list is a head
+        alike = type(module) in kinds and next(module.children(), None) is not None
+        if alike or level:
             yield path, Block(path, module, module, "beside lists of blocks")
 
 
