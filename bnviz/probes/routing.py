@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from bnviz.errors import SchemaError
@@ -112,19 +113,33 @@ class Routing:
                 f"Router {seen.site.path!r} chooses among {seen.experts:,} experts; ids are kept for at most {MOST + 1:,}. "
                 "Leave the probe out with probes=[...]."
             )
-        facts = {"experts": seen.experts, "skip": seen.skip, "shared": seen.shared, "unmapped": int(not seen.mapped)}
-        kept = {name: torch.tensor(value, dtype=torch.int32) for name, value in facts.items()}
-        kept |= {"expert": seen.ids.to(torch.int16), "weight": seen.weights.float()}
-        sure = seen.verified
-        kept["unverified"] = torch.tensor(int(not sure)) if isinstance(sure, bool) else (~sure).long()
-        valid = seen.context.valid
-        whole = valid is None or valid.shape != seen.ids.shape[:2]
-        kept["tokens"] = torch.tensor(seen.ids.shape[:2].numel()) if whole or valid is None else valid.sum()
+        sure, valid = seen.verified, seen.context.valid
+        padded = valid is not None and valid.shape == seen.ids.shape[:2]
+        kept = {
+            "expert": seen.ids.to(torch.int16),
+            "weight": seen.weights.float(),
+            "experts": _whole(seen.experts),
+            "skip": _whole(seen.skip),
+            "shared": _whole(seen.shared),
+            "unmapped": _whole(int(not seen.mapped)),
+            "unverified": _whole(int(not sure)) if isinstance(sure, bool) else (~sure).int(),
+            "tokens": valid.sum(dtype=torch.int32)
+            if padded and valid is not None
+            else _whole(seen.ids.shape[:2].numel()),
+        }
         if seen.share is not None:
             kept |= _confidence(seen, seen.share.float())
         if self.logits and seen.logits is not None:
             kept["logit"] = seen.logits.float()
         return kept
+
+
+@functools.lru_cache(maxsize=256)
+def _whole(value: int) -> Tensor:
+    """A whole number as a tensor; nobody writes to it, so that one serves all calls."""
+    import torch
+
+    return torch.tensor(value, dtype=torch.int32)
 
 
 def _confidence(seen: RouterSeen, share: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .route import Route, within
+from .route import Route
 
 IDS = (
     "top_k_index",
@@ -85,7 +85,7 @@ def dispatched(told: Contract, count: int, args: tuple[Any, ...], kwargs: Mappin
 
 
 def _whole(value: Tensor) -> bool:
-    return not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+    return not value.dtype.is_floating_point and value.dtype != torch.bool
 
 
 def _route(ids: Tensor, weights: Tensor | None, rows: int, hidden: Tensor, count: int) -> Route | None:
@@ -107,7 +107,7 @@ def _route(ids: Tensor, weights: Tensor | None, rows: int, hidden: Tensor, count
         ids, weights = ids.argmax(-1, keepdim=True).masked_fill(~taken, -1), weights.masked_fill(~taken, 0.0)
     if weights.shape != ids.shape:
         return None
-    return Route(*within(ids.long(), weights, count), count)
+    return Route(torch.where(ids < count, ids, -1), weights, count)  # beyond: of another device, with weight 0
 
 
 def _spread(ids: Tensor, hidden: Tensor) -> Tensor | None:

@@ -106,8 +106,7 @@ def _by_contract(path: str, block: nn.Module, parents: dict[int, nn.Module]) -> 
 def _unnamed(name: str, child: nn.Module, block: nn.Module) -> bool:
     """Experts with a forward of their own that may take what was chosen."""
     count = stacked(child) or len(items_of(child))
-    own = type(child).forward not in (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
-    if count < 2 or not own or _in_a_row(name, child, block):
+    if count < 2 or not _has_forward(child) or _in_a_row(name, child, block):
         return False
     return hints(name, child) or _mixes(block, child, count) is not None
 
@@ -133,10 +132,15 @@ def _by_structure(path: str, block: nn.Module, body: set[int], parents: dict[int
             return
 
 
+def _has_forward(module: nn.Module) -> bool:
+    """Is called itself: a plain list is not."""
+    return type(module).forward not in (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
+
+
 def _in_a_row(name: str, child: nn.Module, block: nn.Module) -> bool | None:
     """The items of a list (or of the list that is all of `child`) run one after the other: layers, and not experts."""
     if isinstance(child, nn.ModuleList | nn.ModuleDict):
-        return in_a_row(block, name)
+        return in_a_row(block, name) if not _has_forward(child) else None
     inner = next((n for n, c in child.named_children() if isinstance(c, nn.ModuleList | nn.ModuleDict)), "")
     return in_a_row(child, inner) if inner else None
 

@@ -180,30 +180,38 @@ class Lineage:
             if found is not None:
                 self._chosen(found, known, output)
                 return
+        if not self._concerns(name, args, kwargs):
+            return
         if name in _WRITES and isinstance(first, Tensor):
             output = first
         given = [*tensors(args), *tensors(tuple(kwargs.values()))]
-        if name in _FRESH or (given and all(self._is_own(t) for t in given)):
-            for result in tensors(output):
-                if id(result) not in self._nodes and not self._root(name, result, given):
-                    self._keep(result, OWN, None)
-            return
         nodes = [n for t in given if (n := self._nodes.get(id(t))) is not None]
-        if any(n.kind != OWN for n in nodes):
+        if any(n.kind != OWN for n in nodes) and name not in _FRESH:
             for result in tensors(output):
                 self._derive(name, result, given, nodes)
-        elif isinstance(output, Tensor):
-            self._root(name, output, given)
+        elif name in _FRESH or all(self._is_own(t) for t in given):
+            for result in tensors(output):
+                if id(result) not in self._nodes:
+                    self._keep(result, OWN, None)
+        elif name in _CONTRACT and isinstance(output, Tensor):
+            self._root(output, given)
 
-    def _root(self, name: str, result: Tensor, given: list[Tensor]) -> bool:
+    def _concerns(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call may have to do with scores: most of those inside experts have not, and are let go at once."""
+        if name in _FRESH:
+            return True
+        nodes, own = self._nodes, self._own if name not in _CONTRACT else self._scoring
+        for value in args:
+            if id(value) in nodes or id(value) in own or isinstance(value, list | tuple):
+                return True
+        return any(id(value) in nodes or id(value) in own for value in kwargs.values())
+
+    def _root(self, result: Tensor, given: list[Tensor]) -> None:
         """The router's own product: features times the parameters that score them."""
-        if name not in _CONTRACT or not self.count or result.shape[-1:] != (self.count,) or result.dim() < 2:
-            return False
-        if not any(id(t) in self._scoring for t in given):
-            return False
-        self.rows, self.logits = result.numel() // self.count, result
-        self._keep(result, SCORE, result)
-        return True
+        scored = any(id(t) in self._scoring for t in given)
+        if scored and self.count and result.dim() >= 2 and result.shape[-1] == self.count:
+            self.rows, self.logits = result.numel() // self.count, result
+            self._keep(result, SCORE, result)
 
     def _chosen(self, found: Choice, known: Node | None, output: Any) -> None:
         whole = self.count or found.scores.shape[found.dim]

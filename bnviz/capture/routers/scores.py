@@ -54,7 +54,7 @@ def share_of(scores: Tensor, kind: int | Tensor) -> Tensor:
 
 def _share(kind: int, scores: Tensor) -> Tensor:
     shown = _of(kind, scores)
-    return shown / shown.sum(-1, keepdim=True)
+    return shown if kind == 1 else shown / shown.sum(-1, keepdim=True)
 
 
 def _of(kind: int, scores: Tensor) -> Tensor:
