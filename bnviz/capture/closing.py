@@ -19,7 +19,7 @@ from bnviz.schema import ProbeSpec, Variable
 from bnviz.segments import declared as as_json
 from bnviz.streamed import Streamed, pieces_of
 
-from .compiled import HINT, anything_compiled
+from .compiled import hints
 from .plan import Plan
 from .provenance import parameter_bytes
 from .routers.record import by_record, bytes_of
@@ -246,8 +246,8 @@ class Closing:
             for line in [f"{refused}."] if refused else caveats(counts, kinds, watched):
                 about.setdefault(line, []).append(record)
         said = [f"{', '.join(records)}: {line}" for line, records in about.items()]
-        if anything_compiled() and any(refusal(counts, kinds) for kinds in self._kinds.values()):
-            said.append(HINT)
+        if hints() and any(refusal(counts, kinds) for kinds in self._kinds.values()):
+            said.append(hints())
         if "attention" in self._declared and self._plan.unknown:
             many = len(self._plan.unknown)
             said.append(
@@ -272,8 +272,8 @@ class Closing:
             return (
                 f"Nothing was captured: {self._model} was not called between attach and detach. "
                 "Call the model itself inside the with block (not a copy, not a submodule, not model.forward)."
-                f"{f' {HINT}' if anything_compiled() else ''}"
-            )
+                f" {hints()}"
+            ).rstrip()
         if clock.forwards_watched == 0:
             return (
                 f"Nothing was captured: {self._model} was called {clock.calls} times, none of them watched; "

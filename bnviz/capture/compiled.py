@@ -23,6 +23,7 @@ HINT = (
     "Where torch.compile made one piece of a function or a larger model that calls it, no hook is called: run that code under "
     'torch.compiler.set_stance("force_eager").'
 )
+GRAPHS = "A replayed CUDA graph calls no Python: nothing in it is seen; run the model without it."
 _STRENGTH = ("eager_on_recompile", "force_eager")
 
 
@@ -53,6 +54,21 @@ def is_compiled(model: nn.Module) -> bool:
     return anything_compiled() and any(
         isinstance(one, dict) and one.get("_orig_mod") is model for one in gc.get_referrers(model)
     )
+
+
+def is_graphed(model: nn.Module) -> bool:
+    """Whether `torch.cuda.make_graphed_callables` gave the model, or a module in it, a forward that replays a graph."""
+    return any(getattr(vars(m).get("forward"), "__module__", "") == "torch.cuda.graphs" for m in model.modules())
+
+
+def hints() -> str:
+    """What may have run the model so that nothing of it was seen, in this process."""
+    return " ".join([HINT] * anything_compiled() + [GRAPHS] * cuda_runs())
+
+
+def cuda_runs() -> bool:
+    """This process uses CUDA."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def anything_compiled() -> bool:

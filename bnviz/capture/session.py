@@ -28,7 +28,7 @@ from .blocks.tap import follow_blocks, tap_blocks
 from .census import Census
 from .clock import Clock
 from .closing import Closing, labels_record
-from .compiled import NOTE, eager, is_compiled
+from .compiled import GRAPHS, NOTE, eager, is_compiled, is_graphed
 from .generation import recomputing
 from .gradients.outputs import in_transform
 from .gradients.tap import GradientTap, Needs, tap_gradients, wants_of
@@ -231,8 +231,8 @@ class Session:
         if in_transform():
             self.clock.skip(module)
             self._say(
-                "Forwards inside torch.func (grad, vmap) or torch.jit.trace were not watched: "
-                "their tensors stand for others and have no values of their own."
+                "Forwards inside torch.func (grad, vmap), torch.jit.trace or the recording of a CUDA graph were not watched: "
+                "their tensors stand for others, and what is computed there would become part of what is made."
             )
             return
         if self._gradients is not None:
@@ -332,6 +332,8 @@ class Session:
     def _note_compiled(self) -> None:
         if self._plan.compiled or is_compiled(self.model):
             self._say(NOTE)
+        if is_graphed(self.model):
+            self._say(GRAPHS)
 
     def _say(self, sentence: str) -> None:
         if sentence not in self.notes:

@@ -91,7 +91,8 @@ class Gradients:
     * `gradient_norm` is NaN where several passes of one step added to a gradient that was not empty before: what they added
       together cannot be told without a copy. Norms of gradients with values that are not finite are NaN or inf.
     * Loss scaling: gradients are divided by the scale of the GradScaler that steps the optimizer. Until the first optimizer step
-      within the capture nothing says whether there is one: `loss_scale` is NaN if 64 steps pass without, or the capture ends.
+      within the capture nothing says whether there is one: `loss_scale` is NaN if 64 steps, or 8 MiB of them, pass without one,
+      or the capture ends.
     * A parameter shared by several layers stands at each with the gradient of all its uses; a block that runs several times in
       a forward has its parameters at its first layer. Under DistributedDataParallel `gradient_norm` is this process's own; of
       sharded parameters (FSDP) only the shard of this process is seen, by `total_norm`. Inside torch.func nothing is seen. With

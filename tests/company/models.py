@@ -87,3 +87,9 @@ def output_of(value: Any) -> torch.Tensor:
     """The tensor a model gave, or its logits."""
     found: torch.Tensor = getattr(value, "logits", value)
     return found
+
+
+def block_bytes(run: Any) -> list[int]:
+    """Bytes of the parameters of each block, in order."""
+    held = run["activations"].attrs["parameter_bytes"]["block"]
+    return [int(size) for size in (held.values() if isinstance(held, dict) else held)]

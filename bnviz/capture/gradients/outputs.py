@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bnviz.capture.blocks.writers import stream
+from bnviz.capture.compiled import cuda_runs
 from bnviz.capture.generation import recomputing
 from bnviz.capture.watch import hooked
 from bnviz.observation import Context, Site
@@ -34,7 +35,8 @@ def task() -> int:
 
 def in_transform() -> bool:
     """Code runs inside torch.func (grad, vmap), or is traced: its tensors stand for others, what is computed becomes code."""
-    return _level() is not None or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    recording = cuda_runs() and torch.cuda.is_current_stream_capturing()
+    return _level() is not None or bool(torch.jit.is_tracing()) or recording  # type: ignore[attr-defined, no-untyped-call]
 
 
 class Outputs:

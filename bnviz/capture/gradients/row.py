@@ -65,6 +65,12 @@ class Row:
         self.lost[index] = found.nonfinite if known else self.lost[index] + found.nonfinite
         self.fresh -= set() if known else {index}
 
+    @property
+    def nbytes(self) -> int:
+        """What it holds besides single numbers."""
+        some = (*self.projections.values(), *(norms for _, norms in self.outputs.values()))
+        return sum(value.numel() * value.element_size() for value in some)
+
     def project(self, place: Place, projected: Tensor) -> None:
         """Add the projection of a parameter's gradient to that of a place."""
         at = (place, projected.device)

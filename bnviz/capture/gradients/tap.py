@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from bnviz.capture.blocks.writers import Writers
     from bnviz.capture.plan import Plan
 
-HOLD = 64  # steps that wait for an optimizer to say whether their loss was scaled
+HOLD, HOLD_BYTES = 64, 8 << 20  # steps that wait for an optimizer to say whether their loss was scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +263,7 @@ class GradientTap:
         self._close_windows()
         self._latest, self._by_task = None, (-1, None)
         over = [step for step, row in self._rows.items() if end or (row.scale is not None and self._complete(row))]
-        over += [step for step in self._rows if step not in over][: max(0, len(self._rows) - len(over) - HOLD)]
+        over += self._overdue([step for step in self._rows if step not in over])
         rows = [self._rows.pop(step) for step in sorted(over)]
         self._last = self._last if any(row is self._last for row in self._rows.values()) else None
         told = [read(row) for row in rows]
@@ -280,6 +280,12 @@ class GradientTap:
         if not end:
             self._outputs.forget()
             self._hook_parameters()
+
+    def _overdue(self, waiting: list[int]) -> list[int]:
+        """The oldest of the steps that wait for an optimizer, when they are too many or too large."""
+        sizes = [self._rows[step].nbytes for step in waiting]
+        room = min(HOLD_BYTES, self._needs.room // 8)
+        return [step for at, step in enumerate(waiting) if len(waiting) - at > HOLD or sum(sizes[at:]) > room]
 
     def _complete(self, row: Row) -> bool:
         """Nothing more comes: the last step waits for its optimizer."""
