@@ -1,4 +1,4 @@
-"""`python kernels/bench` (or, inside kernels/, `python -m bench`): one table, the same on a CPU and on a GPU.
+"""`python kernels/bench`: one table, the same on a CPU and on a GPU.
 
 Every row is timed next to its peers in the same process, interleaved, so that ratios hold on a machine whose clock or load
 moves. On a CPU the kernel is the plain reduction of bnviz; Triton's interpreter is never timed.
@@ -11,12 +11,13 @@ import os
 import sys
 from pathlib import Path
 
-KERNELS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(KERNELS), str(KERNELS.parent)]
+# its neighbours are imported by their own names: `bench` is the directory at the top of the checkout
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU time of one thread is what repeats
 
-from bench import attention_stats  # noqa: E402
-from bench.race import header, line  # noqa: E402
+import attention_stats  # noqa: E402
+from race import header, line  # noqa: E402
 
 BENCHES = (attention_stats,)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from race import DEVICE, Row, race
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.race import DEVICE, Row, race
 from bnviz.reduce.attention_stats import Statistics, attention_stats
 
 MASS = Statistics(names=("mass",))

@@ -15,7 +15,7 @@ settings.load_profile("bnviz")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for a checkout that is not installed
+sys.path.append(str(Path(__file__).parents[1]))  # for a checkout that is not installed; last, so that it hides nothing
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

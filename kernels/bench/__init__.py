@@ -1,1 +1,0 @@
-"""Benches of the kernels, one a file; `__main__` runs them all."""
