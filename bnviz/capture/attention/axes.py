@@ -76,26 +76,42 @@ def reshaped(layout: Layout, shape: Sequence[int]) -> Layout | None:
     >>> reshaped(root((2, 3)), (3, 2)) is None
     True
     """
-    atoms = list(chain.from_iterable(layout))
+    atoms = tuple(chain.from_iterable(layout))
     axes: list[Axis] = []
     for wanted in shape:
-        taken, left = list[Atom](), wanted
-        while left > 1 or (atoms and atoms[0].size == 1):
-            if not atoms:
-                return None
-            atom = atoms.pop(0)
-            if left % atom.size == 0:
-                taken.append(atom)
-                left //= atom.size
-            elif atom.size % left == 0 and atom.size == atom.whole:
-                inner = atom.size // left
-                taken.append(Atom(atom.axis, atom.stride * inner, left, 0, left))
-                atoms.insert(0, Atom(atom.axis, atom.stride, inner, 0, inner))
-                left = 1
-            else:
-                return None
-        axes.append(tuple(taken))
+        found = split(atoms, wanted)
+        if found is None:
+            return None
+        taken, atoms = found
+        axes.append(taken)
     return None if atoms else tuple(axes)
+
+
+def split(axis: Axis, size: int) -> tuple[Axis, Axis] | None:
+    """The first parts of an axis, `size` together, and the rest; None when `size` does not fall on whole parts.
+
+    Examples
+    --------
+    >>> six = root((6,))[0]
+    >>> [extent(part) for part in split(six, 2)], split(six, 4)
+    ([2, 3], None)
+    """
+    atoms, taken = list(axis), list[Atom]()
+    while size > 1 or (atoms and atoms[0].size == 1):
+        if not atoms:
+            return None
+        atom = atoms.pop(0)
+        if size % atom.size == 0:
+            taken.append(atom)
+            size //= atom.size
+        elif atom.size % size == 0 and atom.size == atom.whole:
+            inner = atom.size // size
+            taken.append(Atom(atom.axis, atom.stride * inner, size, 0, size))
+            atoms.insert(0, Atom(atom.axis, atom.stride, inner, 0, inner))
+            size = 1
+        else:
+            return None
+    return tuple(taken), tuple(atoms)
 
 
 def cut(axis: Axis, start: int, stop: int) -> Axis | None:

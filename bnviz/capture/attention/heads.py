@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from .axes import Atom, Axis, extent
+from .axes import Axis, extent, split
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def batch_and_heads(axes: Sequence[Axis], queries: int, shape: Shape) -> tuple[A
     """
     batch, tokens = shape.read(queries)
     if len(axes) <= 1:
-        return _divided(list(chain.from_iterable(axes)), batch)
+        return _divided(tuple(chain.from_iterable(axes)), batch)
     if len(axes) == 2:
         swapped = extent(axes[0]) != batch == extent(axes[1])
         return (axes[1], axes[0]) if swapped else (axes[0], axes[1])
@@ -69,19 +69,6 @@ def batch_and_heads(axes: Sequence[Axis], queries: int, shape: Shape) -> tuple[A
     return tuple(chain.from_iterable(axes[: windows + 1])), tuple(chain.from_iterable(axes[windows + 1 :]))
 
 
-def _divided(atoms: list[Atom], batch: int | None) -> tuple[Axis, Axis]:
+def _divided(axis: Axis, batch: int | None) -> tuple[Axis, Axis]:
     """One axis of batch x heads, the batch outermost; all of it is batch where the two can't be told apart."""
-    left, ahead = batch or extent(atoms), list[Atom]()
-    while left > 1 and atoms:
-        atom = atoms.pop(0)
-        if left % atom.size == 0:
-            ahead.append(atom)
-            left //= atom.size
-        elif atom.size % left == 0 and atom.size == atom.whole:
-            inner = atom.size // left
-            ahead.append(Atom(atom.axis, atom.stride * inner, left, 0, left))
-            atoms.insert(0, Atom(atom.axis, atom.stride, inner, 0, inner))
-            left = 1
-        else:
-            return (*ahead, atom, *atoms), ()
-    return tuple(ahead), tuple(atoms)
+    return (None if batch is None else split(axis, batch)) or (axis, ())
