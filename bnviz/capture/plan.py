@@ -114,7 +114,6 @@ def sites(model: nn.Module, *, attention: Any = None, routers: Any = None) -> Pl
     >>> print(sites(net))
     Sequential  2 blocks · 0 attention · 0 routers
     ├─ layer 0  0  Linear  (item of Sequential '')
-    │  └─ residual writers  found at the first forward
     └─ layer 1: as layer 0  2
     >>> [site.path for site, _ in sites(net).blocks]
     ['0', '2']

@@ -12,6 +12,7 @@ from bnviz.quantities import counted
 from .unknown import Unknown
 
 if TYPE_CHECKING:
+    from .blocks.find import Block
     from .plan import Plan
 
 LINES = 40  # of a tree; what does not fit is counted
@@ -108,7 +109,7 @@ def _cut(parts: Sequence[Branch], room: int) -> tuple[Branch, ...]:
 def _layers(plan: Plan) -> Iterator[Branch]:
     """One branch for each kind of layer, at its first; all others of the kind on one line."""
     alike: dict[Any, list[int]] = {}
-    inside = {site.layer: tuple(_inside(plan, site.layer, site.path)) for site, _ in plan.blocks}
+    inside = {site.layer: tuple(_inside(plan, site.layer, site.path, block)) for site, block in plan.blocks}
     blocks = {site.layer: (site, block) for site, block in plan.blocks}
     for layer, (site, block) in blocks.items():
         alike.setdefault((type(block.first), site.evidence, inside[layer]), []).append(layer)
@@ -123,7 +124,7 @@ def _layers(plan: Plan) -> Iterator[Branch]:
             yield Branch(f"{many} {ranges(others)}: as layer {first}", where)
 
 
-def _inside(plan: Plan, layer: int, path: str) -> Iterator[Branch]:
+def _inside(plan: Plan, layer: int, path: str, block: Block) -> Iterator[Branch]:
     for place in plan.attention:
         if place.site.layer == layer:
             yield _attention(place, path)
@@ -131,7 +132,8 @@ def _inside(plan: Plan, layer: int, path: str) -> Iterator[Branch]:
         further = site.kind == "further_router"
         if (further and site.path.startswith(f"{path}.")) or (not further and site.layer == layer):
             yield _router(site, router, path)
-    if not plan.fused(f"{path}.x" if path else "x"):
+    whole = next(block.first.children(), None) is None and not block.parts  # a plain layer has nothing inside
+    if not whole and not plan.fused(f"{path}.x" if path else "x"):
         yield Branch("residual writers", words="found at the first forward")
 
 
