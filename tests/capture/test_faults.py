@@ -24,30 +24,18 @@ from bnviz.capture.recorder import Recorder
 from bnviz.errors import CaptureError, StoreError
 from bnviz.observation import BlockSeen
 from bnviz.schema import Variable, probe
+from tests.traces import traces
 
 from .test_sites import Body, PreNorm
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-
-
-def state(model: nn.Module) -> Any:
-    """All that a capture might leave on a model, its classes and its thread."""
-    modules = [
-        (path, id(module), sorted(vars(module)), module.training, [list(getattr(module, name)) for name in HOOKS])
-        for path, module in model.named_modules()
-    ]
-    classes = [(kind, kind.forward, kind.__call__) for kind in dict.fromkeys(type(m) for m in model.modules())]
-    modes = list(torch.overrides._get_current_function_mode_stack())
-    return modules, classes, modes, torch.is_grad_enabled(), torch.random.get_rng_state().tolist()
 
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
     """The model is the same afterwards, with what a user had on it before."""
     handle = model.register_forward_hook(lambda *_: None)
-    before = state(model)
+    before = traces(model)
     yield
-    assert state(model) == before
+    assert traces(model) == before
     handle.remove()
 
 
@@ -169,13 +157,13 @@ def test_a_second_interrupt_while_the_run_is_closed_loses_nothing(monkeypatch: p
 def test_a_module_that_is_replaced_is_seen_until_then() -> None:
     model = body()
     first = model.blocks[1]
-    before = state(first)
+    before = traces(first, rng=False)
     with torch.no_grad(), bnviz.capture(model, probes=["activations", "attention"]) as recorder:
         model(X)
         model.blocks[1] = PreNorm().eval()
         model(X)
         model(X)
-    assert state(first)[0] == before[0]
+    assert traces(first, rng=False) == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     seen = {one.path: one.forwards for one in recorder.run.sites if one.kind == "block"}
     assert seen == {"blocks.0": 3, "blocks.1": 1, "blocks.2": 3}

@@ -1,4 +1,4 @@
-"""Small models with random weights, and everything a capture could leave on one."""
+"""Small models with random weights, and watching them in one call."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import bnviz
+from tests.traces import traces
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
-         "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks")  # fmt: skip
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "pad_token_id": 0}
 
 
@@ -37,28 +35,6 @@ def mixtral() -> Any:
 
 def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
     return torch.arange(3, 3 + batch * length).reshape(batch, length) % 61 + 3
-
-
-def traces(model: nn.Module) -> dict[str, Any]:
-    """Everything a capture could leave behind, on the model and around it."""
-    from transformers.modeling_utils import AttentionInterface
-
-    left: dict[str, Any] = {
-        "rng": torch.get_rng_state().tolist(),
-        "grad": torch.is_grad_enabled(),
-        "modes": torch.overrides._get_current_function_mode_stack(),
-        "interface": vars(AttentionInterface).get("get_interface"),
-        "profiler": torch.autograd._profiler_enabled(),
-        "threads": torch.get_num_threads(),
-        "steps": list(_global_optimizer_pre_hooks),
-    }
-    for path, module in model.named_modules():
-        left[f"{path}.attributes"] = {k: id(v) for k, v in vars(module).items() if k not in HOOKS}
-        left[f"{path}.hooks"] = {k: list(getattr(module, k)) for k in HOOKS}
-        left[f"{path}.class"] = type(module)
-    for name, parameter in model.named_parameters():
-        left[f"{name}.parameter"] = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
-    return left
 
 
 def alike(one: Any, other: Any, records: tuple[str, ...] = ("activations", "attention")) -> None:

@@ -13,8 +13,9 @@ from torch import nn
 import bnviz
 from bnviz.capture.compiled import NOTE
 from bnviz.errors import CaptureError
+from tests.traces import traces
 
-from .models import llama, tokens, traces
+from .models import llama, tokens
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch's compiler says of itself

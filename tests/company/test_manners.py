@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnviz
 from tests.capture.test_sites import Body, PreNorm
+from tests.traces import traces
 
-from .models import llama, mixtral, output_of, tokens, traces
+from .models import llama, mixtral, output_of, tokens
 
 PROBES = ["activations", "attention", "keys_values"]
 Case = tuple[nn.Module, Tensor]

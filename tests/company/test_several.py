@@ -13,8 +13,9 @@ import torch
 
 import bnviz
 from tests.capture.test_sites import Body, Parallel, PreNorm
+from tests.traces import traces
 
-from .models import alike, captured, llama, mixtral, output_of, tokens, traces
+from .models import alike, captured, llama, mixtral, output_of, tokens
 
 PROBES = ("activations", "attention")
 

@@ -14,31 +14,9 @@ import bnviz
 from bnviz import catalog
 from bnviz.errors import CaptureError, UnknownName
 from bnviz.schema import DIMENSIONS, UNITS
+from tests.traces import traces
 
 from .conftest import encoder_decoder, net, pairs
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
-         "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks")  # fmt: skip
-
-
-def traces_on(model: nn.Module) -> dict[str, Any]:
-    """Everything a capture could leave behind, on the model and around it."""
-    from transformers.modeling_utils import AttentionInterface
-
-    left: dict[str, Any] = {
-        "rng": torch.get_rng_state().tolist(),
-        "grad": torch.is_grad_enabled(),
-        "modes": torch.overrides._get_current_function_mode_stack(),
-        "interface": vars(AttentionInterface).get("get_interface"),
-        "profiler": torch.autograd._profiler_enabled(),
-        "threads": torch.get_num_threads(),
-    }
-    for path, module in model.named_modules():
-        left[f"{path}.attributes"] = {k: id(v) for k, v in vars(module).items() if k not in HOOKS}
-        left[f"{path}.hooks"] = {k: list(getattr(module, k)) for k in HOOKS}
-        left[f"{path}.class"] = type(module)
-        left[f"{path}.training"] = module.training
-    return left
 
 
 def model_for(probe: Any, load_model: Any) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
@@ -85,7 +63,7 @@ def test_outputs_gradients_and_state_are_bit_identical(case: Any) -> None:
     alone = copy.deepcopy(model)
     expected = call(alone)
     expected.square().sum().backward()
-    before = traces_on(model)
+    before = traces(model)
     with bnviz.capture(model, probes=[name], strict=True):
         found = call(model)
         found.square().sum().backward()
@@ -98,7 +76,7 @@ def test_outputs_gradients_and_state_are_bit_identical(case: Any) -> None:
         parameter.grad = None
     for (path, buffer), (_, twin) in zip(model.named_buffers(), alone.named_buffers(), strict=True):
         assert torch.equal(buffer, twin), path
-    assert traces_on(model) == before
+    assert traces(model) == before
 
 
 def watched_until(recorder: Any, model: nn.Module, call: Callable[[nn.Module], Any], error: BaseException) -> None:
@@ -119,18 +97,18 @@ def watched_until(recorder: Any, model: nn.Module, call: Callable[[nn.Module], A
 @pytest.mark.parametrize("error", [ZeroDivisionError("the model's own error"), KeyboardInterrupt()])
 def test_a_model_that_raises_is_left_as_it_was(case: Any, error: BaseException) -> None:
     name, model, call = case
-    before = traces_on(model)
+    before = traces(model)
     recorder = bnviz.capture(model, probes=[name])
     with pytest.raises(type(error)):
         watched_until(recorder, model, call, error)
-    assert traces_on(model) == before
+    assert traces(model) == before
     assert any(type(error).__name__ in note for note in recorder.notes)
 
 
 def test_a_probe_that_raises_costs_only_itself(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name, model, call = case
     probe = catalog.load("probes", name)
-    expected, before = call(model), traces_on(model)
+    expected, before = call(model), traces(model)
 
     def fail(*_: Any) -> None:
         raise ValueError("the probe's own error")
@@ -146,7 +124,7 @@ def test_a_probe_that_raises_costs_only_itself(case: Any, monkeypatch: pytest.Mo
     recorder.attach()
     assert torch.equal(passed(call, model), expected)
     run = recorder.detach(quiet=True)
-    assert traces_on(model) == before
+    assert traces(model) == before
     assert any("own error" in note and note.startswith(name) for note in recorder.notes)
     assert run is None or name not in run
     if name != other:
@@ -159,7 +137,7 @@ def test_strict_raises_what_goes_wrong(case: Any, monkeypatch: pytest.MonkeyPatc
     probe = catalog.load("probes", name)
     if not hasattr(probe, "observe"):
         pytest.skip("has no observe")
-    before = traces_on(model)
+    before = traces(model)
 
     def fail(*_: Any) -> None:
         raise ValueError("the probe's own error")
@@ -167,15 +145,15 @@ def test_strict_raises_what_goes_wrong(case: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(probe, "observe", fail)
     with pytest.raises(CaptureError, match="own error"), bnviz.capture(model, probes=[name], strict=True):
         passed(call, model)
-    assert traces_on(model) == before
+    assert traces(model) == before
 
 
 def test_a_wrong_argument_is_refused_before_anything_is_touched(case: Any) -> None:
     name, model, _ = case
-    before = traces_on(model)
+    before = traces(model)
     with pytest.raises(UnknownName, match=r"Valid: .*budget"):
         bnviz.capture(model, probes=[name], bugdet="1 GiB")
-    assert traces_on(model) == before
+    assert traces(model) == before
 
 
 def test_what_is_declared_is_there(probe_name: str, runs: Any) -> None:
