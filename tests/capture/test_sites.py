@@ -65,6 +65,11 @@ class Body(nn.Module):
         return self.head(x)
 
 
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+
+
 def test_blocks_of_a_list_in_order() -> None:
     assert [b.path for b in find_blocks(Body(PreNorm))] == ["blocks.0", "blocks.1", "blocks.2"]
 
