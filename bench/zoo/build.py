@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from .inputs import LIVELY, MEDIA, Maker
-from .overrides import TYPES, Override
+from .override import Override
+from .overrides import TYPES
 from .shrink import shrunk
 from .types import model_class
 
@@ -45,15 +46,25 @@ def tiny(model_type: str) -> tuple[Any, Callable[[], Any], str]:
         model = cls(config).eval()
     except ImportError as error:
         raise NotBuilt(" ".join(str(error).split())[:160]) from error
-    kit = special.inputs(model) if special.inputs else fitting(model)
-    idle = [n for n in MEDIA if n in Maker(model).names and n not in kit and n in LIVELY]
-    return model, functools.partial(model, **kit), special.note or (f"run without {', '.join(idle)}" if idle else "")
+    maker = Maker(model)
+    kit = special.inputs(model) if special.inputs else fitting(maker)
+    return model, functools.partial(model, **kit), special.note or _idle(maker, kit)
 
 
-def fitting(model: Any) -> dict[str, Any]:
+def _idle(maker: Maker, kit: Mapping[str, Any]) -> str:
+    """What of the model a call with `kit` leaves idle, and what kept it so; empty when nothing is."""
+    idle = [n for n in MEDIA if n in maker.names and n not in kit and n in LIVELY]
+    if not idle:
+        return ""
+    why = "".join(f" ({method}: {' '.join(error.split())[:100]})" for method, error in maker.unread.items())
+    return f"run without {', '.join(idle)}{why}"
+
+
+def fitting(maker: Maker) -> dict[str, Any]:
     """The first set of arguments that the model takes."""
+    model = maker.model
     first: Exception | None = None
-    for tried, kit in enumerate(Maker(model).kits()):
+    for tried, kit in enumerate(maker.kits()):
         if tried == ATTEMPTS:
             break
         torch.manual_seed(0)

@@ -55,10 +55,16 @@ class Maker:
     Parameters
     ----------
     model : nn.Module
+
+    Attributes
+    ----------
+    unread : dict of str to str
+        Methods that give the rows of a picture or sound and failed, with their errors.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.config = model, model.config
+        self.unread: dict[str, str] = {}
         self.names = {
             n: p.default is p.empty
             for n, p in inspect.signature(model.forward).parameters.items()
@@ -116,7 +122,8 @@ class Maker:
         with torch.no_grad():
             try:
                 found = method(**given)
-            except Exception:
+            except Exception as error:  # said beside the result: the model is then run without this medium
+                self.unread[method.__name__] = f"{type(error).__name__}: {error}"
                 return 0
         found = getattr(found, "pooler_output", found)
         found = found[0] if isinstance(found, tuple) and len(found) and not isinstance(found[0], Tensor) else found

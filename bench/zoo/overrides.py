@@ -6,79 +6,39 @@ One line a type where that is enough. `changes` are fields of the config ("text_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .inputs import boxes, ids, read
-from .kits import DECODER, Kit, grid, image, noise, of, ones, placed, text, whole
-
-
-@dataclass(frozen=True, slots=True)
-class Override:
-    """What is special about one type.
-
-    Parameters
-    ----------
-    changes : mapping
-        Fields of the config that win over the shrunk ones.
-    inputs : callable, optional
-        Arguments of the forward, given the model.
-    model, config : callable, optional
-        Makes the class, or the whole config.
-    attention : str, optional
-        transformers' attention implementation; None: the one it takes by itself.
-    note : str
-        What the call leaves idle.
-    reason : str
-        Why the type is left out.
-    """
-
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Kit | None = None
-    model: Callable[[], Any] | None = None
-    config: Callable[[], Any] | None = None
-    attention: str | None = None
-    note: str = ""
-    reason: str = ""
-
-
-def _rope(*section: int, **more: Any) -> dict[str, Any]:
-    """Rotary parameters whose axes (time, height, width) share a head of 2 x sum of the section."""
-    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section), **more}
-
-
-def _fields(**changes: Any) -> Override:
-    return Override({k.replace("__", "."): v for k, v in changes.items()})
-
-
-def _class(name: str) -> Any:
-    import transformers
-
-    return getattr(transformers, name)
-
-
-def _part_of(whole_type: str) -> Override:
-    return Override(reason=f"a part without a model of its own; it runs in {whole_type}")
-
+from .kits import DECODER, grid, image, noise, of, ones, placed, text, whole
+from .override import Override, class_of, fields_of, part_of, rope
 
 _LAGGED = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2, 3]}
+
+
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16}
+
+
 _TWO_PICTURES = of(pixel_values=noise(1, 2, 3, 64, 64))
+
+
 _COMPASS = {
     "num_hidden_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"],
     "head_dim": 16,
-    "rope_parameters": {"sliding_attention": _rope(2, 3, 3), "full_attention": None},
+    "rope_parameters": {"sliding_attention": rope(2, 3, 3), "full_attention": None},
 }
+
+
 _ERNIE = {
     "moe_intermediate_size": [32, 16],
     "mlp_layer_types": ["dense", "sparse"],
     "head_dim": 16,
-    "rope_parameters": _rope(3, 3, 2),
+    "rope_parameters": rope(3, 3, 2),
 }
+
+
 _SAM = {
     "vision_config.num_pos_feats": 8,
     "vision_config.image_size": 64,
@@ -86,8 +46,14 @@ _SAM = {
     "prompt_encoder_config.image_size": 64,
     "prompt_encoder_config.image_embedding_size": 4,
 }
+
+
 _CLICK = of(pixel_values=image(64), input_points=noise(2, 1, 1, 2), input_labels=ones(2, 1, 1))
+
+
 _TILES = of(pixel_values=noise(1, 3, 14, 14 * 32), target_sizes=lambda c: torch.tensor([[4, 4], [4, 4]]))
+
+
 _HIERA = {
     "hidden_size": 16,
     "num_attention_heads": 1,
@@ -100,6 +66,8 @@ _HIERA = {
     "num_query_pool_stages": 3,
     "global_attention_blocks": [2],
 }
+
+
 _CLASSES = of(
     pixel_values=image(64),
     classes_input_ids=text(),
@@ -121,6 +89,8 @@ def _with_both(model: Any) -> dict[str, Any]:
 
 
 _QUERIES, _QUERIES_TOO = _with_queries, _with_both
+
+
 _DIFFUSION = {
     "num_hidden_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -128,6 +98,8 @@ _DIFFUSION = {
     "top_k_experts": 2,
     "moe_intermediate_size": 32,
 }
+
+
 _QWEN4 = {
     "head_dim": 16,
     "indexer_n_heads": 4,
@@ -136,17 +108,23 @@ _QWEN4 = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
+
+
 _DETR_ENCODER = of(
     vision_features=lambda c: [torch.randn(2, c.hidden_size, 4, 4)],
     text_features=noise(2, 7, "hidden_size"),
     vision_pos_embeds=lambda c: [torch.randn(2, c.hidden_size, 4, 4)],
 )
+
+
 _DETR_DECODER = of(
     vision_features=noise(2, 16, "hidden_size"),
     text_features=noise(2, 7, "hidden_size"),
     vision_pos_encoding=noise(2, 16, "hidden_size"),
     spatial_shapes=lambda c: torch.tensor([[4, 4]]),
 )
+
+
 _MASKS = of(
     decoder_queries=noise(2, 5, "hidden_size"),
     backbone_features=lambda c: [torch.randn(2, c.hidden_size, side, side) for side in (16, 8, 4)],
@@ -177,12 +155,12 @@ TYPES: dict[str, Override] = {
             context_hidden_states=lambda c: torch.randn(2, 9, 5 * c.hidden_size),
         )
     ),
-    "led": _fields(attention_window=4),
-    "longformer": _fields(attention_window=4),
+    "led": fields_of(attention_window=4),
+    "longformer": fields_of(attention_window=4),
     "esmfold2": Override(
         reason="takes atoms, bonds and residues of a protein made by its own tools; its language model is esmc, a type of its own"
     ),
-    "blt": _fields(
+    "blt": fields_of(
         **{f"{p}.num_hidden_layers": 2 for p in ("patcher_config", "encoder_config", "decoder_config", "global_config")}
     ),
     "jev": Override(
@@ -200,48 +178,48 @@ TYPES: dict[str, Override] = {
         {"dropout_rate": 0.0}, of(input_ids=text(5), encoder_hidden_states=noise(2, 7, "hidden_size"))
     ),
     "moshi_depth": Override(inputs=of(input_ids=text(8), last_hidden_state=noise(2, 1, "input_size"))),
-    "cosmos3_edge_text": _fields(head_dim=16, rope_parameters=_rope(2, 3, 3)),
-    "dbrx": _fields(
+    "cosmos3_edge_text": fields_of(head_dim=16, rope_parameters=rope(2, 3, 3)),
+    "dbrx": fields_of(
         attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     ),
-    "diffusion_gemma_text": _fields(**_DIFFUSION),
-    "hy_v4_vl_text": _fields(qk_rope_head_dim=16, rope_parameters=_rope(2, 3, 3)),
+    "diffusion_gemma_text": fields_of(**_DIFFUSION),
+    "hy_v4_vl_text": fields_of(qk_rope_head_dim=16, rope_parameters=rope(2, 3, 3)),
     "qwen3_omni_moe_talker_code_predictor": Override(inputs=of(inputs_embeds=noise(2, 7, "hidden_size"))),
-    "qwen4_exp_text": _fields(**_QWEN4),
-    "t5gemma2_text": _fields(dropout_rate=0.0),
-    "bamba": _fields(**_MAMBA, attn_layer_indices=[1]),
-    "cohere_compass_text": _fields(**_COMPASS),
-    "deepseek_ocr2_text": _fields(mlp_layer_types=["dense", "sparse"], num_hidden_layers=2),
-    "dots1": _fields(n_routed_experts=4, n_shared_experts=1),
-    "esm": _fields(vocab_size=80, pad_token_id=1, mask_token_id=32, position_embedding_type="rotary"),
-    "ernie4_5_vl_moe_text": _fields(**_ERNIE),
-    "gpt_neo": _fields(num_layers=2, attention_types=[[["global", "local"], 1]]),
-    "granitemoehybrid": _fields(**_MAMBA, layer_types=["linear_attention", "full_attention"]),
-    "hunyuan_v1_dense": _fields(head_dim=16),
-    "hunyuan_v1_moe": _fields(head_dim=16),
-    "hunyuan_vl_text": _fields(head_dim=16),
-    "lfm2_moe": _fields(
+    "qwen4_exp_text": fields_of(**_QWEN4),
+    "t5gemma2_text": fields_of(dropout_rate=0.0),
+    "bamba": fields_of(**_MAMBA, attn_layer_indices=[1]),
+    "cohere_compass_text": fields_of(**_COMPASS),
+    "deepseek_ocr2_text": fields_of(mlp_layer_types=["dense", "sparse"], num_hidden_layers=2),
+    "dots1": fields_of(n_routed_experts=4, n_shared_experts=1),
+    "esm": fields_of(vocab_size=80, pad_token_id=1, mask_token_id=32, position_embedding_type="rotary"),
+    "ernie4_5_vl_moe_text": fields_of(**_ERNIE),
+    "gpt_neo": fields_of(num_layers=2, attention_types=[[["global", "local"], 1]]),
+    "granitemoehybrid": fields_of(**_MAMBA, layer_types=["linear_attention", "full_attention"]),
+    "hunyuan_v1_dense": fields_of(head_dim=16),
+    "hunyuan_v1_moe": fields_of(head_dim=16),
+    "hunyuan_vl_text": fields_of(head_dim=16),
+    "lfm2_moe": fields_of(
         num_hidden_layers=3, num_dense_layers=1, layer_types=["conv", "full_attention", "full_attention"]
     ),
-    "lilt": _fields(hidden_size=96),
-    "longcat_flash": _fields(qk_rope_head_dim=16, head_dim=16),
-    "mamba2": _fields(num_heads=8, head_dim=16, n_groups=2),
-    "ministral": _fields(head_dim=16),
-    "nemotron": _fields(head_dim=16, num_key_value_heads=2),
-    "nemotron_h": _fields(mamba_num_heads=8, mamba_head_dim=16, n_groups=2),
-    "recurrent_gemma": _fields(num_hidden_layers=3),
-    "reformer": _fields(axial_pos_embds_dim=[16, 48], axial_pos_shape=[8, 8], max_position_embeddings=64),
-    "step3p5": _fields(sliding_window=4),
-    "xlstm": _fields(qk_dim_factor=1.0, v_dim_factor=1.0),
-    "xmod": _fields(languages=["en_XX"], default_language="en_XX"),
-    "zamba": _fields(
+    "lilt": fields_of(hidden_size=96),
+    "longcat_flash": fields_of(qk_rope_head_dim=16, head_dim=16),
+    "mamba2": fields_of(num_heads=8, head_dim=16, n_groups=2),
+    "ministral": fields_of(head_dim=16),
+    "nemotron": fields_of(head_dim=16, num_key_value_heads=2),
+    "nemotron_h": fields_of(mamba_num_heads=8, mamba_head_dim=16, n_groups=2),
+    "recurrent_gemma": fields_of(num_hidden_layers=3),
+    "reformer": fields_of(axial_pos_embds_dim=[16, 48], axial_pos_shape=[8, 8], max_position_embeddings=64),
+    "step3p5": fields_of(sliding_window=4),
+    "xlstm": fields_of(qk_dim_factor=1.0, v_dim_factor=1.0),
+    "xmod": fields_of(languages=["en_XX"], default_language="en_XX"),
+    "zamba": fields_of(
         num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"]
     ),
     # time series
-    "autoformer": _fields(**_LAGGED),
-    "informer": _fields(**_LAGGED),
-    "time_series_transformer": _fields(**_LAGGED),
+    "autoformer": fields_of(**_LAGGED),
+    "informer": fields_of(**_LAGGED),
+    "time_series_transformer": fields_of(**_LAGGED),
     "timesfm": Override(inputs=of(past_values=noise(2, 64), past_values_padding=ones(2, 64), freq=whole(2, 1, most=3))),
     # pages and places
     "bros": Override(inputs=of(input_ids=text(), bbox=noise(2, 7, 8))),
@@ -255,7 +233,7 @@ TYPES: dict[str, Override] = {
             attention_mask=ones(2, 5),
         )
     ),
-    "layoutlmv3": _fields(coordinate_size=16, shape_size=16, hidden_size=96),
+    "layoutlmv3": fields_of(coordinate_size=16, shape_size=16, hidden_size=96),
     "lxmert": Override(
         inputs=of(input_ids=text(), visual_feats=noise(2, 5, "visual_feat_dim"), visual_pos=noise(2, 5, 4))
     ),
@@ -291,8 +269,8 @@ TYPES: dict[str, Override] = {
         reason="its image tokenizer takes minutes at any size its config allows; emu3_text_model is a type of its own"
     ),
     "omdet-turbo": Override(inputs=_CLASSES),
-    "sam2_hiera_det_model": _fields(**_HIERA),
-    "sam2_vision_model": _fields(
+    "sam2_hiera_det_model": fields_of(**_HIERA),
+    "sam2_vision_model": fields_of(
         **{f"backbone_config.{k}": v for k, v in _HIERA.items()}, backbone_channel_list=[128, 64, 32, 16]
     ),
     "sam2": Override(
@@ -357,13 +335,13 @@ TYPES: dict[str, Override] = {
         _TWO_PICTURES,
     ),
     "timm_backbone": Override(reason="TimmBackbone requires the timm library"),
-    "efficientnet": _fields(hidden_dim=2560),
+    "efficientnet": fields_of(hidden_dim=2560),
     "inkling_vision": Override(inputs=of(pixel_values=noise(2, 2, 40, 40, 3))),
-    "janus_vqgan": _fields(num_patches=4),
+    "janus_vqgan": fields_of(num_patches=4),
     "kosmos_2_5_vision_model": Override(inputs=of(flattened_patches=_patches)),
     "pix2struct_vision_model": Override(inputs=of(flattened_patches=_patches)),
     "pix2struct": Override(inputs=of(flattened_patches=_patches, **DECODER)),
-    "pix2struct_text_model": _fields(initializer_range=0.02),
+    "pix2struct_text_model": fields_of(initializer_range=0.02),
     "sam3_detr_encoder": Override(inputs=_DETR_ENCODER),
     "sam3_lite_text_detr_encoder": Override(inputs=_DETR_ENCODER),
     "sam3_detr_decoder": Override(inputs=_DETR_DECODER),
@@ -393,7 +371,7 @@ TYPES: dict[str, Override] = {
     "superpoint": Override(
         {"encoder_hidden_sizes": [16, 16, 32, 32], "decoder_hidden_size": 32, "keypoint_decoder_dim": 65}
     ),
-    "swin2sr": _fields(embed_dim=64, depths=[2, 1], num_heads=[2, 4]),
+    "swin2sr": fields_of(embed_dim=64, depths=[2, 1], num_heads=[2, 4]),
     "videomt": Override(inputs=of(pixel_values_videos=noise(1, 2, 3, 64, 64))),
     "bridgetower_vision_model": Override(inputs=of(image=image(64))),
     "idefics2_perceiver": Override(inputs=of(context=noise(2, 9, "hidden_size"), attention_mask=ones(2, 9))),
@@ -448,7 +426,7 @@ TYPES: dict[str, Override] = {
     "granite4_vision": Override(
         reason="its text and pictures are types of their own; no small set of its layers that meet was found"
     ),
-    "clvp": _fields(
+    "clvp": fields_of(
         **{
             "text_config.projection_dim": 64,
             "text_config.num_attention_heads": 2,
@@ -458,23 +436,23 @@ TYPES: dict[str, Override] = {
             "speech_config.hidden_size": 64,
         }
     ),
-    "clvp_encoder": _fields(hidden_size=64, num_attention_heads=2),
-    "grounding-dino": _fields(d_model=64),
-    "mm-grounding-dino": _fields(d_model=64),
+    "clvp_encoder": fields_of(hidden_size=64, num_attention_heads=2),
+    "grounding-dino": fields_of(d_model=64),
+    "mm-grounding-dino": fields_of(d_model=64),
     "blip_2_qformer": Override(
         inputs=of(query_embeds=noise(2, 5, "hidden_size"), encoder_hidden_states=noise(2, 9, "encoder_hidden_size"))
     ),
-    "cosmos3_edge": _fields(**{"text_config.head_dim": 16, "text_config.rope_parameters": _rope(2, 3, 3)}),
-    "deepseek_ocr2": _fields(**{"text_config.mlp_layer_types": ["dense", "sparse"]}),
-    "diffusion_gemma": _fields(**{f"text_config.{k}": v for k, v in _DIFFUSION.items()}),
-    "hy_v4_vl": _fields(**{"text_config.qk_rope_head_dim": 16, "text_config.rope_parameters": _rope(2, 3, 3)}),
-    "qwen4_exp": _fields(**{f"text_config.{k}": v for k, v in _QWEN4.items()}),
-    "t5gemma2_encoder": _fields(**{"text_config.dropout_rate": 0.0}),
-    "chameleon": _fields(vocabulary_map={"<image>": 130}),
-    "cohere_compass": _fields(**{f"text_config.{k}": v for k, v in _COMPASS.items()}),
-    "ernie4_5_vl_moe": _fields(**{f"text_config.{k}": v for k, v in _ERNIE.items()}),
-    "hunyuan_vl": _fields(**{"text_config.head_dim": 16}),
-    "step3p7": _fields(**{"text_config.sliding_window": 4}),
+    "cosmos3_edge": fields_of(**{"text_config.head_dim": 16, "text_config.rope_parameters": rope(2, 3, 3)}),
+    "deepseek_ocr2": fields_of(**{"text_config.mlp_layer_types": ["dense", "sparse"]}),
+    "diffusion_gemma": fields_of(**{f"text_config.{k}": v for k, v in _DIFFUSION.items()}),
+    "hy_v4_vl": fields_of(**{"text_config.qk_rope_head_dim": 16, "text_config.rope_parameters": rope(2, 3, 3)}),
+    "qwen4_exp": fields_of(**{f"text_config.{k}": v for k, v in _QWEN4.items()}),
+    "t5gemma2_encoder": fields_of(**{"text_config.dropout_rate": 0.0}),
+    "chameleon": fields_of(vocabulary_map={"<image>": 130}),
+    "cohere_compass": fields_of(**{f"text_config.{k}": v for k, v in _COMPASS.items()}),
+    "ernie4_5_vl_moe": fields_of(**{f"text_config.{k}": v for k, v in _ERNIE.items()}),
+    "hunyuan_vl": fields_of(**{"text_config.head_dim": 16}),
+    "step3p7": fields_of(**{"text_config.sliding_window": 4}),
     # sound
     "mimi": Override(
         {"codebook_dim": 32, "vector_quantization_hidden_dimension": 32}, of(input_values=noise(2, 1, 3840))
@@ -503,11 +481,11 @@ TYPES: dict[str, Override] = {
         changes={"subsampling_conv_channels": [16, 4]},
     ),
     "musicgen": Override(
-        model=lambda: _class("MusicgenForConditionalGeneration"),
+        model=lambda: class_of("MusicgenForConditionalGeneration"),
         inputs=of(input_ids=text(), decoder_input_ids=whole(8, 5)),
     ),
     "musicgen_melody": Override(
-        model=lambda: _class("MusicgenMelodyForConditionalGeneration"),
+        model=lambda: class_of("MusicgenMelodyForConditionalGeneration"),
         inputs=of(input_ids=text(), decoder_input_ids=whole(8, 5)),
     ),
     "pe_audio_encoder": Override(inputs=of(input_values=noise(2, 1, 1920))),
@@ -559,7 +537,7 @@ TYPES: dict[str, Override] = {
     "speecht5": Override(
         inputs=of(input_values=noise(2, 9, "hidden_size"), decoder_input_values=noise(2, 5, "hidden_size"))
     ),
-    "vits": _fields(vocab_size=80),
+    "vits": fields_of(vocab_size=80),
     # large by default in a field of their own
-    **{f"sam{v}_{p}": _part_of(f"sam{v}") for v in ("", "2", "_hq") for p in ("mask_decoder", "prompt_encoder")},
+    **{f"sam{v}_{p}": part_of(f"sam{v}") for v in ("", "2", "_hq") for p in ("mask_decoder", "prompt_encoder")},
 }
