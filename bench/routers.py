@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 import bnviz
 from bnviz.capture.routers.find import RouterSite
-from bnviz.capture.routers.parts import items_of
 from bnviz.observation import RouterSeen
 from bnviz.schema import Variable, probe
+
+from .experts import Held, again, keeping
 
 
 @probe(
@@ -53,7 +55,9 @@ class Checked:
         What must not be: ids out of range, weights that are no numbers.
     errors : dict of str to float
         By path of experts: the largest difference of their output to the one made of captured ids and weights, over the largest
-        output; NaN where the experts take no ids.
+        output.
+    unread : list of str
+        Routers whose experts were not computed again, with the reason.
     notes : list of str
         Of the capture.
     """
@@ -67,6 +71,7 @@ class Checked:
     unruled: int = 0
     wrong: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -88,13 +93,10 @@ def check(model: nn.Module, call: Callable[[], Any], *, routers: Any = None, see
         As of `bnviz.capture`.
     """
     plan, found, decisions = bnviz.sites(model, routers=routers), Checked(), Decisions()
-    held: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = [
-        router.experts[0].register_forward_hook(_keeper(site.path, held), with_kwargs=True)
-        for site, router in plan.routers
-        if router.contract is not None
-    ]
-    with torch.no_grad():
+    held: Held = {}
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for _, router in plan.routers:
+            stack.enter_context(keeping(router, held))
         torch.manual_seed(seed)
         call()
         torch.manual_seed(seed)
@@ -105,8 +107,6 @@ def check(model: nn.Module, call: Callable[[], Any], *, routers: Any = None, see
         torch.manual_seed(seed)
         with recorder:
             output = call()
-    for handle in handles:
-        handle.remove()
     found.equal, found.notes = same(plain, output), list(recorder.notes)
     given = {seen.site.path: seen for seen in decisions.seen}
     found.silent = [site.path for site, _ in plan.routers if site.path not in given]
@@ -115,15 +115,9 @@ def check(model: nn.Module, call: Callable[[], Any], *, routers: Any = None, see
             _judge(found, site.kind, given[site.path], router)
             if site.path in held:
                 found.errors[site.path] = again(router, given[site.path], *held[site.path])
+            else:
+                found.unread.append(f"{site.path}: how its experts are computed is not known here")
     return found
-
-
-def _keeper(path: str, held: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., None]:
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        read = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
-        held[path] = (read.detach().clone(), output.detach().clone())
-
-    return keep
 
 
 def _judge(found: Checked, kind: str, seen: RouterSeen, router: RouterSite) -> None:
@@ -137,31 +131,6 @@ def _judge(found: Checked, kind: str, seen: RouterSeen, router: RouterSite) -> N
     if not weights[ids >= 0].isfinite().all():
         found.wrong.append(f"{router.path}: weights that are no numbers")
     found.unruled += seen.share is not None and not ((seen.share.sum(-1) - 1).abs() < 1e-3).all()
-
-
-def again(router: RouterSite, seen: RouterSeen, read: Tensor, output: Tensor) -> float:
-    """The largest relative difference between the experts' output and the one made of captured ids and weights."""
-    rows = read.reshape(-1, read.shape[-1])
-    ids, weights = seen.ids.reshape(len(rows), -1), seen.weights.reshape(len(rows), -1).to(rows.dtype)
-    made = torch.zeros_like(output.reshape(len(rows), -1))
-    with torch.no_grad():
-        for expert in ids.unique().tolist():
-            if 0 <= expert < seen.experts - (seen.skip if seen.skip and seen.experts > router.count else 0):
-                share = weights.where(ids == expert, 0.0).nan_to_num(0.0).sum(-1, keepdim=True)
-                made += share * expert_output(router, expert, rows, read.shape, ids.shape[1])
-    made = made.reshape(output.shape)
-    return float((made - output).abs().max() / output.abs().max().clamp_min(1e-12))
-
-
-def expert_output(router: RouterSite, expert: int, rows: Tensor, shape: torch.Size, slots: int) -> Tensor:
-    """What one expert makes of all rows, with weight 1 in the first slot and 0 in the others."""
-    experts = router.experts[0]
-    if items := items_of(experts):
-        return items[expert](rows)
-    ids = torch.full((len(rows), slots), expert, dtype=torch.long, device=rows.device)
-    weights = torch.zeros_like(ids, dtype=rows.dtype)
-    weights[:, 0] = 1
-    return experts(rows.reshape(shape), ids, weights).reshape(len(rows), -1)
 
 
 def same(one: Any, other: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 Row = Mapping[str, Any]
+EXACT = 1e-5  # by how much experts' outputs made of captured ids and weights may differ, over the largest
 
 
 def faults(row: Row) -> list[str]:
@@ -19,6 +20,8 @@ def faults(row: Row) -> list[str]:
             found.append("attention")
         if row["routers_missing"] or row["routers"] < row["routers_expected"]:
             found.append("routers")
+        if not row["rebuilt_error"] <= EXACT:
+            found.append("experts")
         if not row["equal"] and row["repeats"]:
             found.append("outputs")
         if row["left"]:
@@ -51,6 +54,8 @@ def line(row: Row) -> str:
     said += [f"missing {row['missing'][0]}"] if row["missing"] else []
     said += [f"extra {row['extra'][0]}"] if row["extra"] else []
     said += [f"router {row['routers_missing'][0]}"] if row["routers_missing"] else []
+    said += [f"{row['rebuilt']} experts rebuilt to {row['rebuilt_error']:.0e}"] if row["rebuilt"] else []
+    said += [f"not rebuilt {row['not_rebuilt'][0]}"] if row["not_rebuilt"] else []
     said += [f"left {row['left'][0]}"] if row["left"] else []
     said += [row["notes"][0][:120]] if row["notes"] else []
     return " · ".join(filter(None, said))

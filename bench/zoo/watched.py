@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import bnviz
+from bench.routers import check
 from bnviz import catalog
 from bnviz.capture.options import Options
 from bnviz.schema import SITE_KINDS, Variable, probe
@@ -45,6 +46,9 @@ class Result:
     routers: int = 0
     routers_expected: int = 0
     routers_missing: list[str] = field(default_factory=list)
+    rebuilt: int = 0
+    rebuilt_error: float = 0.0
+    not_rebuilt: list[str] = field(default_factory=list)
     equal: bool = False
     repeats: bool = True
     left: list[str] = field(default_factory=list)
@@ -61,7 +65,9 @@ class Result:
 
 
 @probe(
-    sites=tuple(k for k in SITE_KINDS if k.endswith("attention") or k in ("router", "block", "sublayer")),
+    sites=tuple(
+        k for k in SITE_KINDS if k.endswith("attention") or k in ("router", "further_router", "block", "sublayer")
+    ),
     variables=(Variable("none", ("step",), "1", "never kept", optional=True),),
     memory="0",
     default=False,
@@ -82,7 +88,7 @@ class Shapes:
             self.attention.append(
                 (seen.site.path, query.shape[0] * query.shape[1], query.shape[1], query.shape[2], key.shape[2])
             )
-        elif kind == "router":
+        elif kind in ("router", "further_router"):
             self.routers.append(seen.site.path)
         elif kind == "block":
             self.blocks.append(seen.site.path)
@@ -121,6 +127,8 @@ def watch(name: str, model: nn.Module, call: Callable[[], Any], made: Made | Non
         result.equal = result.equal and same(plain, seeded(call))
     _attention(result, counter, shapes, made)
     _routers(result, model, counter, shapes, made)
+    if shapes.routers:
+        _experts(result, model, call)
     result.seconds = time.perf_counter() - started
     return result
 
@@ -232,3 +240,20 @@ def _routers(result: Result, model: nn.Module, counter: Census, shapes: Shapes, 
     result.routers_missing = _short(lost)
     if made is not None:
         result.routers_expected, result.routers_missing = made.routers, []
+
+
+def _experts(result: Result, model: nn.Module, call: Callable[[], Any]) -> None:
+    """Experts computed once more from captured ids and weights, against what the model's own gave in that forward."""
+    _lively(model)
+    found = check(model, lambda: seeded(call))
+    result.rebuilt, result.rebuilt_error = len(found.errors), max(found.errors.values(), default=0.0)
+    result.not_rebuilt = _short([*found.wrong, *found.unread])
+
+
+def _lively(model: nn.Module) -> None:
+    """Random weights in every mixture: of many classes the first ones are zero, or so small that all experts seem alike."""
+    mixtures = {id(m): m for _, router in bnviz.sites(model).routers for m in (router.block, *router.experts)}
+    with torch.no_grad():
+        for parameter in {id(p): p for m in mixtures.values() for p in m.parameters()}.values():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)

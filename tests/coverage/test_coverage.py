@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import bnviz
 from bench.coverage import examine
+from bench.experts import again
 from bench.zoo import table
 from bench.zoo.census import census
 from bench.zoo.compare import left_behind, same, state_of
+from bench.zoo.handmade.language import WIDTH
+from bench.zoo.handmade.mixtures import OneHotMixture
+from bnviz.observation import Context, RouterSeen, Site
 
 TYPES = (
     "llama",
@@ -21,6 +27,7 @@ TYPES = (
     "deepseek_v3",
     "gemma2",
     "gpt_oss",
+    "jetmoe",
     "llava",
     "mixtral",
     "qwen3_moe",
@@ -38,6 +45,7 @@ MADE = (
     "linear-attention",
     "mamba",
     "graph-attention",
+    "gshard",
 )
 
 
@@ -47,6 +55,7 @@ def test_a_capture_sees_the_model_and_leaves_it(name: str) -> None:
         warnings.simplefilter("ignore")  # of models that warn by themselves
         row = examine(name).row
     assert table.verdict(row) == "right", table.line(row)
+    assert row["rebuilt"] == row["routers"], row["not_rebuilt"]
 
 
 class Written(nn.Module):
@@ -95,3 +104,19 @@ def test_outputs_are_compared_bit_for_bit() -> None:
     assert same({"a": nan}, {"a": nan.clone()})
     assert not same({"a": torch.tensor([0.0])}, {"a": torch.tensor([-0.0 + 1e-45])})
     assert not same((), ())
+
+
+def test_experts_of_other_ids_or_weights_are_told() -> None:
+    torch.manual_seed(0)
+    mixture = OneHotMixture().eval()
+    ((_, router),) = bnviz.sites(mixture).routers
+    x = torch.randn(2, 3, WIDTH)
+    with torch.no_grad():
+        gates = mixture.wg(x.flatten(0, 1)).softmax(-1)
+        output = mixture(x)
+    site, now = Site("router", "", 0), Context(0, 0, "forward")
+    weights, ids = gates.max(-1, keepdim=True)
+    seen = RouterSeen(site, now, ids[None], weights[None], None, 4)
+    assert again(router, seen, x, output) < 1e-6
+    assert again(router, replace(seen, weights=1.001 * weights[None]), x, output) == pytest.approx(1e-3, rel=0.01)
+    assert again(router, replace(seen, ids=(ids[None] + 1) % 4), x, output) > 0.1
