@@ -28,7 +28,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing of a sweep is downloaded
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from bench.zoo import table
+from bench.zoo import page, table
 from bench.zoo.build import NotBuilt, tiny
 from bench.zoo.handmade import MODELS
 from bench.zoo.types import model_types
@@ -58,7 +58,7 @@ def examine(name: str) -> Result:
         result = watch(name, model, call)
     except Exception as error:
         return Result(name, type(model).__name__, error=f"{_worded(error)}\n{traceback.format_exc()[-2500:]}")
-    result.notes = [*result.notes, *([note] if note else [])]
+    result.idle = note
     return result
 
 
@@ -100,6 +100,12 @@ def _prepare() -> None:
         examine(name)
 
 
+def _stored() -> dict[str, Any]:
+    """Results of sweeps before; rows of another form are made again."""
+    rows = json.loads(STORE.read_text()) if STORE.exists() else {}
+    return {n: r for n, r in rows.items() if r.keys() == Result(n).row.keys()}
+
+
 def _chosen(asked: argparse.Namespace, stored: dict[str, Any]) -> list[str]:
     found = names()
     if asked.only:
@@ -130,14 +136,14 @@ def main() -> None:
     ask.add_argument("--table", action="store_true", help="run nothing, print the table of the results")
     ask.add_argument("--write", type=Path, metavar="FILE", help="write the table as Markdown")
     asked = ask.parse_args()
-    stored = json.loads(STORE.read_text()) if STORE.exists() else {}
+    stored = _stored()
     if not asked.table:
         _prepare()
         sweep(_chosen(asked, stored), stored)
     stored = {n: stored[n] for n in names() if n in stored}
     print(table.totals(stored))
     if asked.write:
-        asked.write.write_text(table.markdown(stored))
+        asked.write.write_text(page.markdown(stored))
 
 
 if __name__ == "__main__":

@@ -139,6 +139,18 @@ def _patches(config: Any) -> torch.Tensor:
     return torch.cat([place, torch.randn(2, 9, size)], -1)
 
 
+_GEMMA4 = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+
+
+_POSE = {"num_experts": 3, "part_features": 16}
+
+
+def _dataset(model: Any) -> dict[str, Any]:
+    """Pictures with the data set each is from, which chooses its expert."""
+    config = getattr(model.config, "backbone_config", model.config)
+    return {"pixel_values": torch.randn(2, 3, *config.image_size), "dataset_index": torch.tensor([0, 2])}
+
+
 TYPES: dict[str, Override] = {
     # text
     "blt_local_decoder": Override(reason="a part that needs another's outputs; it runs in blt"),
@@ -188,6 +200,11 @@ TYPES: dict[str, Override] = {
     "qwen3_omni_moe_talker_code_predictor": Override(inputs=of(inputs_embeds=noise(2, 7, "hidden_size"))),
     "qwen4_exp_text": fields_of(**_QWEN4),
     "t5gemma2_text": fields_of(dropout_rate=0.0),
+    "doge": fields_of(is_moe=True, num_experts=10, num_experts_per_tok=3),
+    "flint": fields_of(
+        num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"], mlp_only_layers=[0], num_experts=4
+    ),
+    "gemma4_text": fields_of(**_GEMMA4),
     "bamba": fields_of(**_MAMBA, attn_layer_indices=[1]),
     "cohere_compass_text": fields_of(**_COMPASS),
     "deepseek_ocr2_text": fields_of(mlp_layer_types=["dense", "sparse"], num_hidden_layers=2),
@@ -197,7 +214,7 @@ TYPES: dict[str, Override] = {
     "gpt_neo": fields_of(num_layers=2, attention_types=[[["global", "local"], 1]]),
     "granitemoehybrid": fields_of(**_MAMBA, layer_types=["linear_attention", "full_attention"]),
     "hunyuan_v1_dense": fields_of(head_dim=16),
-    "hunyuan_v1_moe": fields_of(head_dim=16),
+    "hunyuan_v1_moe": fields_of(head_dim=16, num_experts=4, moe_topk=2),
     "hunyuan_vl_text": fields_of(head_dim=16),
     "lfm2_moe": fields_of(
         num_hidden_layers=3, num_dense_layers=1, layer_types=["conv", "full_attention", "full_attention"]
@@ -315,6 +332,8 @@ TYPES: dict[str, Override] = {
     "video_llama_3_vision": Override(
         inputs=of(pixel_values=noise(32, 768), grid_thw=grid(), merge_sizes=lambda c: torch.tensor([2, 2]))
     ),
+    "vitpose_backbone": Override(_POSE, _dataset),
+    "vitpose": Override({f"backbone_config.{k}": v for k, v in _POSE.items()}, _dataset),
     "gemma4_vision": Override(
         inputs=of(
             pixel_values=noise(2, 9, 768),
@@ -449,6 +468,7 @@ TYPES: dict[str, Override] = {
     "qwen4_exp": fields_of(**{f"text_config.{k}": v for k, v in _QWEN4.items()}),
     "t5gemma2_encoder": fields_of(**{"text_config.dropout_rate": 0.0}),
     "chameleon": fields_of(vocabulary_map={"<image>": 130}),
+    "gemma4": fields_of(**{f"text_config.{k}": v for k, v in _GEMMA4.items()}),
     "cohere_compass": fields_of(**{f"text_config.{k}": v for k, v in _COMPASS.items()}),
     "ernie4_5_vl_moe": fields_of(**{f"text_config.{k}": v for k, v in _ERNIE.items()}),
     "hunyuan_vl": fields_of(**{"text_config.head_dim": 16}),

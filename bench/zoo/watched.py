@@ -21,6 +21,7 @@ from .census import Census, Seen, census
 from .compare import left_behind, same, state_of
 from .experts import experts_that_ran
 from .handmade.made import Made
+from .layers import layers_of, reason, unmatched
 
 SEED = 1234
 
@@ -35,7 +36,8 @@ class Result:
     modules: int = 0
     blocks: int = 0
     blocks_seen: int = 0
-    blocks_expected: int = 0
+    layers: int = 0
+    layers_lost: list[str] = field(default_factory=list)
     writers: int = 0
     attention: int = 0
     attention_expected: int = 0
@@ -53,6 +55,7 @@ class Result:
     repeats: bool = True
     left: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    idle: str = ""
     unknown: list[str] = field(default_factory=list)
     seconds: float = 0.0
     error: str = ""
@@ -140,7 +143,7 @@ def seeded(call: Callable[[], Any]) -> Any:
 
 
 def _captured(model: nn.Module, call: Callable[[], Any], plain: Any, result: Result) -> Shapes:
-    shapes = Shapes()
+    shapes, stated = Shapes(), layers_of(getattr(model, "config", None))
     plan = bnviz.sites(model)
     result.blocks, result.unknown = len(plan.blocks), [str(line) for line in plan.unknown][:6]
     result.mechanisms = sorted({a.mechanism for a in plan.attention})
@@ -153,7 +156,9 @@ def _captured(model: nn.Module, call: Callable[[], Any], plain: Any, result: Res
     if not torch.equal(generator, torch.random.get_rng_state()):
         result.left.append("torch: random numbers")
     result.notes = [n for n in recorder.notes if "stopped at call" in n or "attention of" in n]
-    result.blocks_seen = len(set(shapes.blocks))
+    result.blocks_seen, result.layers = len(set(shapes.blocks)), len(stated)
+    lost = unmatched(stated, (site.path for site, _ in plan.blocks), shapes.blocks)
+    result.layers_lost = [f"{one}: {reason(result.name, one)}" for one in lost]
     result.writers = _with_writers(recorder)
     return shapes
 
@@ -240,6 +245,8 @@ def _routers(result: Result, model: nn.Module, counter: Census, shapes: Shapes, 
     result.routers_missing = _short(lost)
     if made is not None:
         result.routers_expected, result.routers_missing = made.routers, []
+        if result.blocks_seen < made.blocks:
+            result.layers_lost = [f"its source has {made.blocks} blocks: "]
 
 
 def _experts(result: Result, model: nn.Module, call: Callable[[], Any]) -> None:

@@ -18,6 +18,7 @@ from bench.zoo.census import census
 from bench.zoo.compare import left_behind, same, state_of
 from bench.zoo.handmade.language import WIDTH
 from bench.zoo.handmade.mixtures import OneHotMixture
+from bench.zoo.layers import reason, unmatched
 from bnviz.observation import Context, RouterSeen, Site
 
 TYPES = (
@@ -120,3 +121,12 @@ def test_experts_of_other_ids_or_weights_are_told() -> None:
     assert again(router, seen, x, output) < 1e-6
     assert again(router, replace(seen, weights=1.001 * weights[None]), x, output) == pytest.approx(1e-3, rel=0.01)
     assert again(router, replace(seen, ids=(ids[None] + 1) % 4), x, output) > 0.1
+
+
+def test_each_number_of_layers_answers_to_a_list_of_blocks() -> None:
+    found = ["stages.0.layers.0", "stages.0.layers.1", "stages.1.layers.0", "decoder.0", "shared.0"]
+    ran = [*found, "shared.0 (call 2)", "shared.0 (call 3)", "shared.0 (call 4)"]
+    assert unmatched({"depths": 3, "decoder_layers": 1, "num_hidden_layers": 4}, found, ran) == []
+    assert unmatched({"depths": 3, "num_layers": 3}, found, ran) == ["num_layers = 3"]
+    assert reason("levit", "depths = 4")
+    assert reason("llama", "num_hidden_layers = 2") == ""
