@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, ClassVar
 
 from bnviz.errors import SchemaError
@@ -101,6 +102,7 @@ class Attention:
             if value < 1:
                 raise SchemaError(f"Probe {self.spec.name}: {name} is {value}, expected 1 or more.")
         self.window, self.sinks, self.local, self.bins = window, sinks, local, bins
+        self._known: tuple[weakref.ref[Tensor], tuple[int, int], dict[str, Tensor]] | None = None
 
     def observe(self, seen: AttentionSeen) -> dict[str, Tensor]:
         """Sums of one call; see `observation.Probe` for the axes."""
@@ -125,9 +127,18 @@ class Attention:
             for name in ("local_mass", "previous_mass"):
                 kept[name] = torch.full_like(kept[name], torch.nan)
         if seen.token_ids is not None:
-            _blank_ambiguous(kept, seen.token_ids, queries=seen.query.shape[-2])
+            for name, blank in self._ambiguous(seen, seen.token_ids).items():
+                if name in kept:
+                    kept[name].masked_fill_(blank, torch.nan)
         kept["visible"] = _visible(seen)
         return kept
+
+    def _ambiguous(self, seen: AttentionSeen, ids: Tensor) -> dict[str, Tensor]:
+        """As `_ambiguous`, which is one for all layers of a forward that read the same ids."""
+        call, queries = seen.context.call, seen.query.shape[-2]
+        if self._known is None or self._known[0]() is not ids or self._known[1] != (call, queries):
+            self._known = (weakref.ref(ids), (call, queries), _ambiguous(ids, queries))
+        return self._known[2]
 
     def _names(self, seen: AttentionSeen) -> tuple[str, ...]:
         from bnviz.reduce.attention_stats import BY_KEY, BY_QUERY
@@ -144,17 +155,14 @@ def _over_batch(pooled: Tensor) -> Tensor:
     return torch.where(absent, torch.nan, pooled.nan_to_num(0.0).sum(0))
 
 
-def _blank_ambiguous(kept: dict[str, Tensor], ids: Tensor, *, queries: int) -> None:
-    """NaN where an echo or an induction target is the previous token or the token itself."""
+def _ambiguous(ids: Tensor, queries: int) -> dict[str, Tensor]:
+    """(batch, 1, queries) where an echo or an induction target is the previous token or the token itself."""
     import torch
 
-    beyond = torch.full_like(ids[:, :1], -1)
-    one = torch.cat([beyond, ids[:, :-1]], 1)
-    two = torch.cat([beyond, one[:, :-1]], 1)
-    repeats, alternates = ids == one, ids == two
-    for name, blank in (("echo_mass", repeats), ("induction_mass", repeats | alternates)):
-        if name in kept:
-            kept[name] = kept[name].masked_fill(blank[:, None, -queries:], torch.nan)
+    ids = ids[:, -queries - 2 :]
+    repeats, alternates = (torch.nn.functional.pad(ids[:, by:] == ids[:, :-by], (by, 0)) for by in (1, 2))
+    blank = {"echo_mass": repeats, "induction_mass": repeats | alternates}
+    return {name: where[:, None, -queries:] for name, where in blank.items()}
 
 
 def _visible(seen: AttentionSeen) -> Tensor:
@@ -164,9 +172,10 @@ def _visible(seen: AttentionSeen) -> Tensor:
     batch, _, rows, _ = seen.query.shape
     columns, device = seen.key.shape[-2], seen.query.device
     valid = seen.context.valid
-    last = torch.arange(columns - rows, columns, device=device)[:, None] if seen.causal else None
     if seen.allowed is None and valid is None:
-        if last is None and seen.window is None:
+        if rows == 1:
+            return torch.full((batch, 1), float(min(columns, seen.window or columns)), device=device)
+        if not seen.causal and seen.window is None:
             count = torch.full((rows,), float(columns), device=device)
         else:
             count = _span(rows, columns, seen.window, causal=seen.causal, device=device)

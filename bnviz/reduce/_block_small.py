@@ -6,44 +6,53 @@ An operation of torch on a few hundred values takes several microseconds, in a f
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
+import torch
 
 from ._block_pass import Passed, Stream
 from ._channels import OUTLIER
+
+IN_NUMPY = (torch.float16, torch.float32, torch.float64)
 
 
 def small(stream: Stream, channels: bool) -> Passed | None:
     """As `quick`, of values that may as well be copied."""
     keep = None if stream.keep is None else stream.keep.numpy()
-    whole = [side.double().numpy() for side in stream.sides]
-    sides = whole if keep is None or keep.all() else [side[keep] for side in whole]
-    if not all(math.isfinite(side.sum()) for side in sides):
+    first, *others = stream.sides
+    sides = np.empty((1 + len(others), *first.shape))
+    for into, side in zip(sides, (first, *others), strict=True):
+        into[...] = (side if side.dtype in IN_NUMPY else side.double()).numpy()
+    if keep is not None and not keep.all():
+        sides = sides[:, keep]
+    if not math.isfinite(sides.sum()):
         return None
-    before, *others = sides
-    found, reads = [], before
-    if stream.after is not None:
-        found.append(_rows(before, others[0], others[0] - before))
-    for written in others[stream.after is not None :]:
-        after = reads + written
-        found.append(_rows(reads, after, written))
-        reads = reads if stream.parallel else after
-    if sides is not whole:
-        found = [_spread(rows, keep) for rows in found]
-    by_channel = _channels(others[0] if stream.after is not None else before + others[0]) if channels else None
-    return Passed(found, by_channel, [None] * len(found))
+    before, after, change = _of_parts(sides, stream)
+    norms = (np.sqrt(np.einsum("prf,prf->pr", some, some)) for some in (before, after, change))
+    found = np.stack([*norms, np.einsum("prf,prf->pr", before, after)], 1)
+    by_channel = _channels(after[0]) if channels else None
+    if sides.shape[1] < first.shape[0]:
+        rows = np.full((*found.shape[:2], first.shape[0]), math.nan)
+        rows[..., keep] = found
+        found = rows
+    return Passed(list(found), by_channel, [None] * len(found))
 
 
-def _rows(before: np.ndarray, after: np.ndarray, change: np.ndarray) -> tuple[np.ndarray, ...]:
-    norms = (np.sqrt(np.einsum("rf,rf->r", side, side)) for side in (before, after, change))
-    return (*norms, np.einsum("rf,rf->r", before, after))
-
-
-def _spread(rows: tuple[np.ndarray, ...], keep: Any) -> tuple[np.ndarray, ...]:
-    whole = np.full((4, len(keep)), math.nan)
-    whole[:, keep] = rows
-    return tuple(whole)
+def _of_parts(sides: np.ndarray, stream: Stream) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Before, after and change (parts, rows, features): of the whole, where there is an after, and of what each part wrote."""
+    whole = stream.after is not None
+    written = sides[1 + whole :]
+    sums = sides[0] + written if stream.parallel else np.add.accumulate(np.concatenate([sides[:1], written]))[1:]
+    reads = np.broadcast_to(sides[0], written.shape) if stream.parallel else np.concatenate([sides[:1], sums[:-1]])
+    if not whole:
+        return reads, sums, written
+    if not len(written):
+        return sides[:1], sides[1:], sides[1:] - sides[:1]
+    return (
+        np.concatenate([sides[:1], reads]),
+        np.concatenate([sides[1:2], sums]),
+        np.concatenate([sides[1:2] - sides[:1], written]),
+    )
 
 
 def _channels(y: np.ndarray) -> dict[str, np.ndarray]:

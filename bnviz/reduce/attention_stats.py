@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnviz.errors import SchemaError, unknown
 
-from . import _dispatch
+from . import _attention_row, _dispatch
 from ._attention_gather import gather
 from ._attention_marks import bin_size
 from ._attention_pairs import PAIRS
@@ -81,6 +81,7 @@ def attention_stats(
         (batch, heads, queries): entropy, sink_mass, local_mass, previous_mass, echo_mass, induction_mass; NaN for padding, for
         rows that see nothing, and for the last three where there is no such token.
         (batch, heads, bins, bins): pooled; NaN beyond the last token.
+        Of one query on a CPU, those that are the row of p itself (mass, peak, window_mass, last_row) share their memory.
 
     Raises
     ------
@@ -146,6 +147,8 @@ def _run(
             _dispatch.fell("attention_stats", error)
         lse = out.pop("lse", lse)
     left = tuple(name for name in names if name not in out)
+    if left and _attention_row.fits(query, of, left, lse):
+        return _attention_row.row(query, key, (pattern, sizes, left), of, token_ids)
     single = tuple(name for name in left if name in PAIRS)
     # One product a row where no strip has to be made for the rest; with sinks, a row that sees nothing has a finite lse too.
     if lse is not None and pattern.sinks is None and set(left) <= {*PAIRS, "window_mass", "last_row"}:

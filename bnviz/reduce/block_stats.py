@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -179,15 +179,30 @@ def _passed(stream: Stream, channels: bool) -> Passed:
 
 def _stats(passed: Passed, shape: torch.Size, dtype: torch.dtype) -> list[BlockStats]:
     stats = []
-    for number, (rows, nonfinite) in enumerate(zip(passed.by_row, passed.nonfinite, strict=True)):
-        numbers = _of_rows(*rows) if isinstance(rows[0], np.ndarray) else _of_rows_there(*rows)
+    for number, (rows, nonfinite) in enumerate(zip(_by_row(passed, shape, dtype), passed.nonfinite, strict=True)):
         found: dict[str, Any] = dict.fromkeys(_BY_CHANNEL)
         if number == 0 and passed.by_channel is not None:
             found = {name: _as(passed.by_channel[name], dtype) for name in _BY_CHANNEL}
-        found |= zip(_BY_ROW, (_as(value, dtype).view(shape) for value in numbers), strict=True)
+        found |= zip(_BY_ROW, rows, strict=True)
         count = nonfinite if isinstance(nonfinite, torch.Tensor) else torch.zeros((), dtype=torch.int64)
         stats.append(BlockStats(**found, nonfinite=count))
     return stats
+
+
+def _by_row(passed: Passed, shape: torch.Size, dtype: torch.dtype) -> Iterator[list[Any]]:
+    """What `_BY_ROW` names, of the whole and of each part."""
+    if isinstance(
+        passed.by_row[0][0], np.ndarray
+    ):  # of all at once: of a few rows the calls cost more than the numbers
+        found = _of_rows(*np.stack(passed.by_row, 1))
+        kept = [
+            values.astype(str(dtype).removeprefix("torch."), copy=False).reshape(len(values), *shape)
+            for values in found
+        ]
+        yield from ([torch.from_numpy(np.asarray(one)) for one in part] for part in zip(*kept, strict=True))
+    else:
+        for rows in passed.by_row:
+            yield [_as(values, dtype).view(shape) for values in _of_rows_there(*rows)]
 
 
 def _of_rows(before: np.ndarray, after: np.ndarray, change: np.ndarray, both: np.ndarray) -> tuple[np.ndarray, ...]:
