@@ -16,7 +16,7 @@ from bnviz.capture.layers import REPEATS, Layers
 from bnviz.diagnostics.layer_redundancy import judge, layer_redundancy
 from bnviz.observation import Site
 
-from .test_sites import PreNorm
+from .test_sites import PlainAttention, PreNorm
 
 
 def ran(layers: Layers, *blocks: int) -> list[int | None]:
@@ -178,3 +178,40 @@ def test_skipping_a_call_of_a_shared_block_saves_no_weights() -> None:
     assert all(f.saving is None for f in findings if f.where["layer"] < 3)
     result["rank"][:] = [[2, 3, 4, 1]] * 3  # as if the block that runs once were the least
     assert all(f.saving is not None and f.where["layer"] == 3 for f in judge(result, influence=2.0).findings)
+
+
+class Rotated(PreNorm):
+    """Hands its attention a table that may have no columns, as a rotation of no channels has."""
+
+    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.n1(x), table)
+        return x + self.mlp(self.n2(x))
+
+
+class Turned(PlainAttention):
+    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class Tabled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Rotated() for _ in range(2))
+        for layer in self.layers:
+            layer.attn = Turned(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = x.new_zeros(x.shape[1], 0)
+        for layer in self.layers:
+            x = layer(x, table)
+        return x
+
+
+def test_a_table_without_columns_is_passed_over() -> None:
+    torch.manual_seed(0)
+    model, x = Tabled(), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        plain = model(x)
+        with bnviz.capture(model, probes=["activations"], strict=True) as recorder:
+            assert torch.equal(model(x), plain)
+    assert recorder.run["activations"].kind.values.tolist() == ["block", "attention", "mlp"]

@@ -103,6 +103,8 @@ class Search:
         events = []
         for place, value in found:
             shape = tuple(value.shape)
+            if not value.numel():  # a table of no columns (rotary of nothing) has no token to keep
+                continue
             if shape in self._axes:
                 events.append(Event((*at, place), self._clock, value, self._few(value)))
             elif len(shape) == 3 and (shape[0], shape[2], shape[1]) in self._axes:  # an MLP over tokens, a convolution
