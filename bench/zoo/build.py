@@ -21,6 +21,17 @@ class NotBuilt(Exception):
     """Why a type has no tiny model here, in words for the list of what was left out."""
 
 
+class Called(torch.nn.Module):
+    """A module around a model that is used by another method than forward; what is watched is called itself."""
+
+    def __init__(self, model: torch.nn.Module, method: str) -> None:
+        super().__init__()
+        self.model, self.config, self._method = model, model.config, method
+
+    def forward(self, **given: Any) -> Any:
+        return getattr(self.model, self._method)(**given)
+
+
 def tiny(model_type: str) -> tuple[Any, Callable[[], Any], str]:
     """A model in eval mode, a call of it without arguments, and what of the model the call leaves idle.
 
@@ -41,14 +52,19 @@ def tiny(model_type: str) -> tuple[Any, Callable[[], Any], str]:
         torch.manual_seed(0)
         config = special.config() if special.config else shrunk(CONFIG_MAPPING[model_type], special.changes)
         config._attn_implementation = special.attention
-        if cls.forward is torch.nn.Module.forward:
+        if special.method == "forward" and cls.forward is torch.nn.Module.forward:
             raise NotBuilt("has no forward: its parts are called one by one")
         model = cls(config).eval()
+    except ModuleNotFoundError as error:
+        if ".models." not in str(error.name):
+            raise NotBuilt(" ".join(str(error).split())[:160]) from error
+        raise NotBuilt("a config without code of its own: its models are those of other types") from error
     except ImportError as error:
         raise NotBuilt(" ".join(str(error).split())[:160]) from error
     maker = Maker(model)
     kit = special.inputs(model) if special.inputs else fitting(maker)
-    return model, functools.partial(model, **kit), special.note or _idle(maker, kit)
+    whole = model if special.method == "forward" else Called(model, special.method)
+    return whole, functools.partial(whole, **kit), special.note or _idle(maker, kit)
 
 
 def _idle(maker: Maker, kit: Mapping[str, Any]) -> str:

@@ -132,7 +132,14 @@ class Maker:
 
 
 MEDIA = {"pixel_values", "pixel_values_videos", "input_features", "input_values", "image_pixel_values"}
-_GRIDS = {"image_grid_thw", "image_sizes", "pixel_attention_mask", "image_position_ids", "input_features_mask"}
+_GRIDS = {
+    "image_grid_thw",
+    "image_grid_hw",
+    "image_sizes",
+    "pixel_attention_mask",
+    "image_position_ids",
+    "input_features_mask",
+}
 _PLACES = (
     (
         "pixel_values",
@@ -149,6 +156,7 @@ LIVELY = {
     "input_features",
     "input_values",
     "image_grid_thw",
+    "image_grid_hw",
     "image_sizes",
     "bbox",
 }
@@ -174,7 +182,7 @@ def _pixels(maker: Maker) -> Iterator[Callable[[], Any]]:
     channels = read(config, "num_channels", "in_channels", "in_chans", default=3)
     channels = channels if isinstance(channels, int) else 3
     frames = read(config, "num_frames", "frames_per_clip", default=FRAMES)
-    if not maker.names.keys().isdisjoint({"image_grid_thw", "grid_thw"}):
+    if not maker.names.keys().isdisjoint({"image_grid_thw", "grid_thw", "image_grid_hw"}):
         yield lambda: torch.randn(BATCH * 16, _patch_features(config))
     yield lambda: torch.randn(BATCH, channels, height, width)
     yield lambda: torch.randn(BATCH, frames, channels, height, width)
@@ -184,7 +192,7 @@ def _pixels(maker: Maker) -> Iterator[Callable[[], Any]]:
 def _patch_features(config: Any) -> int:
     patch = read(config, "patch_size", default=14)
     patch = patch if isinstance(patch, int) else patch[-1]
-    temporal = read(config, "temporal_patch_size", default=1)
+    temporal = read(config, "temporal_patch_size", "patch_temporal", default=1)
     return int(read(config, "in_channels", "in_chans", "num_channels", default=3)) * temporal * patch * patch
 
 
@@ -265,6 +273,7 @@ _MAKERS: dict[str, Callable[[Maker], Iterator[Callable[[], Any]]]] = {
     "input_values": _values,
     "image_grid_thw": _one(_grid),
     "grid_thw": _one(_grid),
+    "image_grid_hw": _one(lambda c: _grid(c)[:, 1:]),
     "image_sizes": _sizes,
     "hidden_states": _hidden,
     "past_values": _past,

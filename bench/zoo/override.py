@@ -23,6 +23,8 @@ class Override:
         Makes the class, or the whole config.
     attention : str, optional
         transformers' attention implementation; None: the one it takes by itself.
+    method : str
+        What of the model is called.
     note : str
         What the call leaves idle.
     reason : str
@@ -34,6 +36,7 @@ class Override:
     model: Callable[[], Any] | None = None
     config: Callable[[], Any] | None = None
     attention: str | None = None
+    method: str = "forward"
     note: str = ""
     reason: str = ""
 

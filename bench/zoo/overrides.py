@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .inputs import boxes, ids, read
-from .kits import DECODER, grid, image, noise, of, ones, placed, text, whole
+from .kits import DECODER, grid, image, noise, of, ones, placed, text, value, whole
 from .override import Override, class_of, fields_of, part_of, rope
 
 _LAGGED = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2, 3]}
@@ -51,17 +51,20 @@ _SAM = {
 _CLICK = of(pixel_values=image(64), input_points=noise(2, 1, 1, 2), input_labels=ones(2, 1, 1))
 
 
-_TILES = of(pixel_values=noise(1, 3, 14, 14 * 32), target_sizes=lambda c: torch.tensor([[4, 4], [4, 4]]))
+_TILES = of(
+    pixel_values=noise(1, 3, "patch_size", lambda c: 32 * c.patch_size),
+    target_sizes=lambda c: torch.tensor([[4, 4], [4, 4]]),
+)
 
 
 _HIERA = {
     "hidden_size": 16,
     "num_attention_heads": 1,
     "image_size": [64, 64],
-    "blocks_per_stage": [1, 1, 1, 1],
+    "blocks_per_stage": [1, 2, 1, 1],
     "embed_dim_per_stage": [16, 32, 64, 128],
     "num_attention_heads_per_stage": [1, 2, 4, 4],
-    "window_size_per_stage": [4, 2, 2, 2],
+    "window_size_per_stage": [4, 4, 2, 2],
     "window_positional_embedding_background_size": [4, 4],
     "num_query_pool_stages": 3,
     "global_attention_blocks": [2],
@@ -76,6 +79,24 @@ _CLASSES = of(
     tasks_attention_mask=ones(2, 7),
     classes_structure=lambda c: torch.tensor([1, 1]),
 )
+
+
+_NEMOTRON_H = {"text_config.mamba_num_heads": 8, "text_config.mamba_head_dim": 16, "text_config.n_groups": 2}
+
+
+_INTRACLASS = {
+    "reduce_channel": [1, 1, 0],
+    "return_channel": [1, 1, 0],
+    **{
+        f"{kind}_{ratio}ratio": [size, 1, padding]
+        for ratio, n in (("long", 7), ("mid", 5), ("short", 3))
+        for kind, size, padding in (
+            ("vertical_long_to_small_conv", [n, 1], [n // 2, 0]),
+            ("horizontal_small_to_long_conv", [1, n], [0, n // 2]),
+            ("symmetric_conv_long", [n, n], [n // 2, n // 2]),
+        )
+    },
+}
 
 
 def _with_queries(model: Any) -> dict[str, Any]:
@@ -103,7 +124,7 @@ _DIFFUSION = {
 _QWEN4 = {
     "head_dim": 16,
     "indexer_n_heads": 4,
-    "indexer_kv_heads": 2,
+    "indexer_kv_heads": 1,
     "indexer_head_dim": 16,
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
@@ -172,8 +193,10 @@ TYPES: dict[str, Override] = {
     "esmfold2": Override(
         reason="takes atoms, bonds and residues of a protein made by its own tools; its language model is esmc, a type of its own"
     ),
-    "blt": fields_of(
-        **{f"{p}.num_hidden_layers": 2 for p in ("patcher_config", "encoder_config", "decoder_config", "global_config")}
+    "blt": Override(
+        {f"{p}.num_hidden_layers": 2 for p in ("patcher_config", "encoder_config", "decoder_config", "global_config")}
+        | {f"{p}.hidden_size_global": 64 for p in ("encoder_config", "decoder_config")},
+        of(input_ids=text(), use_cache=value(False)),
     ),
     "jev": Override(
         inputs=of(
@@ -256,9 +279,7 @@ TYPES: dict[str, Override] = {
     ),
     "udop": Override(inputs=of(input_ids=text(), bbox=lambda c: boxes() / 100, pixel_values=image(64), **DECODER)),
     # pictures
-    "align": Override(
-        {"projection_dim": 160, "vision_config.hidden_dim": 160}, of(input_ids=text(), pixel_values=image(64))
-    ),
+    "align": Override({"projection_dim": 32}, of(input_ids=text(), pixel_values=image(64))),
     "vitmatte": Override(
         {
             "backbone_config.out_features": ["stage1"],
@@ -285,7 +306,15 @@ TYPES: dict[str, Override] = {
     "emu3": Override(
         reason="its image tokenizer takes minutes at any size its config allows; emu3_text_model is a type of its own"
     ),
-    "omdet-turbo": Override(inputs=_CLASSES),
+    "omdet-turbo": Override(
+        {
+            "apply_layernorm_after_vision_backbone": False,
+            "class_embed_dim": 64,
+            "text_projection_in_dim": 64,
+            "text_projection_out_dim": 64,
+        },
+        _CLASSES,
+    ),
     "sam2_hiera_det_model": fields_of(**_HIERA),
     "sam2_vision_model": fields_of(
         **{f"backbone_config.{k}": v for k, v in _HIERA.items()}, backbone_channel_list=[128, 64, 32, 16]
@@ -349,7 +378,7 @@ TYPES: dict[str, Override] = {
             "stage_num_blocks": [1, 1, 1],
             "stage_stride": [2, 1, 2],
             "hidden_size": 64,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 4.0},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 2.0},
         },
         _TWO_PICTURES,
     ),
@@ -404,7 +433,47 @@ TYPES: dict[str, Override] = {
         inputs=of(patch_embeds=noise(2, "hidden_size", 4, 4), pixel_values=image(64))
     ),
     "xclip_vision_model": Override({"num_frames": 2}, of(pixel_values=image(128, 4))),
+    "apertus1p5": Override(
+        {
+            "audio_config.decoder_hidden_size": 32,
+            "audio_config.codebook_size": 16,
+            "vision_config.codebook_size": 16,
+            "image_token_offset": 200,
+            "audio_token_offset": 216,
+        },
+        of(input_ids=text()),
+        note="run without pixel_values and sound, which become tokens before it",
+    ),
+    "apertus1p5_vision_tokenizer": Override(
+        {"base_channels": 32, "num_res_blocks": 1, "resolution": 64}, of(pixel_values=image(64)), method="encode"
+    ),
+    "chameleon_vqgan": Override({"base_channels": 32, "resolution": 64}, of(pixel_values=image(64)), method="encode"),
+    "emu3_vqgan": Override(
+        {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1, "attn_resolutions": [1]},
+        of(pixel_values=image(16), image_sizes=lambda c: torch.tensor([[16, 16]] * 2)),
+        method="encode",
+    ),
+    "glm_image_vqmodel": Override(inputs=of(hidden_states=noise(2, "latent_channels", 4, 4)), method="encode"),
+    "deepseek_ocr2_vision": fields_of(**{"sam_config.downsample_channels": [32, 64]}),
+    "lw_detr": fields_of(projector_scale_factors=[1.0]),
+    "pp_lcnet_v4": fields_of(stem_channels=[3, 48, 96]),
+    "pp_ocrv5_mobile_rec": Override(inputs=of(pixel_values=noise(2, 3, 96, 320))),
+    "pp_ocrv5_server_det": fields_of(
+        intraclass_block_config=_INTRACLASS, scale_factor_list=[1, 2, 4, 8], kernel_list=[3, 2, 2]
+    ),
+    "pp_ocrv6_medium_det": fields_of(
+        intraclass_block_config=_INTRACLASS, scale_factor_list=[1, 2, 4, 8], kernel_list=[3, 2, 2]
+    ),
+    "pp_ocrv6_small_det": fields_of(layer_list_out_channels=[48, 96, 192, 384]),
+    "rf_detr": Override(reason="the type of its backbone (rf_detr_vit) is not in the installed transformers"),
+    "sapiens2": fields_of(num_key_value_heads_per_layer=[4, 2]),
+    "sam3_tracker": Override(
+        {"vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "prompt_encoder_config.image_size": 64},
+        _CLICK,
+    ),
+    "inkling2_vision": Override(inputs=of(pixel_values=noise(8, 40, 40, 3), image_grid_thw=grid((1, 2, 2), (1, 2, 2)))),
     # pictures and text
+    "molmo2": fields_of(**{"adapter_config.vision_feature_layer": [1, 0]}),
     "blip-2": Override({"image_token_id": 130}, _QUERIES),
     "instructblip": Override({"image_token_id": 130}, _QUERIES_TOO),
     "instructblipvideo": Override(
@@ -425,23 +494,25 @@ TYPES: dict[str, Override] = {
         }
     ),
     "llama4": Override(
-        {
-            "vision_config.vision_output_dim": 64,
-            "vision_config.projector_output_dim": 64,
-            "vision_config.projector_input_dim": 64,
-            "image_token_id": 130,
-        },
-        of(input_ids=placed("image_token_id", 4), pixel_values=image(56)),
+        reason="its forward reads an output (image_outputs) that its text model does not give; llama4_text and "
+        "llama4_vision_model are types of their own"
     ),
     "shieldgemma2": Override(
-        {"mm_tokens_per_image": 4},
+        {"mm_tokens_per_image": 4, "yes_token_index": 5, "no_token_index": 6},
         of(
             input_ids=placed("image_token_index", 4),
-            pixel_values=image(56),
+            pixel_values=image(64),
             token_type_ids=lambda c: torch.zeros(2, 11, dtype=torch.long),
         ),
     ),
-    "pi0": Override(inputs=of(action_embeds=noise(2, 3, "hidden_size"), input_ids=text(), pixel_values=image(56))),
+    "pi0": Override(
+        inputs=of(
+            action_embeds=noise(2, 3, lambda c: c.dit_config.hidden_size),
+            input_ids=placed("image_token_id", 16),
+            pixel_values=noise(2, 1, 3, 56, 56),
+            pixel_attention_mask=ones(2, 1, kind=torch.bool),
+        )
+    ),
     "granite4_vision": Override(
         reason="its text and pictures are types of their own; no small set of its layers that meet was found"
     ),
@@ -473,22 +544,54 @@ TYPES: dict[str, Override] = {
     "ernie4_5_vl_moe": fields_of(**{f"text_config.{k}": v for k, v in _ERNIE.items()}),
     "hunyuan_vl": fields_of(**{"text_config.head_dim": 16}),
     "step3p7": fields_of(**{"text_config.sliding_window": 4}),
+    "nemotron_h_omni": Override({"image_token_id": 140, **_NEMOTRON_H}),
     # sound
+    "nemo_speechlm": Override(
+        _NEMOTRON_H,
+        of(
+            input_ids=placed("audio_token_id", 8),
+            input_features=noise(2, 64, 128),
+            input_features_mask=ones(2, 64),
+        ),
+    ),
+    "dots3_note": fields_of(**{"audio_config.adapter_input_size": 64, "audio_config.hidden_size": 64}),
+    "fastspeech2_conformer_with_hifigan": fields_of(**{"vocoder_config.model_in_dim": 80}),
+    "moonshine_streaming": fields_of(num_key_value_heads=4),
+    "qwen2_5_omni_dit": Override(
+        {"enc_channels": [16, 16, 16, 16, 48]},
+        inputs=of(
+            hidden_states=noise(2, 8, "mel_dim"),
+            condition_vector=noise(2, 8, "mel_dim"),
+            speaker_embedding=noise(2, 8, "enc_emb_dim"),
+            quantized_code=whole(2, 4),
+            time_step=lambda c: torch.tensor([0.3, 0.3]),
+        ),
+    ),
+    "qwen2_5_omni_token2wav": Override(
+        {"dit_config.enc_channels": [16, 16, 16, 16, 48]},
+        inputs=of(
+            code=whole(1, 4),
+            conditioning=noise(1, "enc_emb_dim"),
+            reference_mel=noise(1, 8, "mel_dim"),
+            num_steps=value(2),
+        ),
+    ),
     "mimi": Override(
         {"codebook_dim": 32, "vector_quantization_hidden_dimension": 32}, of(input_values=noise(2, 1, 3840))
     ),
     "clap": Override(
+        {"audio_config.hidden_size": 768},
         inputs=of(
             input_ids=text(),
             input_features=noise(2, 1, 64, 64),
             is_longer=lambda c: torch.zeros(2, 1, dtype=torch.bool),
-        )
+        ),
     ),
     "dots3_note_audio_encoder": Override(
         reason="takes chunks of sound cut by its own processor; it runs in dots3_note"
     ),
-    "granite_speech5_encoder": Override(inputs=of(input_features=noise(2, 40, "input_dim"))),
-    "granite_speech5_ctc": Override(inputs=of(input_features=noise(2, 40, "input_dim"))),
+    "granite_speech5_encoder": Override(inputs=of(input_features=noise(2, 40, lambda c: 4 * read(c, "num_mel_bins")))),
+    "granite_speech5_ctc": Override(inputs=of(input_features=noise(2, 40, lambda c: 4 * read(c, "num_mel_bins")))),
     "voxtral_realtime": Override(inputs=of(input_ids=text(4), input_features=noise(2, "num_mel_bins", 64))),
     "xcodec2": Override(
         inputs=of(
@@ -497,7 +600,7 @@ TYPES: dict[str, Override] = {
         )
     ),
     "gemma4_audio": Override(
-        inputs=of(input_features=noise(2, 64, 128), attention_mask=ones(2, 64)),
+        inputs=of(input_features=noise(2, 64, 16), attention_mask=ones(2, 64)),
         changes={"subsampling_conv_channels": [16, 4]},
     ),
     "musicgen": Override(
@@ -525,7 +628,10 @@ TYPES: dict[str, Override] = {
     ),
     "granite_speech_encoder": Override(inputs=of(hidden_states=noise(2, 40, "input_dim"))),
     "granite_speech_plus_encoder": Override(inputs=of(hidden_states=noise(2, 40, "input_dim"))),
-    "phi4_multimodal_audio": Override(inputs=of(hidden_states=noise(2, 64, "input_size"), mask=ones(2, 64))),
+    "phi4_multimodal_audio": Override(
+        {"ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64, "nemo_conv_channels": 64},
+        inputs=of(hidden_states=noise(2, 64, "input_size"), mask=ones(2, 64)),
+    ),
     "qwen2_5_omni_audio_encoder": Override(
         inputs=of(
             input_features=noise("num_mel_bins", 64),

@@ -38,7 +38,7 @@ _NOT_WIDTH = re.compile(
     r"(vocab|batch|image_size|patch|kernel|window|chunk|block_size|crop|grid|pool|stride|group_size|cache|context|img_size|num_"
     r"|codebook_size|spec_size|bucket|position|capacity|merge|resolution|beam|max_|min_|act_dim|state_dim|feat_size|input_size"
     r"|linear_conv_kernel_dim|query_dim|roi|bbox|labels|in_channels$|audio_channels|num_channels|out_channels$|class"
-    r"|base_channels|image_feature)"
+    r"|base_channels|image_feature|pos_emb)"
 )
 _CHANNELS = re.compile(r"(in_channels|out_channels)$")
 _TOKEN = re.compile(
@@ -223,6 +223,8 @@ def _share_head(config: Any) -> None:
         return
     if "mrope_section" in inspect.getsource(importlib.import_module(name)):
         half = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
+        if sum(rope.get("mrope_section") or ()) == half:  # was asked for
+            return
         rope["mrope_section"] = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
 
 
