@@ -161,6 +161,8 @@ class AttentionSeen:
         Keys at the start that a sliding cache no longer holds: zeros here, and no query sees them.
     across : bool
         The keys are not the queries' own tokens (another text, an image, a pooled sequence): distances mean nothing.
+    grows : bool
+        Keys and values are those of a cache that only puts new tokens behind: what it held in the call before comes first.
 
     Notes
     -----
@@ -184,6 +186,7 @@ class AttentionSeen:
     valid_keys: Tensor | None = None
     dropped: int = 0
     across: bool = False
+    grows: bool = False
 
 
 @dataclass(frozen=True, slots=True)

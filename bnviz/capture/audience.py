@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bnviz.observation import AttentionSeen, BlockSeen
 
+from .joined import Joined
 from .modes import without_modes
-from .portions import apart
+from .portions import Portion, apart
 
 if TYPE_CHECKING:
     from bnviz.observation import Site
@@ -34,6 +35,8 @@ class Audience:
         Given a probe's name and its error.
     saw : callable
         Given the site and the forward of each observation.
+    lost : callable
+        Given a site, and how many decode steps of it could not be read.
     """
 
     def __init__(
@@ -43,26 +46,47 @@ class Audience:
         shelf: Shelf,
         failed: Callable[[str, Exception], None],
         saw: Callable[[Site, int], None],
+        lost: Callable[[Site, int], None],
     ) -> None:
         self._probes, self._clock, self._shelf, self._failed, self._saw = probes, clock, shelf, failed, saw
         self._inside = False
+        self._joined = Joined(self._show, lost, shelf)
 
     def emit(self, seen: Any) -> None:
-        """Show an observation to every probe that looks at its kind of site."""
+        """Show an observation, and those of its parts, to every probe that looks at their kind of site."""
         if self._inside or self._clock.stopped:
             return
-        self._saw(seen.site, seen.context.call)
-        if self._shelf.full_at is not None:
-            return
+        parts = seen.parts if isinstance(seen, BlockSeen) else ()
+        for one in (seen, *parts):
+            self._saw(one.site, one.context.call)
+        if self._shelf.full_at is None:
+            with self._alone():
+                if self._clock.portions or not self._joined.take(seen):
+                    self._show(seen, self._clock.portions)
+
+    def flush(self, *, apart: bool = False) -> None:
+        """Show what was kept to be shown together; `apart`: each step by itself."""
+        if not self._inside and self._joined.waiting:
+            with self._alone():
+                self._joined.flush(apart=apart)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """What probes compute is not shown to them in its turn, nor to the user's modes."""
         self._inside = True
         try:
-            with without_modes(), torch.no_grad(), _plain_arithmetic(seen):
-                for part in apart(seen, self._clock.portions):
-                    for name, probe in list(self._probes.items()):
-                        if part.site.kind in probe.spec.sites:
-                            self._ask(name, probe, part)
+            with without_modes(), torch.no_grad():
+                yield
         finally:
             self._inside = False
+
+    def _show(self, seen: Any, portions: tuple[Portion, ...] = ()) -> None:
+        parts = seen.parts if isinstance(seen, BlockSeen) else ()
+        with _plain_arithmetic(seen):
+            for one in (part for whole in (seen, *parts) for part in apart(whole, portions)):
+                for name, probe in list(self._probes.items()):
+                    if one.site.kind in probe.spec.sites:
+                        self._ask(name, probe, one)
 
     def _ask(self, name: str, probe: Any, seen: Any) -> None:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bnviz.counts import SiteCount
 from bnviz.errors import BnvizError, CaptureError
+from bnviz.observation import Site
 from bnviz.run import Run
 
 from .around import around, gated
@@ -140,7 +141,8 @@ class Session:
         stack.enter_context(around(self.model, self._begin, None, quiet=fused, first=True, gate=False))
         for module in parts(self.model, plan):
             stack.enter_context(around(module, self._begin_part, None, first=True, gate=False))
-        audience = Audience(self._probes, self.clock, self.shelf, self._failed, self.census.saw)
+        audience = Audience(self._probes, self.clock, self.shelf, self._failed, self.census.saw, self._lost)
+        self.shelf.complete = self._completing(audience)
         watch = Watch(self.clock, self._layers, audience.emit, self._instruments.own, trouble=self._trouble)
         if "gradient" in wanted:
             watch = self._watch_gradients(plan, watch, stack)
@@ -197,6 +199,7 @@ class Session:
             if self._gradients is not None:
                 self.shelf.held -= self._gradients.held
                 self._gradients.between(end=True)
+            self.shelf.complete(False)
             elapsed = time.perf_counter() - self.started
             self._ended = (self._instruments.records(), self.census.counts(self._layers), elapsed)
             self.shelf.drain()
@@ -208,6 +211,7 @@ class Session:
     def abandon(self) -> Path | None:
         """Nobody will ask for the run: what waits goes to the disk, where one was given; the folder that holds it."""
         with contextlib.suppress(Exception):
+            self.shelf.complete(False)
             self._drain()
         return self._closing.abandon()
 
@@ -244,6 +248,8 @@ class Session:
         self._instruments.forward_begins(self.clock.calls)
         self._layers.begin()
         context = self.clock.begin(module, args, kwargs, part=part)
+        if context is None or context.phase != "decode":  # keys that wait would outlive their text
+            self.shelf.complete(False)
         self._torn.begin(None if context is None else context.call)
         if self._gradients is not None:
             self._gradients.begins(context)
@@ -321,6 +327,20 @@ class Session:
         )
         if self.options.strict and not unasked:
             raise CaptureError(f"Probe {name!r} failed: {sentence}") from error
+
+    def _completing(self, audience: Audience) -> Callable[[bool], None]:
+        def complete(apart: bool) -> None:
+            with self._instruments.own():
+                audience.flush(apart=apart)
+
+        return complete
+
+    def _lost(self, site: Site, steps: int) -> None:
+        """Keys that should have stayed as they were did not."""
+        self._say(
+            f"Of {site.path}, {steps} decode steps are not in the run: what its cache held was written into after they were "
+            "computed. Steps after them are read one by one."
+        )
 
     def _trouble(self, where: str, error: Exception) -> None:
         """A place that could not be read is left alone from then on; strict raises."""

@@ -93,6 +93,7 @@ class Shelf:
         self.given: Counter[str] = Counter()
         self.inexact = 0
         self.make_room: Callable[[], None] = self.drain
+        self.complete: Callable[[bool], None] = lambda apart: None  # brings what was seen and is not here yet
 
     def put(
         self,
@@ -122,6 +123,13 @@ class Shelf:
         self._waiting.append(_Waiting(record, site, context, kept, dict(valid), size))
         return True
 
+    def lend(self, size: int) -> bool:
+        """Count so many bytes, below zero fewer, that are held elsewhere; False where the ceiling leaves no room."""
+        if size > 0 and self.held + size > self.ceiling:
+            return False
+        self.held += size
+        return True
+
     def _weighed(self, record: str, values: Mapping[str, Tensor]) -> tuple[int, bool]:
         """Bytes, with those of the mask, `sequence` and `position` that come with each token-like axis; whether all lie here."""
         known, tokens, size, on_host = self._axes[record], dict[str, int](), 0, True
@@ -145,6 +153,7 @@ class Shelf:
 
     def hold(self, steps: Set[int]) -> None:
         """Keep the rows of some steps in memory: their tokens may be taken back, or change places."""
+        self.complete(True)
         self._live |= steps
 
     def cut(self, steps: Set[int], length: int) -> None:

@@ -110,13 +110,15 @@ class Attention:
 
         from bnviz.reduce.attention_stats import Pattern, Statistics, attention_stats
 
+        rows = seen.query.shape[-2]  # of several decode steps in one call all count, as of each by itself
+        window = max(self.window, rows) if seen.context.phase == "decode" else self.window
         pattern = Pattern(seen.causal, seen.window, seen.allowed, seen.softcap, seen.sinks, seen.scale)
         kept = dict(
             attention_stats(
                 seen.query,
                 seen.key,
                 pattern=pattern,
-                statistics=Statistics(self._names(seen), self.window, self.sinks, self.local, self.bins),
+                statistics=Statistics(self._names(seen), window, self.sinks, self.local, self.bins),
                 valid=seen.context.valid if seen.valid_keys is None or seen.across else seen.valid_keys,
                 token_ids=seen.token_ids,
             )

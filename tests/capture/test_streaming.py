@@ -56,6 +56,7 @@ def test_what_was_cut_short_has_its_positions(load_model: Any, tmp_path: Path) -
             do_sample=False,
             pad_token_id=0,
         )
+    recorder._session.shelf.complete(False)
     recorder._session._drain()
     cut = bnviz.open(path)["attention"]
     run = recorder.detach()

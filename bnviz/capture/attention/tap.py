@@ -16,7 +16,7 @@ from bnviz.observation import AttentionSeen, Context, Site
 
 from .call import Call
 from .code import INTERFACE
-from .columns import aligned
+from .columns import aligned, appended
 from .find import ADAPTER, NAMED, NATIVE, AttentionSite
 from .form import attended
 from .frames import Frame, Frames
@@ -137,6 +137,7 @@ class AttentionTap:
     def _seen(self, place: AttentionSite, site: Site, context: Context, which: tuple[int, Call]) -> AttentionSeen:
         """The observation of a call of attention, which is the so-manieth in one call of its module."""
         (again, call), dropped = which, 0
+        grows = context.phase == "decode" and appended(call, place.module, self._clock.cache)
         across = self._places.called_cross(place)
         if not across:
             call, dropped = aligned(call, place.module, self._clock.cache, context.past)
@@ -161,6 +162,7 @@ class AttentionTap:
             valid,
             dropped,
             across,
+            grows,
         )
 
     def _tokens(self, context: Context, call: Call, *, across: bool) -> tuple[Context, Tensor | None, Tensor | None]:

@@ -247,11 +247,11 @@ class BlockTap:
         written = self.inside.finish(before, after) if self.inside is not None else []
         whole.parts = tuple(self._parts(written, site, context, first, call))
         self._watch.emit(whole)
-        if flow is not None:
-            flow(site, after, 1.0)
+        if flow is None:
+            return
+        flow(site, after, 1.0)
         for part, seen in zip(written, whole.parts, strict=True):
-            self._watch.emit(seen)
-            if flow is not None and part.traced is not None and isinstance(part.factor, float):
+            if part.traced is not None and isinstance(part.factor, float):
                 flow(seen.site, part.traced, part.factor)
 
     def _parts(

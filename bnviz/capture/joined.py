@@ -1,0 +1,267 @@
+"""Decode steps that follow one another at a site, shown to the probes as one call of several tokens.
+
+One token costs a probe as many small operations as sixteen, and as many bytes of keys: to read the whole cache for every token is
+what made a watched step twice as long as a plain one. So the little that is a step's own (its query, its row of the stream) is
+kept until some have come together; the keys are those of the last of them, where the cache only puts new tokens behind. The last
+tokens are not shown yet: assisted decoding may take them back, and what is in a sum stays there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bnviz.observation import AttentionSeen, BlockSeen, Context, Site
+
+from .portions import Portion, apart
+
+STEPS = 16  # that are shown at once
+BACK = 24  # last steps that wait: more than are guessed at once
+VALUES = 1 << 21  # that may wait at one site: 8 MiB in float32
+
+_Name = tuple[str, str, int, str]
+
+
+class Lender(Protocol):
+    """Keeps count of the bytes that are held."""
+
+    def lend(self, size: int) -> bool:
+        """Take so many more, or, below zero, fewer; False where there is no room."""
+
+
+class Joined:
+    """The steps that wait.
+
+    Parameters
+    ----------
+    show : callable
+        Takes an observation of one or several steps.
+    lost : callable
+        Takes a site, and how many steps of it could not be read: someone wrote into its cache between them.
+    lender : Lender
+    """
+
+    def __init__(self, show: Callable[[Any], None], lost: Callable[[Site, int], None], lender: Lender) -> None:
+        self._show, self._lost, self._lender = show, lost, lender
+        self._waiting: dict[_Name, _Steps] = {}
+        self._single: set[_Name] = set()
+
+    @property
+    def waiting(self) -> bool:
+        """Something does."""
+        return bool(self._waiting)
+
+    def take(self, seen: Any) -> bool:
+        """Keep an observation for later; False: show it now. What waits at its site and does not go on with it is shown first."""
+        site = seen.site
+        name = (site.kind, site.path, site.layer, site.part)
+        steps = self._waiting.get(name)
+        if steps is not None and not steps.goes_on(seen):
+            self._end(name)
+            steps = None
+        if steps is None:
+            steps = None if name in self._single else _begun(seen)
+            if steps is None:
+                return False
+        if not self._lender.lend(steps.size):
+            self._end(name)
+            return False
+        self._waiting[name] = steps
+        steps.add(seen)
+        # layers take turns: no step is much longer than others
+        if len(steps.contexts) > BACK and (seen.context.past + site.layer) % steps.most == 0:
+            self._give(steps, len(steps.contexts) - BACK)
+        return True
+
+    def flush(self, *, apart: bool = False) -> None:
+        """Show all that waits; `apart`: each step by itself, as it may be taken back."""
+        for name in list(self._waiting):
+            self._end(name, apart=apart)
+
+    def _end(self, name: _Name, *, apart: bool = False) -> None:
+        steps = self._waiting.pop(name, None)
+        if steps is None:
+            return
+        if steps.torn:
+            self._single.add(name)
+            self._lender.lend(-steps.size * len(steps.contexts))
+            self._lost(steps.site, len(steps.contexts))
+        else:
+            self._give(steps, len(steps.contexts), apart=apart)
+
+    def _give(self, steps: _Steps, count: int, *, apart: bool = False) -> None:
+        self._lender.lend(-steps.size * count)
+        contexts = steps.contexts[:count]
+        for one in _apart(steps.first(count), contexts) if apart else [steps.first(count)]:
+            self._show(one)
+        steps.forget(count)
+
+
+class _Steps:
+    """Steps of one site.
+
+    Parameters
+    ----------
+    seen : BlockSeen or AttentionSeen
+        The first.
+    own : sequence of Tensor
+        What it has of its own.
+    """
+
+    def __init__(self, seen: Any, own: list[Tensor]) -> None:
+        self.site: Site = seen.site
+        self.size = sum(tensor.nbytes for tensor in own)
+        self.most = min(STEPS, VALUES // max(1, sum(tensor.numel() for tensor in own)) - BACK)
+        self.contexts: list[Context] = []
+        self._rows: list[Tensor] = []
+        self._like = self._kind_of(seen)
+
+    def goes_on(self, seen: Any) -> bool:
+        """Whether it is the step after the last."""
+        last, now = self.contexts[-1], seen.context
+        return (
+            _one_token(seen)
+            and (now.step, now.past) == (last.step, last.past + 1)
+            and (now.valid is None) == (last.valid is None)
+            and self._kind_of(seen) == self._like
+        )
+
+    def add(self, seen: Any) -> None:
+        """One more step."""
+        context = seen.context
+        if context.valid is not None:
+            context = replace(context, valid=context.valid.clone())
+        self.contexts.append(context)
+        self._rows.append(self._own(seen))
+
+    def forget(self, count: int) -> None:
+        """Let the first steps go."""
+        del self.contexts[:count], self._rows[:count]
+
+    def first(self, count: int) -> Any:
+        """The first steps as one observation."""
+        contexts = self.contexts[:count]
+        masks = [one.valid for one in contexts if one.valid is not None]
+        context = replace(contexts[0], valid=torch.cat(masks, 1) if masks else None)
+        return self._seen(context, self._rows[:count])
+
+    @property
+    def torn(self) -> bool:
+        """What they have in common is no longer what it was."""
+        return False
+
+    def _kind_of(self, seen: Any) -> Any:
+        """What has to be the same of all steps."""
+        raise NotImplementedError
+
+    def _own(self, seen: Any) -> Tensor:
+        """A copy of what a step has of its own."""
+        raise NotImplementedError
+
+    def _seen(self, context: Context, rows: list[Tensor]) -> Any:
+        raise NotImplementedError
+
+
+class _OfBlock(_Steps):
+    """Rows of the stream, and of what the parts write, side by side."""
+
+    def _kind_of(self, seen: BlockSeen) -> Any:
+        parts = tuple((part.site, part.written is None, part.follows is None) for part in seen.parts)
+        return {(side.shape, side.dtype) for side in _sides(seen)}, seen.written is None, parts
+
+    def _own(self, seen: BlockSeen) -> Tensor:
+        return torch.cat(_sides(seen), 1)
+
+    def _seen(self, context: Context, rows: list[Tensor]) -> BlockSeen:
+        _, whole, parts = self._like
+        before, first, *others = torch.stack(rows, 2).unbind(1)
+        block = _block(self.site, context, before, first, whole)
+        shown: list[BlockSeen] = []
+        for (site, whole, alone), side in zip(parts, others, strict=True):
+            reads = before if alone or not shown else shown[-1]
+            shown.append(_block(site, context, reads, side, whole))
+        block.parts = tuple(shown)
+        return block
+
+
+class _OfAttention(_Steps):
+    """Queries, and the last keys and values."""
+
+    def __init__(self, seen: AttentionSeen, own: list[Tensor]) -> None:
+        super().__init__(seen, own)
+        self._last, self._versions = seen, (0, 0)
+
+    def goes_on(self, seen: Any) -> bool:
+        return not self.torn and super().goes_on(seen)
+
+    def _kind_of(self, seen: AttentionSeen) -> Any:
+        return seen.query.shape, seen.query.dtype, seen.scale, seen.window, seen.softcap, seen.token_ids is None
+
+    def _own(self, seen: AttentionSeen) -> Tensor:
+        self._last, self._versions = seen, (seen.key._version, seen.value._version)
+        return seen.query.clone()
+
+    @property
+    def torn(self) -> bool:
+        """Someone wrote into the keys since, or into the values."""
+        return (self._last.key._version, self._last.value._version) != self._versions
+
+    def _seen(self, context: Context, rows: list[Tensor]) -> AttentionSeen:
+        last, keys = self._last, context.past + len(rows)
+        ids, valid = (None if known is None else known[:, :keys] for known in (last.token_ids, last.valid_keys))
+        return replace(
+            last,
+            context=context,
+            query=torch.cat(rows, 2),
+            key=last.key[..., :keys, :],
+            value=last.value[..., :keys, :],
+            causal=True,
+            token_ids=ids,
+            valid_keys=valid,
+        )
+
+
+def _one_token(seen: Any) -> bool:
+    """One token a sequence, of a text that is being written."""
+    context = seen.context
+    if context.phase != "decode" or context.positions is not None:
+        return False
+    if isinstance(seen, BlockSeen):
+        return seen.shape[1] == 1
+    if not isinstance(seen, AttentionSeen) or not seen.grows or seen.allowed is not None or seen.across:
+        return False
+    return seen.query.shape[-2] == 1 and seen.key.shape[-2] == context.past + 1 and not seen.key.is_inference()
+
+
+def _begun(seen: Any) -> _Steps | None:
+    """Steps that may begin with this one; None where it can't wait, or is too large to."""
+    if not _one_token(seen):
+        return None
+    if isinstance(seen, AttentionSeen):
+        steps: _Steps = _OfAttention(seen, [seen.query])
+    else:
+        sides = _sides(seen)
+        if len({(side.shape, side.dtype) for side in sides}) > 1:
+            return None
+        steps = _OfBlock(seen, sides)
+    return steps if steps.most > 1 else None
+
+
+def _sides(seen: BlockSeen) -> list[Tensor]:
+    """Before, after or what was written, and the same of each part."""
+    return [seen.input, *(one.output if one.written is None else one.written for one in (seen, *seen.parts))]
+
+
+def _block(site: Site, context: Context, before: Tensor | BlockSeen, after: Tensor, whole: bool) -> BlockSeen:
+    return BlockSeen(site, context, before, after) if whole else BlockSeen(site, context, before, written=after)
+
+
+def _apart(seen: Any, contexts: list[Context]) -> list[Any]:
+    """Each step by itself, each part of a block too."""
+    portions = tuple(Portion(at, at + 1, context) for at, context in enumerate(contexts))
+    parts = seen.parts if isinstance(seen, BlockSeen) else ()
+    return [one for whole in (seen, *parts) for one in apart(whole, portions)]
