@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .inputs import LIVELY, MEDIA, Maker
+from .inputs import LIVELY, MEDIA, SOUND, Maker
 from .override import Override
 from .overrides import TYPES
 from .shrink import shrunk
@@ -61,7 +61,7 @@ def tiny(model_type: str) -> tuple[Any, Callable[[], Any], str]:
         raise NotBuilt("a config without code of its own: its models are those of other types") from error
     except ImportError as error:
         raise NotBuilt(" ".join(str(error).split())[:160]) from error
-    maker = Maker(model)
+    maker = Maker(model, special.media(model) if special.media else None)
     kit = special.inputs(model) if special.inputs else fitting(maker)
     whole = model if special.method == "forward" else Called(model, special.method)
     return whole, functools.partial(whole, **kit), special.note or _idle(maker, kit)
@@ -69,7 +69,9 @@ def tiny(model_type: str) -> tuple[Any, Callable[[], Any], str]:
 
 def _idle(maker: Maker, kit: Mapping[str, Any]) -> str:
     """What of the model a call with `kit` leaves idle, and what kept it so; empty when nothing is."""
-    idle = [n for n in MEDIA if n in maker.names and n not in kit and n in LIVELY]
+    idle = [n for n in sorted(MEDIA) if n in maker.names and n not in kit and n in LIVELY]
+    if not SOUND.isdisjoint(kit):  # a model that takes either takes one
+        idle = [n for n in idle if n not in SOUND]
     if not idle:
         return ""
     why = "".join(f" ({method}: {' '.join(error.split())[:100]})" for method, error in maker.unread.items())

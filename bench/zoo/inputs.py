@@ -55,6 +55,8 @@ class Maker:
     Parameters
     ----------
     model : nn.Module
+    given : mapping, optional
+        Values that are known for some arguments.
 
     Attributes
     ----------
@@ -62,8 +64,8 @@ class Maker:
         Methods that give the rows of a picture or sound and failed, with their errors.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.config = model, model.config
+    def __init__(self, model: nn.Module, given: Mapping[str, Any] | None = None) -> None:
+        self.model, self.config, self.given = model, model.config, dict(given or {})
         self.unread: dict[str, str] = {}
         self.names = {
             n: p.default is p.empty
@@ -83,15 +85,18 @@ class Maker:
             yield kit
         needed = {n for n, needed in self.names.items() if needed}
         if "input_ids" in names and not needed & MEDIA:
-            kit = {n: choices[n][0]() for n in names if n in needed or n not in MEDIA | _GRIDS}
+            kit = {n: choices[n][0]() for n in names if n in needed or n not in MEDIA | _GRIDS | set(self.given)}
             yield {n: v for n, v in kit.items() if v is not None}
 
     def _wanted(self) -> list[str]:
         """Arguments that are needed, and those that bring a side of the model to life."""
         lively = [n for n in self.names if n in LIVELY]
-        return [n for n in self.names if self.names[n] or n in lively]
+        return [n for n in self.names if self.names[n] or n in lively or n in self.given]
 
     def _choices(self, name: str) -> Iterator[Callable[[], Any]]:
+        if name in self.given:
+            yield lambda: self.given[name]
+            return
         made = _MAKERS.get(name)
         if made is None:
             made = _of_name(name)
@@ -123,7 +128,7 @@ class Maker:
             try:
                 found = method(**given)
             except Exception as error:  # said beside the result: the model is then run without this medium
-                self.unread[method.__name__] = f"{type(error).__name__}: {error}"
+                self.unread.setdefault(method.__name__, f"{type(error).__name__}: {error}")
                 return 0
         found = getattr(found, "pooler_output", found)
         found = found[0] if isinstance(found, tuple) and len(found) and not isinstance(found[0], Tensor) else found

@@ -19,6 +19,8 @@ class Override:
         Fields of the config that win over the shrunk ones.
     inputs : callable, optional
         Arguments of the forward, given the model.
+    media : callable, optional
+        Some arguments, given the model: the others are guessed, and places for the rows of these are made in the text.
     model, config : callable, optional
         Makes the class, or the whole config.
     attention : str, optional
@@ -33,6 +35,7 @@ class Override:
 
     changes: Mapping[str, Any] = field(default_factory=dict)
     inputs: Kit | None = None
+    media: Kit | None = None
     model: Callable[[], Any] | None = None
     config: Callable[[], Any] | None = None
     attention: str | None = None

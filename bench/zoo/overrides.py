@@ -13,6 +13,7 @@ import torch
 from .inputs import boxes, ids, read
 from .kits import DECODER, grid, image, noise, of, ones, placed, text, value, whole
 from .override import Override, class_of, fields_of, part_of, rope
+from .shrink import shrunk
 
 _LAGGED = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2, 3]}
 
@@ -55,6 +56,12 @@ _TILES = of(
     pixel_values=noise(1, 3, "patch_size", lambda c: 32 * c.patch_size),
     target_sizes=lambda c: torch.tensor([[4, 4], [4, 4]]),
 )
+
+
+_CELLS = of(pixel_values=noise(8, 40, 40, 3), image_grid_thw=grid((1, 2, 2), (1, 2, 2)))
+
+
+_CUT = of(pixel_values=noise(2, 3, 3, 56, 56), image_sizes=lambda c: torch.tensor([[56, 112]] * 2))
 
 
 _HIERA = {
@@ -164,6 +171,15 @@ _GEMMA4 = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_
 
 
 _POSE = {"num_experts": 3, "part_features": 16}
+
+
+def _speech() -> Any:
+    """wav2vec2 before a decoder of bert."""
+    from transformers import CONFIG_MAPPING
+
+    encoder = shrunk(CONFIG_MAPPING["wav2vec2"])
+    decoder = shrunk(CONFIG_MAPPING["bert"], {"is_decoder": True, "add_cross_attention": True})
+    return class_of("SpeechEncoderDecoderConfig").from_encoder_decoder_configs(encoder, decoder)
 
 
 def _dataset(model: Any) -> dict[str, Any]:
@@ -473,6 +489,33 @@ TYPES: dict[str, Override] = {
     ),
     "inkling2_vision": Override(inputs=of(pixel_values=noise(8, 40, 40, 3), image_grid_thw=grid((1, 2, 2), (1, 2, 2)))),
     # pictures and text
+    "aria": fields_of(projector_patch_to_query_dict={16: 4}, image_token_index=130),
+    "gemma3": fields_of(mm_tokens_per_image=4),
+    "granite_docling": Override(
+        media=of(pixel_values=noise(2, 1, 3, 64, 64), pixel_attention_mask=ones(2, 1, kind=torch.bool))
+    ),
+    "inkling2": Override(media=_CELLS),
+    "inkling2_loop": Override(media=_CELLS),
+    "inkling_mm_model": Override(media=of(pixel_values=noise(2, 2, 40, 40, 3))),
+    "janus": fields_of(**{"vision_config.projection_dim": 64}),
+    "kimi_k25": Override(media=of(pixel_values=noise(32, 3, 14, 14))),
+    "lfm2_vl": Override(
+        media=of(
+            pixel_values=noise(2, 16, 768),
+            pixel_attention_mask=ones(2, 16),
+            spatial_shapes=lambda c: torch.tensor([[4, 4], [4, 4]]),
+        )
+    ),
+    "llava_next": Override({"image_grid_pinpoints": [[56, 112]]}, media=_CUT),
+    "llava_next_video": Override({"image_grid_pinpoints": [[56, 112]]}, media=_CUT),
+    "llava_onevision": Override({"image_grid_pinpoints": [[56, 112]]}, media=_CUT),
+    "minicpm_ocr": Override(media=_TILES),
+    "minicpmv4_6": Override(media=_TILES),
+    "minicpmv4_7": Override(media=_TILES),
+    "mistral3": Override({"vision_config.head_dim": 4}, media=of(image_sizes=lambda c: torch.tensor([[56, 56]] * 2))),
+    "muse_glimmer": Override(media=of(pixel_values=noise(32, 1176))),
+    "ovis2": fields_of(hidden_size=64),
+    "paddleocr_vl": Override(media=of(pixel_values=noise(32, 3, 14, 14))),
     "molmo2": fields_of(**{"adapter_config.vision_feature_layer": [1, 0]}),
     "blip-2": Override({"image_token_id": 130}, _QUERIES),
     "instructblip": Override({"image_token_id": 130}, _QUERIES_TOO),
@@ -533,12 +576,20 @@ TYPES: dict[str, Override] = {
         inputs=of(query_embeds=noise(2, 5, "hidden_size"), encoder_hidden_states=noise(2, 9, "encoder_hidden_size"))
     ),
     "cosmos3_edge": fields_of(**{"text_config.head_dim": 16, "text_config.rope_parameters": rope(2, 3, 3)}),
-    "deepseek_ocr2": fields_of(**{"text_config.mlp_layer_types": ["dense", "sparse"]}),
+    "deepseek_ocr2": fields_of(
+        **{
+            "text_config.mlp_layer_types": ["dense", "sparse"],
+            "vision_config.sam_config.downsample_channels": [32, 64],
+        }
+    ),
     "diffusion_gemma": fields_of(**{f"text_config.{k}": v for k, v in _DIFFUSION.items()}),
     "hy_v4_vl": fields_of(**{"text_config.qk_rope_head_dim": 16, "text_config.rope_parameters": rope(2, 3, 3)}),
     "qwen4_exp": fields_of(**{f"text_config.{k}": v for k, v in _QWEN4.items()}),
     "t5gemma2_encoder": fields_of(**{"text_config.dropout_rate": 0.0}),
-    "chameleon": fields_of(vocabulary_map={"<image>": 130}),
+    "chameleon": fields_of(
+        vocabulary_map={"<image>": 130, **{f"IMGIMG{letter}Z": 140 + n for n, letter in enumerate("ABCD")}},
+        **{"vq_config.num_embeddings": 4, "vq_config.base_channels": 32, "vq_config.resolution": 64},
+    ),
     "gemma4": fields_of(**{f"text_config.{k}": v for k, v in _GEMMA4.items()}),
     "cohere_compass": fields_of(**{f"text_config.{k}": v for k, v in _COMPASS.items()}),
     "ernie4_5_vl_moe": fields_of(**{f"text_config.{k}": v for k, v in _ERNIE.items()}),
@@ -546,6 +597,14 @@ TYPES: dict[str, Override] = {
     "step3p7": fields_of(**{"text_config.sliding_window": 4}),
     "nemotron_h_omni": Override({"image_token_id": 140, **_NEMOTRON_H}),
     # sound
+    "audioflamingo3": Override(media=of(input_features=noise(2, "num_mel_bins", 64), input_features_mask=ones(2, 64))),
+    "fun_asr_nano": Override(media=of(input_features=noise(2, 12, 560), input_features_mask=ones(2, 12))),
+    "glmasr": Override(media=of(input_features=noise(2, "num_mel_bins", 64), input_features_mask=ones(2, 64))),
+    "granite_speech": Override({"window_size": 15}, media=of(input_features=noise(2, 40, "input_dim"))),
+    "granite_speech_plus": Override({"window_size": 15}, media=of(input_features=noise(2, 40, "input_dim"))),
+    "moss_transcribe_diarize": Override(
+        media=of(input_features=noise(2, "num_mel_bins", 64), input_features_mask=ones(2, 64))
+    ),
     "nemo_speechlm": Override(
         _NEMOTRON_H,
         of(
@@ -615,7 +674,17 @@ TYPES: dict[str, Override] = {
     "vibevoice_acoustic_tokenizer": Override(inputs=of(input_values=noise(1, 1, 3200))),
     "vibevoice_acoustic_tokenizer_encoder": Override(inputs=of(hidden_states=noise(1, 1, 3200))),
     "vibevoice_acoustic_tokenizer_decoder": Override(inputs=of(hidden_states=noise(1, 64, 2))),
-    "speech-encoder-decoder": Override(reason="a wrapper of an encoder and a decoder that are types of their own"),
+    "speech-encoder-decoder": Override(
+        config=_speech, inputs=of(input_values=noise(2, 1920), decoder_input_ids=text(5))
+    ),
+    "bark": Override(
+        model=lambda: class_of("BarkSemanticModel"),
+        config=lambda: shrunk(class_of("BarkSemanticConfig")),
+        inputs=of(input_ids=text()),
+        note="its semantic model alone, for it has no forward; the coarse model is like it",
+    ),
+    "qwen2_5_omni": Override(reason="has no forward: thinker, talker and token2wav are types of their own"),
+    "qwen3_omni_moe": Override(reason="has no forward: thinker, talker and its code predictor are types of their own"),
     "voxtral_realtime_text": Override(
         reason="its class is not in the installed transformers; it runs in voxtral_realtime"
     ),

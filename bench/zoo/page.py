@@ -42,7 +42,7 @@ def markdown(stored: Mapping[str, Row]) -> str:
         ("Not right", _wrong(wrong)),
         ("Routers", _routers([r for r in ran if r["routers"] or r["routers_expected"]])),
         ("Layers", _layers([r for r in ran if r["layers_lost"]])),
-        ("Run in part", _idle([r for r in ran if r["idle"]])),
+        ("Run in part", _idle([r for r in ran if r["idle"] or r["blocks_seen"] < r["blocks"]])),
         ("Right", _groups([r for r in ran if not faults(r)])),
         ("Not built", _left_out([r for r in rows if r["reason"]])),
     )
@@ -128,12 +128,15 @@ def _layers(rows: Sequence[Row]) -> list[str]:
 
 
 def _idle(rows: Sequence[Row]) -> list[str]:
-    """Models whose call leaves a side of them idle, by what was left out."""
+    """Models of which one call leaves a part idle, by what was left out."""
     reasons: dict[str, list[str]] = {}
     for r in rows:
-        reasons.setdefault(r["idle"], []).append(r["name"])
-    lead = "Types of which one call leaves a side idle: their text ran, and what was left out is a type of its own in most."
-    return _listed(lead, reasons)
+        what, _, why = r["idle"].partition(" (")
+        told = f"{r['name']} ({r['blocks_seen']} of {r['blocks']} blocks ran{f': {why[:-1]}' if why else ''})"
+        reasons.setdefault(what or "parts that one forward of the class does not call as modules", []).append(told)
+    return _listed(
+        "What ran was watched and is in the tables; what was left out is a type of its own in most.", reasons
+    )
 
 
 def _listed(lead: str, reasons: Mapping[str, Sequence[str]]) -> list[str]:
