@@ -137,6 +137,7 @@ class Maker:
 
 
 MEDIA = {"pixel_values", "pixel_values_videos", "input_features", "input_values", "image_pixel_values"}
+SOUND = {"input_features", "input_values"}
 _GRIDS = {
     "image_grid_thw",
     "image_grid_hw",
