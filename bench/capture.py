@@ -3,7 +3,8 @@
     python -m bench.capture [--layers 12] [--hidden 512] [--tokens 1024] [--rounds 7] [--threads 1]
 
 Each round makes a capture of its own, as a first forward is watched; *later* is the second forward of such a capture, when the
-blocks' residual writers are known. A decode step is one token behind `tokens` in the cache.
+blocks' residual writers are known. A decode step is one token behind `tokens` in the cache, the mean of 64 in a row: the
+probes are shown several at once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import platform
 from typing import Any
 
-import numpy as np
 import torch
 
 import bnviz
@@ -29,7 +29,7 @@ CASES: dict[str, list[str] | None] = {
     "activations, attention, keys_values": ["activations", "attention", "keys_values"],
     "default capture": None,
 }
-STEPS = 6
+BEFORE, STEPS = 60, 64
 
 
 class Watched:
@@ -54,16 +54,17 @@ class Watched:
         return first, later
 
     def step(self) -> float:
-        """Seconds of a decode step behind a watched prompt, the median of some."""
+        """Seconds of a decode step behind a watched prompt."""
         with bnviz.capture(self._model, probes=self._probes):
             return steps(self._model, self._ids)
 
 
 def steps(model: Any, ids: torch.Tensor) -> float:
-    """Seconds of a decode step, the median of STEPS, after one."""
+    """Seconds of a decode step, the mean of STEPS after as many as it takes until they are all alike."""
     decoding = Decoding(model, ids)
-    decoding.step()
-    return float(np.median([seconds(decoding.step) for _ in range(STEPS)]))
+    for _ in range(BEFORE):
+        decoding.step()
+    return sum(seconds(decoding.step) for _ in range(STEPS)) / STEPS
 
 
 def _row(label: str, ratios: list[Ratio], nbytes: float) -> str:

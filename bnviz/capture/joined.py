@@ -1,7 +1,7 @@
 """Decode steps that follow one another at a site, shown to the probes as one call of several tokens.
 
-One token costs a probe as many small operations as sixteen, and as many bytes of keys: to read the whole cache for every token is
-what made a watched step twice as long as a plain one. So the little that is a step's own (its query, its row of the stream) is
+One token costs a probe as many small operations as thirty, and as many bytes of keys: to read the whole cache for every token
+is what made a watched step twice as long as a plain one. So the little that is a step's own (its query, its row of the stream) is
 kept until some have come together; the keys are those of the last of them, where the cache only puts new tokens behind. The last
 tokens are not shown yet: assisted decoding may take them back, and what is in a sum stays there.
 """
@@ -19,7 +19,7 @@ from bnviz.observation import AttentionSeen, BlockSeen, Context, Site
 
 from .portions import Portion, apart
 
-STEPS = 16  # that are shown at once
+STEPS = 32  # that are shown at once
 BACK = 24  # last steps that wait: more than are guessed at once
 VALUES = 1 << 21  # that may wait at one site: 8 MiB in float32
 
