@@ -315,6 +315,7 @@ class Probe(Protocol):
       (token, query, key, sample) is returned with one leading batch axis, e.g. (batch, head, key) for
       ("step", "layer", "head", "key"): the recorder drops padding and packs sequences at the end of the step.
       Others are returned without a batch axis and must leave padding out themselves (`seen.context.valid`).
+      In decoding, one observation may show several tokens that were written one after the other.
     * `profiled(profile)`: for `uses=("profiler",)`; returns {variable: array} without step and layer axes.
     * `start()`, `stop()`: for `uses=("process",)`; `stop` returns {variable: array}.
     """
