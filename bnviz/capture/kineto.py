@@ -21,6 +21,7 @@ __all__ = ["MODULE_MARK", "OWN_MARK", "Session", "read_profile"]
 _MEMORY = "[memory]"
 _KERNELS = ("kernel", "concurrent_kernel", "gpu_memcpy", "gpu_memset")
 _OPERATORS = ("cpu_op", "user_annotation")
+_RUNTIME = ("cuda", "hip", "cuLaunch", "cuMem", "cuStream", "Runtime Triggered", "Buffer Flush", "Activity Buffer")
 _SKIPPED = ("profiler::_record_function_enter", "profiler::_record_function_exit", "ProfilerStep#")
 _TYPES = {
     "float": "float32",
@@ -91,7 +92,8 @@ def read_profile(session: Session) -> Profile:
         events = sorted(events, key=lambda e: e.start_ns())[: session.max_events]
     operators, allocations, kernels = _sort_out(events)
     rows = _rows(operators)
-    tree, trouble = read_tree(session.results, {int(c) for c, e in _with_lists(rows)})
+    older = bool(rows.events) and not hasattr(rows.events[0], "structured_input_shapes")  # before torch 2.9 or so
+    tree, trouble = read_tree(session.results, {int(c) for c, e in _with_lists(rows)}, layouts=older)
     notes.extend(trouble)
     origin = int(rows.start.min()) if len(rows.events) else 0
     nesting = nest(rows.names, rows.thread, rows.start, rows.duration, rows.scope, rows.sequence, rows.forward_thread)
@@ -101,7 +103,7 @@ def read_profile(session: Session) -> Profile:
 def _sort_out(events: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
     operators, allocations, kernels = [], [], []
     for event in events:
-        kind = event.activity_type()
+        kind = _kind(event)
         if event.name() == _MEMORY:
             allocations.append(event)
         elif kind in _OPERATORS and event.device_type().name == "CPU":
@@ -110,6 +112,15 @@ def _sort_out(events: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         elif kind in _KERNELS:
             kernels.append(event)
     return operators, allocations, kernels
+
+
+def _kind(event: Any) -> str:
+    """What an event is; older torch does not say, and its name and device tell."""
+    if hasattr(event, "activity_type"):
+        return str(event.activity_type())
+    if event.device_type().name == "CPU":
+        return "runtime" if event.name().startswith(_RUNTIME) else "cpu_op"
+    return "gpu_user_annotation" if event.is_user_annotation() else "kernel"
 
 
 def _rows(operators: list[Any]) -> _Rows:
@@ -146,7 +157,7 @@ def _signature(event: Any, tree: Tree) -> Signature:
     if not dtypes:
         return Signature()
     listed = tree.list_dtypes.get(event.correlation_id(), {})
-    shapes, strides = _frozen(event.structured_input_shapes()), _frozen(event.structured_input_strides())
+    shapes, strides = (_frozen(sizes) for sizes in _layout(event, tree))
     kinds = [listed.get(i, "float32") if d == "TensorList" else _TYPES.get(d, "") for i, d in enumerate(dtypes)]
     count = len(kinds)
     texts = ["" if v is None else str(v) for v in values][:count]
@@ -156,6 +167,12 @@ def _signature(event: Any, tree: Tree) -> Signature:
         tuple(kinds),
         (*texts, *("",) * (count - len(texts))),
     )
+
+
+def _layout(event: Any, tree: Tree) -> tuple[Any, Any]:
+    if hasattr(event, "structured_input_shapes"):
+        return event.structured_input_shapes(), event.structured_input_strides()
+    return tree.layouts.get(event.correlation_id(), ((), ()))
 
 
 def _frozen(sizes: Any) -> tuple[Any, ...]:

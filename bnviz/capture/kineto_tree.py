@@ -9,10 +9,11 @@ from typing import Any
 
 @dataclass(slots=True)
 class Tree:
-    """Addresses by (time, bytes) and dtypes of list arguments by (correlation, argument)."""
+    """Addresses by (time, bytes), dtypes of list arguments by (correlation, argument), and of older torch shapes and strides."""
 
     addresses: dict[tuple[int, int], deque[int]] = field(default_factory=lambda: defaultdict(deque))
     list_dtypes: dict[int, dict[int, str]] = field(default_factory=dict)
+    layouts: dict[int, tuple[list[Any], list[Any]]] = field(default_factory=dict)
 
     def address(self, time: int, nbytes: int) -> int:
         """Of the allocation made at `time`; 0 when not known. Each is given once: two may share their moment."""
@@ -20,7 +21,7 @@ class Tree:
         return waiting.popleft() if waiting else 0
 
 
-def read_tree(results: Any, with_lists: set[int]) -> tuple[Tree, tuple[str, ...]]:
+def read_tree(results: Any, with_lists: set[int], *, layouts: bool = False) -> tuple[Tree, tuple[str, ...]]:
     """Walk the tree once (2 µs a node); a torch that has changed it costs the addresses, not the profile.
 
     Parameters
@@ -28,6 +29,8 @@ def read_tree(results: Any, with_lists: set[int]) -> tuple[Tree, tuple[str, ...]
     results : torch's _ProfilerResult
     with_lists : set of int
         Correlation ids of operators whose list arguments' dtypes are wanted.
+    layouts : bool
+        Shapes and strides of all operators' inputs are wanted: the events of this torch do not tell them.
 
     Returns
     -------
@@ -46,8 +49,12 @@ def read_tree(results: Any, with_lists: set[int]) -> tuple[Tree, tuple[str, ...]
             if node.tag == kinds.Allocation:
                 extra = node.typed[1]
                 tree.addresses[node.start_time_ns, extra.alloc_size].append(int(extra.ptr or 0))
-            elif node.tag == kinds.TorchOp and node.correlation_id in with_lists:
-                tree.list_dtypes[node.correlation_id] = _lists(node.typed[1].inputs)
+            elif node.tag == kinds.TorchOp and (layouts or node.correlation_id in with_lists):
+                inputs = node.typed[1].inputs
+                if node.correlation_id in with_lists:
+                    tree.list_dtypes[node.correlation_id] = _lists(inputs)
+                if layouts:
+                    tree.layouts[node.correlation_id] = ([_sizes(i) for i in inputs], [_strides(i) for i in inputs])
     except (AttributeError, TypeError, IndexError, RuntimeError) as error:
         return tree, (f"Where memory lies is not known: this torch has another event tree ({error}).",)
     return tree, ()
@@ -59,3 +66,11 @@ def _lists(inputs: Any) -> dict[int, str]:
         for i, one in enumerate(inputs)
         if isinstance(one, (list, tuple)) and one and hasattr(one[0], "dtype")
     }
+
+
+def _sizes(value: Any) -> list[Any]:
+    return [_sizes(one) for one in value] if isinstance(value, list | tuple) else list(getattr(value, "sizes", ()))
+
+
+def _strides(value: Any) -> list[Any]:
+    return [_strides(one) for one in value] if isinstance(value, list | tuple) else list(getattr(value, "strides", ()))
