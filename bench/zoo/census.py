@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,8 @@ class Census(TorchDispatchMode):
         self.ran: Counter[str] = Counter()
         self._paths = {m: p for p, m in model.named_modules()}
         self._inside: list[str] = []
+        self._given: list[tuple[int, ...]] = []
+        self._last: tuple[str, Tensor, Tensor] | None = None
         self._products: Any = WeakIdKeyDictionary()
         self._weights: Any = WeakIdKeyDictionary()
 
@@ -94,7 +96,8 @@ class Census(TorchDispatchMode):
             stack.enter_context(self)
             yield self
 
-    def _enter(self, module: nn.Module, _: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._given.append(next((tuple(t.shape) for t in _tensors(args)), ()))
         path = self._paths.get(module)
         self._inside.append(self._inside[-1] if path is None and self._inside else path or "")
         if path is not None:
@@ -102,6 +105,7 @@ class Census(TorchDispatchMode):
 
     def _leave(self, *_: Any) -> None:
         self._inside.pop()
+        self._given.pop()
 
     @property
     def _path(self) -> str:
@@ -120,8 +124,15 @@ class Census(TorchDispatchMode):
 
     def _kernel(self, args: Any) -> None:
         query, key = args[0], args[1]
-        if query.dim() >= 4:
-            self._add(query.shape[:-2].numel(), query.shape[-3], query.shape[-2], key.shape[-2], True)
+        last, self._last = self._last, (self._path, query.clone(), key.clone())
+        again = last is not None and last[0] == self._path and all(map(_equal, last[1:], (query, key)))
+        if query.dim() >= 4 and not again:  # else other values under the same weights
+            self._add(query.shape[:-2].numel(), self._heads(query.shape), query.shape[-2], key.shape[-2], True)
+
+    def _heads(self, shape: Sequence[int]) -> int:
+        """Of weights or queries (batch, heads, ..., ...); 0 where these may be axes that their module was given."""
+        given = self._given[-1] if self._given else ()
+        return 0 if len(shape) != 4 or (len(given) == 4 and given[:2] == tuple(shape[:2])) else int(shape[1])
 
     def _fused(self, name: str, args: Any) -> None:
         """The native kernels of nn.MultiheadAttention and nn.TransformerEncoderLayer."""
@@ -164,11 +175,14 @@ class Census(TorchDispatchMode):
         weights.counted = True
         rows, queries, keys = factor.shape if place == 0 else (factor.shape[0], factor.shape[2], factor.shape[1])
         shape = weights.shape
-        heads = shape[1] if len(shape) == 4 else 0
-        self._add(rows, heads, queries, keys, weights.logits)
+        self._add(rows, self._heads(shape), queries, keys, weights.logits)
 
     def _add(self, rows: int, heads: int, queries: int, keys: int, logits: bool) -> None:
         self.seen.append(Seen(self._path, int(rows), int(heads), int(queries), int(keys), logits))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _tensors(args: Any) -> Iterator[Tensor]:

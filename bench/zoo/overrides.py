@@ -209,6 +209,7 @@ TYPES: dict[str, Override] = {
     "esmfold2": Override(
         reason="takes atoms, bonds and residues of a protein made by its own tools; its language model is esmc, a type of its own"
     ),
+    "dory": fields_of(n_input_layers=1, n_recurrent_layers=1, n_output_layers=0),
     "blt": Override(
         {f"{p}.num_hidden_layers": 2 for p in ("patcher_config", "encoder_config", "decoder_config", "global_config")}
         | {f"{p}.hidden_size_global": 64 for p in ("encoder_config", "decoder_config")},

@@ -12,22 +12,27 @@ from torch.nn.functional import pad
 from .call import Call
 
 
-def aligned(call: Call, module: nn.Module, cache: Any, past: int) -> tuple[Call, int]:
-    """`call` with one column a token since the beginning, and how many of the first the cache no longer holds.
+def aligned(call: Call, module: nn.Module, cache: Any, past: int) -> tuple[Call, int, bool]:
+    """`call` with one column a token since the beginning, how many of the first its cache dropped, and whether it has more.
 
     A sliding cache returns the last columns only: those before are put back as zeros that no query sees. A static cache returns
-    columns that no token has filled yet: they are cut off.
+    columns that no token has filled yet: they are cut off. Columns beyond the tokens that a cache can hold stand for several
+    tokens each (a compressed past): then all stay as they are, and no column is one token's.
     """
     layer = _layer(cache, module)
+    reserved = layer is not None and _reserves(layer, cache)
+    if call.key.shape[-2] > _most(layer, past) + call.query.shape[-2] and not reserved:
+        whole = call.mask is not None and call.mask.shape[-2:] == (call.query.shape[-2], call.key.shape[-2])
+        return (replace(call, window=None) if whole else call), 0, layer is not None
     tokens, columns = past + call.query.shape[-2], call.key.shape[-2]
-    if columns > tokens and layer is not None and _reserves(layer, cache):
+    if columns > tokens and reserved:
         mask = None if call.mask is None else call.mask[..., :tokens]
-        return replace(call, key=call.key[..., :tokens, :], value=call.value[..., :tokens, :], mask=mask), 0
+        return replace(call, key=call.key[..., :tokens, :], value=call.value[..., :tokens, :], mask=mask), 0, False
     if columns < tokens and (getattr(layer, "is_sliding", False) or (layer is not None and call.window is not None)):
         gone = tokens - columns
         key, value = (pad(held, (0, 0, gone, 0)) for held in (call.key, call.value))
-        return replace(call, key=key, value=value, mask=_wider(call, gone)), gone
-    return call, 0
+        return replace(call, key=key, value=value, mask=_wider(call, gone)), gone, False
+    return call, 0, False
 
 
 def appended(call: Call, module: nn.Module, cache: Any) -> bool:
@@ -55,6 +60,12 @@ def _layer(cache: Any, module: nn.Module) -> Any:
     if not isinstance(layers, list) or not isinstance(index, int) or not 0 <= index < len(layers):
         return None
     return layers[index]
+
+
+def _most(layer: Any, past: int) -> int:
+    """Tokens before these that a layer of a cache can hold."""
+    window = getattr(layer, "sliding_window", None)
+    return past if not isinstance(window, int) else min(past, max(0, window - 1))
 
 
 def _reserves(layer: Any, cache: Any) -> bool:

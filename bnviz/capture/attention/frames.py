@@ -223,7 +223,7 @@ def shape_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int | None
     """Batch and tokens of the first hidden state a module was given."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2:
-            return Shape(tuple(value.shape[:-1]), batch)
+            return Shape(tuple(value.shape[:-1]), batch, value.shape[-1])
     return Shape((), batch)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from .axes import Axis, extent, split
+from .call import Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,21 +20,25 @@ class Shape:
         Sizes of the first tensor it was called with, without features; empty: none.
     batch : int, optional
         Sequences in this call of the model.
+    features : int
+        Of that tensor; 0: none was given.
     """
 
     given: tuple[int, ...] = ()
     batch: int | None = None
+    features: int = 0
 
     def read(self, queries: int) -> tuple[int | None, int | None]:
         """(batch, tokens of a sequence), for attention of so many queries; None where not known.
 
         Examples
         --------
-        >>> Shape((2, 7)).read(7), Shape((7, 2), batch=2).read(7), Shape((9,)).read(4)
-        ((2, 7), (2, 7), (1, 9))
+        >>> Shape((2, 7)).read(7), Shape((7, 2), batch=2).read(7), Shape((9,)).read(4), Shape((2,), batch=2).read(1)
+        ((2, 7), (2, 7), (1, 9), (2, 1))
         """
         if len(self.given) == 1:
-            return 1, self.given[0]
+            one_each = queries == 1 and self.batch == self.given[0]  # the state of a recurrent decoder, one a sequence
+            return (self.given[0], 1) if one_each else (1, self.given[0])
         if len(self.given) != 2:
             return (self.given[0] if self.given else self.batch), None
         first, second = self.given
@@ -67,6 +72,23 @@ def batch_and_heads(axes: Sequence[Axis], queries: int, shape: Shape) -> tuple[A
         ahead = (*axes[0], *axes[windows])
         return ahead, tuple(chain.from_iterable(axis for n, axis in enumerate(axes) if n not in (0, windows)))
     return tuple(chain.from_iterable(axes[: windows + 1])), tuple(chain.from_iterable(axes[windows + 1 :]))
+
+
+def without_heads(call: Call, shape: Shape) -> Call:
+    """`call` with one head, where what stands in the place of the heads are tokens: each attends to keys of its own.
+
+    A module that was given (batch, tokens, keys, features), and attends over keys of all those features, has split none of them
+    into heads.
+    """
+    batch, heads, _, dim = call.key.shape
+    apart = len(shape.given) == 3 and shape.given[:2] == (batch, heads) and shape.features == dim > 0
+    if not apart or heads == 1 or call.query.shape[1] != heads:
+        return call
+    query, key, value = (t.flatten(0, 1)[:, None] for t in (call.query, call.key, call.value))
+    mask = call.mask
+    if mask is not None and mask.shape[:2] != (1, 1):
+        mask = mask.expand(batch, heads, -1, -1).flatten(0, 1)[:, None]
+    return replace(call, query=query, key=key, value=value, mask=mask)
 
 
 def _divided(axis: Axis, batch: int | None) -> tuple[Axis, Axis]:

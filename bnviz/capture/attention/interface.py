@@ -17,7 +17,7 @@ from bnviz.capture.modes import without_modes
 from .call import Call
 from .masks import of_blocks, of_packed, of_positions, top_left
 
-Asked = Callable[[nn.Module, Callable[[], Call]], None]
+Asked = Callable[[nn.Module, Callable[[], Call], Any], None]
 
 
 class _Interface:
@@ -36,7 +36,10 @@ class _Interface:
 
     @contextlib.contextmanager
     def listening(self, listener: Asked) -> Iterator[None]:
-        """Call `listener(module, make)` after each call through the interface; `make()` gives the call of attention."""
+        """Call `listener(module, make, given)` after each call through the interface, with what its function gave.
+
+        `make()` gives the call of attention.
+        """
         with self._lock:
             self._listeners.append(listener)
             if self._original is None:
@@ -89,7 +92,7 @@ class _Interface:
             given = (module, query, key, value, attention_mask, *args)
             with without_modes():
                 for listener in tuple(self._listeners):
-                    listener(module, functools.partial(_from_interface, function, given, kwargs))
+                    listener(module, functools.partial(_from_interface, function, given, kwargs), output)
             return output
 
         return watched
@@ -109,16 +112,21 @@ def _from_interface(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     mask, causal, window = _mask(mask, given if "flash" in name else {}, query, key, (causal, window))
     if causal and mask is None and columns != rows and "sdpa" in name:
         mask, causal = top_left(rows, columns, query.device), False
+    query = query.expand(key.shape[0], -1, -1, -1)  # queries that are learned are one for all
+    mask = _biased(mask, given.get("position_bias"), query.dtype)
+    sinks = given.get("s_aux", given.get("sinks"))
+    if isinstance(sinks, Tensor) and sinks.numel() != query.shape[1]:
+        mask, sinks = _of_each_query(mask, sinks, query, columns)
     return Call(
-        query=query.expand(key.shape[0], -1, -1, -1),  # queries that are learned are one for all
+        query=query,
         key=key,
         value=value,
-        mask=_biased(mask, given.get("position_bias"), query.dtype),
+        mask=mask,
         causal=causal,
         scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
         window=window,
         softcap=given.get("softcap"),
-        sinks=given.get("s_aux"),
+        sinks=sinks,
     )
 
 
@@ -161,6 +169,16 @@ def _biased(mask: Tensor | None, bias: Any, dtype: torch.dtype) -> Tensor | None
         return added
     added = added[..., : mask.shape[-1]]
     return added.masked_fill(~mask, torch.finfo(dtype).min) if mask.dtype == torch.bool else added + mask
+
+
+def _of_each_query(mask: Tensor | None, sinks: Tensor, query: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Sinks that are another for each query, as 0 for all: a softmax is the same when all its logits are moved by them."""
+    exact = torch.promote_types(sinks.dtype, torch.float32)
+    moved = -sinks.detach().to(exact).expand(*query.shape[:3], columns)
+    if mask is not None:
+        sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        moved = (moved if mask.dtype == torch.bool else moved + mask).masked_fill(~sees, -torch.inf)
+    return moved, moved.new_zeros(query.shape[1])
 
 
 interface = _Interface()

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .heads import Shape
+from .heads import Shape, without_heads
 
 
 def together(calls: Sequence[Call], shape: Shape) -> list[Call]:
     """Calls that are pieces of one attention as one; others as they are, in order.
 
     Pieces are: sequences laid end to end, each attending to itself (packed images); parts of the batch; heads, one or some at a
-    time; rows of queries against the same keys.
+    time; rows of queries against the same keys; values that the same queries and keys weigh one after the other.
     """
+    calls = _weighing_all([without_heads(call, shape) for call in calls])
     if len(calls) < 2 or not _alike(calls):
         return list(calls)
     rows, columns = [c.query.shape[-2] for c in calls], [c.key.shape[-2] for c in calls]
@@ -33,6 +34,34 @@ def together(calls: Sequence[Call], shape: Shape) -> list[Call]:
     if one and sum(rows) == tokens and (rows == columns or columns[-1] == max(columns)):
         return [_end_to_end(calls) if rows == columns else _row_by_row(calls)]
     return list(calls)
+
+
+def _weighing_all(calls: Sequence[Call]) -> list[Call]:
+    """Calls in a row that have the same weights, as one with the values of all."""
+    found = list(calls[:1])
+    for call in calls[1:]:
+        if _same_weights(found[-1], call):
+            found[-1] = replace(found[-1], value=torch.cat([found[-1].value, call.value], -1))
+        else:
+            found.append(call)
+    return found
+
+
+def _same_weights(one: Call, other: Call) -> bool:
+    same = _same(one.query, other.query) and _same(one.key, other.key) and _same(one.mask, other.mask)
+    rest = [(c.causal, c.scale, c.window, c.softcap, c.together) for c in (one, other)]
+    values = one.value.shape[:-1] == other.value.shape[:-1] and one.query.shape[-1] > 0
+    return same and values and rest[0] == rest[1] and _same(one.sinks, other.sinks) and _same(one.valid, other.valid)
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two are the same values, by where they lie in memory."""
+    if one is None or other is None:
+        return one is other
+    return one is other or (
+        (one.data_ptr(), one.shape, one.stride(), one.dtype)
+        == (other.data_ptr(), other.shape, other.stride(), other.dtype)
+    )
 
 
 def dense(call: Call) -> Tensor | None:

@@ -17,6 +17,7 @@ from bnviz.observation import AttentionSeen, Context, Site
 from .call import Call
 from .code import INTERFACE
 from .columns import aligned, appended
+from .explained import Explained
 from .find import ADAPTER, NAMED, NATIVE, AttentionSite
 from .form import attended
 from .frames import Frame, Frames
@@ -52,6 +53,7 @@ class AttentionTap:
         self._frames = Frames(followed, watch.clock, self._numbered, self._ended, self._failed)
         self._checked: set[int] = set()
         self._muted: set[int] = set()
+        self._explained = Explained()
 
     def attach(self, stack: contextlib.ExitStack) -> None:
         """Listen until the stack ends."""
@@ -66,7 +68,7 @@ class AttentionTap:
 
     # ------------------------------------------------------------------ what is heard
 
-    def _interface(self, module: nn.Module, make: Callable[[], Call]) -> None:
+    def _interface(self, module: nn.Module, make: Callable[[], Call], given: Any) -> None:
         frame = self._frames.of(module)
         if frame is None and module not in self._sites:
             top = self._frames.top  # a module that the user named may hold the one that calls
@@ -75,7 +77,7 @@ class AttentionTap:
         if place is None or self._clock.now is None or id(place.module) in self._muted:
             return
         with self._reading(place) as seen:
-            call = make()
+            call = self._explained.of(module, make(), given)
             if frame is not None:
                 frame.heard.append(call)
             else:
@@ -136,12 +138,12 @@ class AttentionTap:
 
     def _seen(self, place: AttentionSite, site: Site, context: Context, which: tuple[int, Call]) -> AttentionSeen:
         """The observation of a call of attention, which is the so-manieth in one call of its module."""
-        (again, call), dropped = which, 0
+        (again, call), dropped, pooled = which, 0, False
         grows = context.phase == "decode" and appended(call, place.module, self._clock.cache)
         across = self._places.called_cross(place)
         if not across:
-            call, dropped = aligned(call, place.module, self._clock.cache, context.past)
-            across = _elsewhere(place, call, context)
+            call, dropped, pooled = aligned(call, place.module, self._clock.cache, context.past)
+            across = pooled or _elsewhere(place, call, context)
         kind = self._places.kind(place, across=across)
         own = kind == SELF and again == 0
         at = replace(site, kind=SELF) if own else self._places.numbered(site, again)
