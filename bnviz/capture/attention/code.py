@@ -21,7 +21,7 @@ _NAMES = {
     "flex_attention": FLEX,
     "multi_head_attention_forward": MULTI_HEAD,
     **dict.fromkeys(("softmax", "Softmax", "_softmax"), SOFTMAX),
-    **dict.fromkeys(("matmul", "bmm", "baddbmm", "einsum", "@"), PRODUCT),
+    **dict.fromkeys(("matmul", "mm", "bmm", "baddbmm", "einsum", "@"), PRODUCT),
 }
 _VALUES: dict[int, str] = {
     id(F.scaled_dot_product_attention): SDPA,

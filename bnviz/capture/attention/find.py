@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,10 @@ from .native import fused_layer, is_native
 NAMED, ADAPTER, NATIVE = "named", "adapter", "native"
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _CROSS = re.compile(r"cross|xattn|x_attn|encoder_attn|encoder_decoder_att|enc_dec|EncDec|src_attn", re.IGNORECASE)
+_SELF = re.compile(r"self_?att", re.IGNORECASE)
 _ATTRIBUTE = re.compile(r"(^|_)(attn|attention|mha|mhsa|msa)\d*$", re.IGNORECASE)
 _CHOOSES = re.compile(r"router|gate|gating|moe|expert|top_?k", re.IGNORECASE)
+_NO_PRODUCT = "its softmax weighs no values by a product"
 BlockOf = Callable[[str], tuple[int, str]]  # number and path of the block a path lies in; (-1, "") outside
 _EVIDENCE = {
     INTERFACE: "its code calls the interface",
@@ -113,8 +115,7 @@ def find_attention(model: nn.Module, block_of: BlockOf, fused: Callable[[str], b
     sites = _with_heads_joined(sites, modules, block_of)
     taken = {id(place.module) for place in sites}
     suspects = [s for s in suspects if id(s.module) not in taken and not _holds_any(s, [*sites, *suspects])]
-    why = "named attention, calls no known kernel"
-    unknown += [Unknown(s.site.path, type(s.module).__name__, why, "attention") for s in suspects]
+    unknown += [Unknown(s.site.path, type(s.module).__name__, _why(s), "attention") for s in suspects]
     placed = _placed([*sites, *suspects], block_of)
     return Found(placed[: len(sites)], placed[len(sites) :], unknown)
 
@@ -134,14 +135,24 @@ def _place(model: nn.Module, path: str, module: nn.Module, named: Named) -> Atte
     if kernels:
         listens = kernels != [INTERFACE] or bypasses(module)
         return _site(path, module, kernels[0], listens=listens, compiled=compiled)
-    if SOFTMAX in found and (by_name or PRODUCT in found):
+    if SOFTMAX in found and PRODUCT in found:
         return _site(path, module, SOFTMAX, listens=True, compiled=compiled, doubtful=not by_name)
-    return _site(path, module, "", listens=True, compiled=compiled) if by_name else None
+    return _suspect(path, module, compiled=compiled, softmax=SOFTMAX in found) if by_name else None
+
+
+def _suspect(path: str, module: nn.Module, *, compiled: bool, softmax: bool) -> AttentionSite:
+    place = _site(path, module, "", listens=True, compiled=compiled)
+    return place if not softmax else replace(place, site=replace(place.site, evidence=_NO_PRODUCT))
 
 
 def _site(path: str, module: nn.Module, mechanism: str, **how: Any) -> AttentionSite:
     site = Site("attention", path, -1, "attention", _EVIDENCE.get(mechanism, "its name"))
     return AttentionSite(site, module, mechanism, **how)
+
+
+def _why(suspect: AttentionSite) -> str:
+    told = suspect.site.evidence == _NO_PRODUCT
+    return f"named attention, {_NO_PRODUCT}" if told else "named attention, calls no known kernel"
 
 
 def _called_attention(path: str, module: nn.Module) -> bool:
@@ -184,7 +195,12 @@ def _with_heads_joined(
 
 
 def _placed(places: Sequence[AttentionSite], block_of: BlockOf) -> list[AttentionSite]:
-    """Every site with its layer and its kind: the first of a layer that is not called cross attention is its self-attention."""
+    """Every site with its layer and its kind: of those of a layer that are not called cross attention, one is its self-attention.
+
+    It is the first that is called so, else the first.
+    """
+    paths = {p.site.path for p in places}
+    called = {block_of(p.site.path)[0]: p for p in reversed(places) if _is_called_self(p.site.path, paths)}
     taken: set[int] = set()
     outside = 0
     found = []
@@ -196,8 +212,16 @@ def _placed(places: Sequence[AttentionSite], block_of: BlockOf) -> list[Attentio
         if layer < 0 and not cross:
             outside -= 1
             layer = outside
-        second = not cross and layer in taken
+        second = not cross and (layer in taken or called.get(layer, place) is not place)
         kind = "cross_attention" if cross or second else "attention"
         taken |= {layer} if kind == "attention" else set()
         found.append(replace(place, site=replace(place.site, kind=kind, layer=layer), second=second))
     return found
+
+
+def _is_called_self(path: str, places: Set[str]) -> bool:
+    """Whether a place has the name of a layer's own attention, and lies in no other place."""
+    owner, _, name = path.rpartition(".")
+    parts = owner.split(".")
+    inside = any(".".join(parts[:n]) in places for n in range(1, len(parts) + 1))
+    return bool(_SELF.search(name)) and not _CROSS.search(name) and not inside

@@ -85,6 +85,8 @@ class Track:
         Dropout took some away; what changes later can't be told from it.
     plain : (Tensor, Layout), optional
         Of altered weights, before dropout took some away.
+    over : tuple of Atom, optional
+        The axis over whose sum it was divided since: tokens that choose among groups become weights of a group's tokens.
     """
 
     layout: Layout
@@ -95,6 +97,7 @@ class Track:
     altered: bool = False
     dropped: bool = False
     plain: tuple[Tensor, Layout] | None = None
+    over: Axis | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,7 @@ class Trail:
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], Track]] = {}
         self._shown: set[int] = set()
+        self._sums: dict[int, tuple[weakref.ref[Tensor], Soft, Axis]] = {}
 
     def hear(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Mixed | None:
         """Take notice of a torch function that the module called; gives a softmax that it multiplied into values."""
@@ -162,6 +166,8 @@ class Trail:
             return None
         found = product(name, args, kwargs)
         if found is None:
+            if self._sums:
+                self._added(args, output)
             if self._known:
                 self._derived(function, Step(name, args, kwargs, output, output))
             return None
@@ -209,10 +215,31 @@ class Trail:
                 continue
             at = [place for place, label in enumerate(labels) if label in other and label not in found.of_output]
             over = chain.from_iterable(track.layout[place] for place in at)
-            if at and [a.uncut for a in over] == [a.uncut for a in track.soft.over]:
+            if at and [a.uncut for a in over] == [a.uncut for a in track.over or track.soft.over]:
                 altered = (track.plain or (used, track.layout)) if track.altered else None
                 return Mixed(track.soft, used, track.layout, labels, found, altered)
         return None
+
+    def _added(self, args: tuple[Any, ...], output: Tensor) -> None:
+        """A sum to which a plain number was added, or that was kept from 0, is still that sum."""
+        if not args or any(isinstance(other, Tensor) for other in args[1:]):
+            return
+        by = self._sums.get(id(args[0]))
+        held = None if by is None else by[0]()
+        if by is not None and held is not None and held is args[0] and output.shape == held.shape:
+            self._sums[id(output)] = (weakref.ref(output), *by[1:])
+
+    def _summed(self, step: Step, track: Track) -> Track:
+        """Notes a sum over one axis of a softmax, and what was divided by such a sum."""
+        if step.name == "sum" and step.output.dim() == step.source.dim():
+            axes = [a for a, size in zip(track.layout, step.output.shape, strict=True) if size == 1 != extent(a)]
+            if len(axes) == 1 and track.soft is not None:
+                self._sums[id(step.output)] = (weakref.ref(step.output), track.soft, axes[0])
+        elif step.name.strip("_") in _OVER and len(step.args) > 1:
+            by = self._sums.get(id(step.args[1]))
+            if by is not None and by[0]() is step.args[1] and by[1] is track.soft and step.args[0] is step.source:
+                return replace(track, over=by[2])
+        return track
 
     def _overwritten(self, tensor: Any) -> None:
         track = self._track(tensor)
@@ -230,6 +257,8 @@ class Trail:
             return  # a difference of two softmaxes is no attention of one
         step = replace(step, source=source)
         layout = _layout_after(function, step, track.layout)
+        if track.soft is not None:
+            track = self._summed(step, track)
         if layout is None:
             if track.soft is None:
                 self._follow(step.output, Track(root(step.output.shape), compared=True))
