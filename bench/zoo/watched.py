@@ -212,8 +212,14 @@ def _matches(captured: tuple[str, int, int, int, int], seen: Seen) -> bool:
 
 
 def _pieces(whole: tuple[str, int, int, int, int], parts: list[Seen]) -> list[Seen]:
-    """The parts of one place that are `whole` together: by sequence, by rows of queries, or by heads."""
+    """The parts of one place that are `whole` together: by sequence, by rows of queries, by heads, or by windows of keys."""
     _, rows, _, queries, keys = whole
+    band = [s for s in parts if s.rows * s.queries == rows * queries and s.queries < queries and s.keys < keys]
+    band += [
+        s for s in parts if rows % s.rows == 0 and s.rows * s.queries == rows * queries and s.keys == keys
+    ]  # windows
+    if band:
+        return band[:1]
     for size in range(2, len(parts) + 1):
         some = parts[:size]
         by_queries = {s.rows for s in some} == {rows} and sum(s.queries for s in some) == queries

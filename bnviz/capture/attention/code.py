@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 INTERFACE, SDPA, FLEX, MULTI_HEAD = "interface", "sdpa", "flex", "multi_head"
-SOFTMAX, PRODUCT, COMPILED = "softmax", "product", "compiled"
+SOFTMAX, PRODUCT, COMPILED, MOVED = "softmax", "product", "compiled", "moved"
 _NAMES = {
     "ALL_ATTENTION_FUNCTIONS": INTERFACE,
     "scaled_dot_product_attention": SDPA,
@@ -22,6 +22,7 @@ _NAMES = {
     "multi_head_attention_forward": MULTI_HEAD,
     **dict.fromkeys(("softmax", "Softmax", "_softmax"), SOFTMAX),
     **dict.fromkeys(("matmul", "mm", "bmm", "baddbmm", "einsum", "@"), PRODUCT),
+    **dict.fromkeys(("as_strided", "unfold"), MOVED),
 }
 _VALUES: dict[int, str] = {
     id(F.scaled_dot_product_attention): SDPA,
@@ -32,7 +33,8 @@ STEPS, FAR_STEPS, INNER_STEPS = 1, 3, 3
 
 
 def reaches(module: nn.Module, *, far: bool = False) -> frozenset[str]:
-    """What a module's own code reaches: "interface", "sdpa", "flex", "multi_head", "softmax", "product", "compiled".
+    """What a module's own code reaches: "interface", "sdpa", "flex", "multi_head", "softmax", "product", "compiled",
+    "moved" (into windows that overlap).
 
     Reads its class's forward, its methods that forward leads to, the functions that they name, and what is called on objects
     that the module holds and that are no modules (a processor).

@@ -12,7 +12,7 @@ from torch import nn
 from bnviz.capture.unknown import Unknown
 from bnviz.observation import Site
 
-from .code import COMPILED, FLEX, INTERFACE, MULTI_HEAD, PRODUCT, SDPA, SOFTMAX, bypasses, reaches
+from .code import COMPILED, FLEX, INTERFACE, MOVED, MULTI_HEAD, PRODUCT, SDPA, SOFTMAX, bypasses, reaches
 from .named import Adapter, Named
 from .native import fused_layer, is_native
 
@@ -59,6 +59,8 @@ class AttentionSite:
         Its code calls a function that was compiled.
     doubtful : bool
         Only a softmax speaks for it: what it normalises must come from a product of two tensors, as attention does.
+    moves : bool
+        Its code moves tensors into windows that overlap: where their entries went is followed.
     """
 
     site: Site
@@ -70,6 +72,7 @@ class AttentionSite:
     second: bool = False
     compiled: bool = False
     doubtful: bool = False
+    moves: bool = False
 
 
 @dataclass(slots=True)
@@ -136,7 +139,8 @@ def _place(model: nn.Module, path: str, module: nn.Module, named: Named) -> Atte
         listens = kernels != [INTERFACE] or bypasses(module)
         return _site(path, module, kernels[0], listens=listens, compiled=compiled)
     if SOFTMAX in found and PRODUCT in found:
-        return _site(path, module, SOFTMAX, listens=True, compiled=compiled, doubtful=not by_name)
+        how = {"doubtful": not by_name, "moves": by_name and MOVED in found}
+        return _site(path, module, SOFTMAX, listens=True, compiled=compiled, **how)
     return _suspect(path, module, compiled=compiled, softmax=SOFTMAX in found) if by_name else None
 
 

@@ -108,7 +108,8 @@ def _query_label(
     matrix = "row" if mixed.used is mixed.into.left else "column"
     if matrix in free:
         return matrix
-    given = {size for size in shape.given if sum(sizes[label] == size for label in free) == 1}
+    sequence = [size for size in shape.given if size != shape.batch] or shape.given
+    given = {size for size in sequence if sum(sizes[label] == size for label in free) == 1}
     of_tokens = [label for label in free if sizes[label] in given]
     if len(of_tokens) == 1:
         return of_tokens[0]

@@ -27,6 +27,7 @@ from .heads import Shape
 from .interface import interface
 from .kernel import reader
 from .lineage import Lineage
+from .moved import Moved, Moves
 from .trail import Mixed, Trail
 
 NATIVE = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -46,7 +47,9 @@ class Frame:
     shape : Shape
     trail : Trail, optional
         Follows a softmax written by hand; None in a module that is not listened to.
-    heard : list of Call, Mixed
+    moves : Moves, optional
+        Follows what is moved into windows, where the code of the module does that.
+    heard : list of Call, Mixed, Moved
     listens : bool
         The function mode is on for it.
     lineage : Lineage
@@ -58,7 +61,8 @@ class Frame:
     moment: Any
     shape: Shape
     trail: Trail | None = None
-    heard: list[Call | Mixed] = field(default_factory=list)
+    moves: Moves | None = None
+    heard: list[Call | Mixed | Moved] = field(default_factory=list)
     listens: bool = False
     lineage: Lineage = field(default_factory=Lineage)
 
@@ -138,6 +142,11 @@ class Frames:
             if mixed is not None and (mixed.soft.compared or not frame.place.doubtful):
                 frame.heard.append(replace(mixed, after=frame.lineage.holds(mixed.soft.logits)))
                 frame.lineage.mark(output)
+                if frame.moves is not None:
+                    frame.moves.leave(mixed.soft.weights)
+            elif frame.moves is not None:
+                moved = frame.moves.hear(function, args, kwargs, output)
+                frame.heard += [] if moved is None else [moved]
         except Exception as error:
             self._failed(frame.place, error)
             frame.trail = None
@@ -152,6 +161,7 @@ class Frames:
         frame = Frame(place, self._numbered(place.site), now, shape_of(args, kwargs, self._clock.batch))
         if place.listens:
             frame.trail, frame.listens = Trail(), True
+            frame.moves = Moves() if place.moves else None
             mine.ears += 1
             if mine.ears == 1:
                 self._ear.__enter__()  # type: ignore[no-untyped-call]

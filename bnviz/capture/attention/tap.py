@@ -22,6 +22,7 @@ from .find import ADAPTER, NAMED, NATIVE, AttentionSite
 from .form import attended
 from .frames import Frame, Frames
 from .interface import interface
+from .moved import Bands, Moved
 from .named import shown
 from .native import NativeTap
 from .pieces import together
@@ -53,7 +54,7 @@ class AttentionTap:
         self._frames = Frames(followed, watch.clock, self._numbered, self._ended, self._failed)
         self._checked: set[int] = set()
         self._muted: set[int] = set()
-        self._explained = Explained()
+        self._explained, self._bands = Explained(), Bands()
 
     def attach(self, stack: contextlib.ExitStack) -> None:
         """Listen until the stack ends."""
@@ -103,7 +104,14 @@ class AttentionTap:
         with self._reading(frame.place) as seen:
             first = id(frame.place.module) not in self._checked
             self._checked.add(id(frame.place.module))
-            calls = [one if isinstance(one, Call) else attended(one, frame.shape, check=first) for one in frame.heard]
+            calls = [
+                one
+                if isinstance(one, Call)
+                else self._bands.attended(one, frame.shape)
+                if isinstance(one, Moved)
+                else attended(one, frame.shape, check=first)
+                for one in frame.heard
+            ]
             whole = together([call for call in calls if call is not None], frame.shape)
             seen.extend(self._shown(frame.place, frame.site, whole))
 

@@ -20,16 +20,16 @@ from .axes import Axis, Layout, cut, extent, reshaped, root
 from .products import Product, product, version
 
 SOFTMAX = frozenset({"softmax", "special_softmax", "_softmax"})
-_VIEWS = frozenset(
+VIEWS = frozenset(
     {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel", "squeeze_"}
 )
-_TURNS = frozenset(
+TURNS = frozenset(
     {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "transpose_", ".T", ".mT", ".H", ".mH"}
 )
-_CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "cuda", "cpu"}
+CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "cuda", "cpu"}
 _DROPOUTS = {"dropout", "dropout_", "alpha_dropout", "feature_dropout"}
 _COPIES = {"contiguous", "clone", "detach", "alias", ".data", "requires_grad_", "expand", "expand_as"}
-_SAME = _CASTS | _DROPOUTS | _COPIES | {"nan_to_num", "nan_to_num_"}  # leave attention weights what they are
+_SAME = CASTS | _DROPOUTS | _COPIES | {"nan_to_num", "nan_to_num_"}  # leave attention weights what they are
 _TIMES = {"mul", "rmul", "imul", "multiply"}
 _OVER = {"div", "truediv", "itruediv", "true_divide", "divide"}
 
@@ -265,9 +265,9 @@ class Trail:
             return
         if track.soft is None:
             track = replace(track, scale=track.scale * _factor(step.name, step.args))
-        elif _drops(step):
+        elif drops(step.name, step.args, step.kwargs):
             track = replace(track, plain=(source, track.layout) if track.altered else track.plain, dropped=True)
-        elif not (step.name in _VIEWS | _TURNS | _SAME or step.name == "__getitem__" or track.dropped):
+        elif not (step.name in VIEWS | TURNS | _SAME or step.name == "__getitem__" or track.dropped):
             track = replace(track, altered=True)
         self._follow(step.output, replace(track, layout=layout))
 
@@ -283,9 +283,9 @@ def named(function: Any) -> str:
 def _layout_after(function: Any, step: Step, layout: Layout) -> Layout | None:
     """The layout of what a function made of its source; None when it can't be told."""
     name, output, source = step.name, step.output, step.source
-    if name in _TURNS:
+    if name in TURNS:
         return _turned(function, step, layout) if step.args and source is step.args[0] else None
-    if name in _VIEWS:
+    if name in VIEWS:
         return reshaped(layout, output.shape) if output.dtype == source.dtype else None
     if name == "__getitem__":
         return _piece(step.args[1], layout, output.shape)
@@ -333,10 +333,10 @@ def _factor(name: str, args: tuple[Any, ...]) -> float:
     return 1 / number if name.strip("_") in _OVER and number else float(number)
 
 
-def _drops(step: Step) -> bool:
-    """Whether a call of dropout drops anything."""
-    if "dropout" not in step.name:
-        return False
-    p = step.kwargs.get("p", step.args[1] if len(step.args) > 1 else 0.5)
-    training = step.kwargs.get("training", step.kwargs.get("train", step.args[2] if len(step.args) > 2 else True))
+def drops(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool | None:
+    """Whether a call of dropout drops anything; None for another function."""
+    if "dropout" not in name:
+        return None
+    p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+    training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
     return bool(training) and p > 0
