@@ -26,6 +26,7 @@ from .products import Product, product
 from .trail import CASTS, SOFTMAX, TURNS, VIEWS, drops, named
 
 MOST = 1 << 28  # weights laid out at once: a gibibyte in float32
+_INDEX = torch.int32  # weights that it could not count are too many to lay out
 _MOVES = (
     VIEWS
     | TURNS
@@ -66,7 +67,7 @@ class Node:
         """Where in the root each entry lay; -1 for what was padded."""
         shape, stride = self.root.shape, self.root.stride
         count = torch.Size(shape).numel()
-        index = torch.empty_strided(shape, stride, dtype=torch.int64).copy_(torch.arange(count).view(shape))
+        index = torch.empty_strided(shape, stride, dtype=_INDEX).copy_(torch.arange(count, dtype=_INDEX).view(shape))
         for function, args, kwargs in self.steps:
             index = function(index, *args, **kwargs)
         return index
@@ -176,7 +177,7 @@ def _padding(index: Tensor, pad: Sequence[int], *_: Any, **__: Any) -> Tensor:
 
 
 def _putting(index: Tensor, shape: tuple[int, ...], at: Any) -> Tensor:
-    whole = torch.full(shape, -1, dtype=torch.int64)
+    whole = torch.full(shape, -1, dtype=_INDEX)
     at = at if isinstance(at, tuple) else (at,)
     whole[tuple(i.cpu() if isinstance(i, Tensor) else i for i in at)] = index
     return whole
@@ -186,7 +187,8 @@ class Bands:
     """Lays weights out over all keys; remembers how, for layers that are alike."""
 
     def __init__(self) -> None:
-        self._known: dict[str, _Laid | None] = {}
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+        self._axes: dict[str, tuple[int, int] | None] = {}
 
     def attended(self, moved: Moved, shape: Shape) -> Call | None:
         """The call of attention that a softmax in parts is; None when its queries and keys can't be told.
@@ -196,25 +198,29 @@ class Bands:
         CaptureError
             Its weights over all keys would be too many.
         """
-        laid = [self._laid(*part) for part in moved.parts]
-        first = laid[0]
-        if first is None or any(one is None or one.sizes != first.sizes or one.query != first.query for one in laid):
+        told = {
+            axes for part in moved.parts if (axes := self._axes_of(*part)) is not None
+        }  # a part of one key tells none
+        shapes = {(of.root.shape, values.root.shape) for of, values, _ in moved.parts}
+        if len(told) != 1 or len(shapes) != 1:
             return None
-        rest, queries, keys = first.sizes
+        (first,) = told
+        weights, values = moved.parts[0][0].root, moved.parts[0][1].root
+        assert weights.weights is not None
+        rest = [size for n, size in enumerate(weights.shape) if n not in (first[0], weights.axis)]
+        queries, keys = weights.shape[first[0]], values.shape[first[1]]
         most = torch.Size(rest).numel() * queries * keys
         if most > MOST:
             raise CaptureError(
                 f"attention over a band of {keys} keys: its {most} weights over all keys are not laid out; watch a shorter text, "
                 "or name an adapter for it with attention={...}."
             )
-        weights = moved.parts[0][0].root.weights
-        assert weights is not None
-        whole = weights.new_zeros(most)
-        for one, (of, _, _) in zip(laid, moved.parts, strict=True):
-            assert one is not None
-            assert of.root.weights is not None
-            entries = of.root.weights.detach().reshape(-1)
-            whole.index_add_(0, one.into.to(whole.device), entries[one.taken.to(whole.device)])
+        whole = weights.weights.new_zeros(most)
+        for part in moved.parts:
+            entries = part[0].root.weights
+            assert entries is not None
+            taken, into = self._laid(first, *part, entries.device)
+            whole.index_add_(0, into, entries.detach().reshape(-1)[taken])
         layout = root((*rest, queries, keys))
         batch, heads = batch_and_heads(layout[:-2], queries, shape)
         found = arranged(whole.reshape(*rest, queries, keys), layout, (batch, heads, *layout[-2:]))
@@ -224,61 +230,75 @@ class Bands:
         query, key = (logits.new_empty(*found.shape[:2], n, 0) for n in (queries, keys))
         return Call(query, key, key, logits, False, 1.0, sinks=sinks, after=moved.after)
 
-    def _laid(self, weights: Node, values: Node, into: Product) -> _Laid | None:
-        name = repr([(n.root.shape, n.root.stride, n.root.axis, n.steps) for n in (weights, values)])
+    def _axes_of(self, weights: Node, values: Node, into: Product) -> tuple[int, int] | None:
+        name = _name(weights, values, into)
+        if name not in self._axes:
+            self._axes = {**dict(list(self._axes.items())[-3:]), name: _axes(weights, values, into)}
+        return self._axes[name]
+
+    def _laid(
+        self, axes: tuple[int, int], weights: Node, values: Node, into: Product, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Which entries of the weights go where in (rest, queries, keys), flat."""
+        name = f"{_name(weights, values, into)} {device}"
         if "tensor(" in name:  # where entries went depends on the text
-            return _lay(weights, values, into)
+            return _laid_out(axes, weights, values, into, device)
         if name not in self._known:
-            self._known = {**dict(list(self._known.items())[-3:]), name: _lay(weights, values, into)}
+            self._known = {**dict(list(self._known.items())[-1:]), name: _laid_out(axes, weights, values, into, device)}
         return self._known[name]
 
 
-@dataclass(frozen=True, slots=True)
-class _Laid:
-    """Which entries of the weights go where in (rest, queries, keys); `query` is the axis of the weights that the queries are."""
-
-    taken: Tensor
-    into: Tensor
-    sizes: tuple[tuple[int, ...], int, int]
-    query: int
+def _name(weights: Node, values: Node, into: Product) -> str:
+    steps = [(n.root.shape, n.root.stride, n.root.axis, n.steps) for n in (weights, values)]
+    return f"{steps} {into.of_left} {into.of_right} {into.of_output}"
 
 
-def _lay(weights: Node, values: Node, into: Product) -> _Laid | None:
+def _axes(weights: Node, values: Node, into: Product) -> tuple[int, int] | None:
+    """The axis of the weights that the queries are, and that of the values that the tokens are: seen in one piece."""
     summed = [n for n in into.of_left if n in into.of_right and n not in into.of_output]
-    features = [n for n in into.of_right if n not in into.of_left]
     free = [n for n in into.of_left if n not in into.of_right]
     if len(summed) != 1 or not free:
         return None
-    taken = weights.places().cpu()
-    of_values = values.places().cpu()
+    taken, of_values = _places(weights, values, into)
+    for place, label in enumerate(into.of_left):
+        if label not in (*free, *summed):
+            taken, of_values = (t.narrow(place, t.shape[place] // 2, 1) for t in (taken, of_values))
+    known = (taken >= 0) & (of_values >= 0)
+    rows = [_coordinate(taken, weights.root.shape, n) for n in range(len(weights.root.shape))]
+    tokens = [_coordinate(of_values, values.root.shape, n) for n in range(len(values.root.shape))]
+    query = [n for n in _moving(rows, known, [into.of_left.index(n) for n in free]) if n != weights.root.axis]
+    token = _moving(tokens, known, [into.of_left.index(summed[0])])
+    return (query[0], token[0]) if len(query) == len(token) == 1 else None
+
+
+def _places(weights: Node, values: Node, into: Product) -> tuple[Tensor, Tensor]:
+    """Where each entry of the weights lay, and the first feature of the value that it weighs, in one shape."""
+    of_values = values.places()
+    features = [n for n in into.of_right if n not in into.of_left]
     of_values = of_values[tuple(0 if n in features else slice(None) for n in into.of_right)]
     labels = [n for n in into.of_right if n not in features]
     of_values = of_values.permute([labels.index(n) for n in into.of_left if n in labels])
     of_values = of_values[tuple(slice(None) if n in labels else None for n in into.of_left)]
-    taken, of_values = torch.broadcast_tensors(taken, of_values)  # type: ignore[no-untyped-call]
+    taken, of_values = torch.broadcast_tensors(weights.places(), of_values)  # type: ignore[no-untyped-call]
+    return taken, of_values
+
+
+def _laid_out(
+    axes: tuple[int, int], weights: Node, values: Node, into: Product, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    taken, of_values = _places(weights, values, into)
     known = (taken >= 0) & (of_values >= 0)
-    rows, tokens = _coordinates(taken, weights.root.shape), _coordinates(of_values, values.root.shape)
-    query = _moving(rows, known, [into.of_left.index(n) for n in free])
-    query = [n for n in query if n != weights.root.axis]
-    token = _moving(tokens, known, [into.of_left.index(summed[0])])
-    if len(query) != 1 or len(token) != 1:
-        return None
-    rest = [n for n in range(len(rows)) if n not in (query[0], weights.root.axis)]
-    keys, queries = values.root.shape[token[0]], weights.root.shape[query[0]]
-    place = torch.zeros_like(taken)
-    for n in (*rest, query[0]):
-        place = place * weights.root.shape[n] + rows[n]
-    place = place * keys + tokens[token[0]]
-    sizes = (tuple(weights.root.shape[n] for n in rest), queries, keys)
-    return _Laid(taken[known], place[known], sizes, query[0])
+    taken, of_values = taken[known], of_values[known]
+    shape, place = weights.root.shape, torch.zeros_like(taken)
+    for n in (*(n for n in range(len(shape)) if n not in (axes[0], weights.root.axis)), axes[0]):
+        place.mul_(shape[n]).add_(_coordinate(taken, shape, n))
+    place.mul_(values.root.shape[axes[1]]).add_(_coordinate(of_values, values.root.shape, axes[1]))
+    return taken.to(device), place.to(device)
 
 
-def _coordinates(places: Tensor, shape: Sequence[int]) -> list[Tensor]:
-    found = []
-    for size in reversed(shape):
-        found.append(places % size)
-        places = places.div(size, rounding_mode="floor")
-    return found[::-1]
+def _coordinate(places: Tensor, shape: Sequence[int], axis: int) -> Tensor:
+    """Along one axis, of places in a tensor of a shape."""
+    return places.div(torch.Size(shape[axis + 1 :]).numel(), rounding_mode="floor") % shape[axis]
 
 
 def _moving(coordinates: Sequence[Tensor], known: Tensor, along: Sequence[int]) -> list[int]:
