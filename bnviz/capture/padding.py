@@ -17,7 +17,10 @@ def flat(value: Any) -> bool:
 
 def masks_of(given: dict[str, Any]) -> list[Tensor]:
     """(batch, tokens) bool of every side of a model: which tokens are not padding."""
-    found = [m.to(torch.bool, copy=True) for name, m in given.items() if name.endswith("attention_mask") and flat(m)]
+    own = {
+        name: m for name, m in given.items() if name.endswith("attention_mask") and "global" not in name
+    }  # who sees all
+    found = [m.to(torch.bool, copy=True) for m in own.values() if flat(m)]
     padding = [real_of(m) for name, m in given.items() if name.endswith("key_padding_mask") and flat(m)]
     return found + [m for m in padding if m is not None]
 

@@ -83,8 +83,11 @@ def test_tokens_that_see_all_are_a_second_attention(more: bool) -> None:
         ("attention", 12, 12),
         ("cross_attention", 1 + more, 12),
     ] * 2
+    with torch.no_grad(), spied(model) as alone:
+        model(IDS, global_attention_mask=everywhere)
+    assert alone[0].context.valid is None  # who sees all is no padding
     local = [s for s in seen if s.site.kind == "attention"]
-    for one, (module, hidden, output) in zip(local, kept, strict=True):
+    for one, (module, hidden, output) in zip(local, kept[:2], strict=True):
         found = weights_of(one)
         others = everywhere == 0
         assert (mixed(found, module, hidden) - output)[others].abs().max() < 1e-5
