@@ -29,6 +29,8 @@ class SiteCount:
         Watched forwards in which it was seen.
     ran : int
         Times its module ran inside watched forwards, told by a hook that only counts; -1: not counted.
+    once : bool
+        It was seen in every forward but the decode steps, and in none of those: an encoder runs once a text.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class SiteCount:
     observations: int
     forwards: int
     ran: int = -1
+    once: bool = False
 
     @property
     def partly(self) -> bool:
@@ -94,7 +97,7 @@ def caveats(counts: Iterable[SiteCount], kinds: Sequence[str], watched: int) -> 
     said = _missed([one for one in own if one.missed])
     alike: dict[int, list[SiteCount]] = {}
     for one in own:
-        if one.forwards < watched and not one.missed:
+        if one.forwards < watched and not one.missed and not one.once:
             alike.setdefault(one.forwards, []).append(one)
     few = [_few(forwards, some, watched) for forwards, some in sorted(alike.items())]
     return said + (

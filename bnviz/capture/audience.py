@@ -15,7 +15,7 @@ from .modes import without_modes
 from .portions import Portion, apart
 
 if TYPE_CHECKING:
-    from bnviz.observation import Site
+    from bnviz.observation import Context, Site
 
     from .clock import Clock
     from .shelf import Shelf
@@ -34,7 +34,7 @@ class Audience:
     failed : callable
         Given a probe's name and its error.
     saw : callable
-        Given the site and the forward of each observation.
+        Given the site and the moment of each observation.
     lost : callable
         Given a site, and how many decode steps of it could not be read.
     """
@@ -45,7 +45,7 @@ class Audience:
         clock: Clock,
         shelf: Shelf,
         failed: Callable[[str, Exception], None],
-        saw: Callable[[Site, int], None],
+        saw: Callable[[Site, Context], None],
         lost: Callable[[Site, int], None],
     ) -> None:
         self._probes, self._clock, self._shelf, self._failed, self._saw = probes, clock, shelf, failed, saw
@@ -58,7 +58,7 @@ class Audience:
             return
         parts = seen.parts if isinstance(seen, BlockSeen) else ()
         for one in (seen, *parts):
-            self._saw(one.site, one.context.call)
+            self._saw(one.site, one.context)
         if self._shelf.full_at is None:
             with self._alone():
                 if self._clock.portions or not self._joined.take(seen):

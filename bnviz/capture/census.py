@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from bnviz.counts import SiteCount
-from bnviz.observation import Site
+from bnviz.observation import Context, Site
 
 from .around import counts_hooks
 from .clock import Clock
@@ -38,16 +38,15 @@ class Census:
             (a.site.kind, a.site.path) for a in plan.attention if a.doubtful
         }  # perhaps no attention at all
 
-    def saw(self, site: Site, call: int) -> None:
-        """A place was shown to the probes in forward `call`."""
-        at = (site.kind, site.path)
+    def saw(self, site: Site, context: Context) -> None:
+        """A place was shown to the probes."""
+        at, call = (site.kind, site.path), context.call
         known = self._seen.get(at)
         if known is None:
-            self._seen[at], self._layer[at] = [1, 1, call], site.layer
-            return
+            known, self._layer[at] = self._seen.setdefault(at, [0, 0, -1, 0]), site.layer
         known[0] += 1
         if known[2] != call:
-            known[1], known[2] = known[1] + 1, call
+            known[1], known[2], known[3] = known[1] + 1, call, known[3] + (context.phase == "decode")
 
     def attach(self, model: nn.Module, kinds: Collection[str], stack: contextlib.ExitStack) -> None:
         """Count the calls of attention and router modules; blocks show themselves by their own hooks.
@@ -102,6 +101,7 @@ class Census:
         return list(found.values())
 
     def _count(self, at: tuple[str, str], mechanism: str, layer: int) -> SiteCount:
-        observations, forwards, _ = self._seen.get(at, (0, 0, -1))
+        observations, forwards, _, decoded = self._seen.get(at, (0, 0, -1, 0))
         ran = self._ran[at][0] if at in self._ran else -1
-        return SiteCount(at[0], at[1], mechanism, layer, observations, forwards, ran)
+        once = not decoded and 0 < forwards == self._clock.forwards_watched - self._clock.forwards_decoded
+        return SiteCount(at[0], at[1], mechanism, layer, observations, forwards, ran, once)

@@ -84,7 +84,7 @@ class Clock:
         self.cache: Any = None
         self.calls = 0
         self.stopped = False
-        self.forwards_watched = 0
+        self.forwards_watched = self.forwards_decoded = 0
         self.seconds = self._started = 0.0
         self._masks: list[Tensor] = []
         self._times: Counter[Any] = Counter()
@@ -179,6 +179,7 @@ class Clock:
         self._shape = (call.batch, call.length) if call.length is not None else None
         self._row_calls += 1
         self.forwards_watched += joint is None
+        self.forwards_decoded += joint is None and self.now is not None and self.now.phase == "decode"
         self._started = time.perf_counter()
         if self._first is None and call.ids is not None and not part:
             self._first = (call.ids.detach(), call.valid)

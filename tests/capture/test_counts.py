@@ -97,3 +97,22 @@ def test_a_layer_that_is_skipped_is_no_error_and_is_said() -> None:
     said = report.judgement("layer_redundancy").caveats
     assert any(line.startswith("blocks.2 was seen in 2 of 4 forwards") for line in said)
     assert any(line.startswith("blocks.1 was seen in 3 of 4 forwards") for line in said)
+
+
+def test_an_encoder_that_runs_once_a_text_is_no_caveat() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**sizes, pad_token_id=0, decoder_start_token_id=0, eos_token_id=1)
+    ).eval()
+    ids = torch.randint(3, 61, (1, 9))
+    with bnviz.capture(model, probes=["activations", "attention"], strict=True) as recorder:
+        for _ in range(2):
+            model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    run = recorder.run
+    encoder = [one for one in run.sites if one.path.startswith("encoder.")]
+    assert encoder and all(one.once and one.forwards == 2 for one in encoder)
+    assert not any(one.once for one in run.sites if one.path.startswith("decoder."))
+    assert not any(" forwards: " in note for note in run.notes)
