@@ -24,6 +24,9 @@ _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16}
 _TWO_PICTURES = of(pixel_values=noise(1, 2, 3, 64, 64))
 
 
+_EMU3 = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1, "attn_resolutions": [1]}
+
+
 _COMPASS = {
     "num_hidden_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -321,7 +324,9 @@ TYPES: dict[str, Override] = {
     "sam3_tracker_video": Override(reason="takes a session of a video, not tensors; its parts are sam3_tracker's"),
     "inkling_audio": Override(reason="embeddings alone: nothing in it to watch"),
     "emu3": Override(
-        reason="its image tokenizer takes minutes at any size its config allows; emu3_text_model is a type of its own"
+        {**{f"vq_config.{k}": v for k, v in _EMU3.items()}, "vocabulary_map": {"<image>": 130}},
+        of(input_ids=text()),
+        note="run without pixel_values, which become tokens before it; their tokenizer is emu3_vqgan",
     ),
     "omdet-turbo": Override(
         {
@@ -466,9 +471,7 @@ TYPES: dict[str, Override] = {
     ),
     "chameleon_vqgan": Override({"base_channels": 32, "resolution": 64}, of(pixel_values=image(64)), method="encode"),
     "emu3_vqgan": Override(
-        {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1, "attn_resolutions": [1]},
-        of(pixel_values=image(16), image_sizes=lambda c: torch.tensor([[16, 16]] * 2)),
-        method="encode",
+        _EMU3, of(pixel_values=image(16), image_sizes=lambda c: torch.tensor([[16, 16]] * 2)), method="encode"
     ),
     "glm_image_vqmodel": Override(inputs=of(hidden_states=noise(2, "latent_channels", 4, 4)), method="encode"),
     "deepseek_ocr2_vision": fields_of(**{"sam_config.downsample_channels": [32, 64]}),

@@ -24,7 +24,9 @@ its source.
 weights, with random weights of a size that tells experts apart; the difference to what the model's own experts gave, over the
 largest of their outputs, may be 1e-5.
 
-**Blocks** are held against every number of layers that the config states: each must be the size of a list of blocks.
+**Blocks** are held against every number of layers that the config states: each must be the size of a list of blocks. *Residual
+writers* are the parts of a block whose outputs add up to what it added; a block that is no such sum (post-norm, convolutions)
+has none, and that is no fault.
 
 **Outputs** are compared bit for bit, all tensors, caches included. *Left behind* compares hooks, attributes and classes of every
 module, function modes, global hooks, random numbers, `torch.nn.functional` and transformers' attention interface, before and

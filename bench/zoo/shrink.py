@@ -215,7 +215,7 @@ def _share_head(config: Any) -> None:
     name = type(config).__module__.replace(".configuration_", ".modeling_")
     rope, head = held(config, "rope_parameters"), held(config, "head_dim")
     width, heads = held(config, "hidden_size"), held(config, "num_attention_heads")
-    if head is None and isinstance(width, int) and isinstance(heads, int):
+    if head is None and isinstance(width, int) and isinstance(heads, int) and heads:
         head = width // heads
     if not (
         isinstance(rope, dict) and "rope_type" in rope and isinstance(head, int) and importlib.util.find_spec(name)

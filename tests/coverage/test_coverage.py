@@ -13,12 +13,13 @@ from torch.nn import functional as F
 import bnviz
 from bench.coverage import examine
 from bench.experts import again
-from bench.zoo import table
+from bench.zoo import page, table
 from bench.zoo.census import census
 from bench.zoo.compare import left_behind, same, state_of
 from bench.zoo.handmade.language import WIDTH
 from bench.zoo.handmade.mixtures import OneHotMixture
 from bench.zoo.layers import reason, unmatched
+from bench.zoo.watched import Result
 from bnviz.observation import Context, RouterSeen, Site
 
 TYPES = (
@@ -130,3 +131,26 @@ def test_each_number_of_layers_answers_to_a_list_of_blocks() -> None:
     assert unmatched({"depths": 3, "num_layers": 3}, found, ran) == ["num_layers = 3"]
     assert reason("levit", "depths = 4")
     assert reason("llama", "num_hidden_layers = 2") == ""
+
+
+def test_the_page_names_every_model_in_its_place() -> None:
+    rows = {
+        "fine": Result("fine", attention=2, attention_expected=2, mechanisms=["sdpa"], equal=True),
+        "blind": Result("blind", attention_expected=2, missing=["a: 4 heads, 7 x 7"], equal=True),
+        "routed": Result("routed", routers=1, routers_expected=1, rebuilt=1, rebuilt_error=2e-4, equal=True),
+        "deaf": Result("deaf", idle="run without input_values", blocks=4, blocks_seen=2, equal=True),
+        "odd": Result("odd", layers=1, layers_lost=["depths = 4: a second name"], equal=True),
+        "gone": Result("gone", reason="SomeModel requires the timm library but it was not found"),
+        "broken": Result("broken", error="ValueError: no\nmore"),
+    }
+    text = page.markdown({name: result.row for name, result in rows.items()})
+    places = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    assert "| blind | attention | 0 of 2 | 0 of 0 | not seen: a: 4 heads, 7 x 7 |" in places["Not right"]
+    assert "experts differ by 2e-04" in places["Not right"]
+    assert "| broken | failed |" in places["Not right"]
+    assert "| routed | 1 of 1 | 1 of 1 | 2.0e-04 |" in places["Routers"]
+    assert "**a second name** (1): odd `depths = 4`" in places["Layers"]
+    assert "deaf (2 of 4 blocks ran)" in places["Run in part"]
+    assert "scaled_dot_product_attention** (1): fine 2." in places["Right"]
+    assert "**needs the package timm, which is not installed** (1): gone." in places["Not built"]
+    assert "| built and run, of all that were tried | 5 of 7 (71.4 %) |" in text
