@@ -191,6 +191,19 @@ def _dataset(model: Any) -> dict[str, Any]:
     return {"pixel_values": torch.randn(2, 3, *config.image_size), "dataset_index": torch.tensor([0, 2])}
 
 
+_EVOLLA = Override(
+    {
+        "protein_encoder_config": {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+        }
+    },
+    media=of(protein_input_ids=text(9), protein_attention_mask=ones(2, 9)),
+)
+
+
 TYPES: dict[str, Override] = {
     # text
     "blt_local_decoder": Override(reason="a part that needs another's outputs; it runs in blt"),
@@ -207,6 +220,8 @@ TYPES: dict[str, Override] = {
             context_hidden_states=lambda c: torch.randn(2, 9, 5 * c.hidden_size),
         )
     ),
+    "evolla": _EVOLLA,
+    "EvollaModel": _EVOLLA,
     "led": fields_of(attention_window=4),
     "longformer": fields_of(attention_window=4),
     "esmfold2": Override(
