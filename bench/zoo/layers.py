@@ -32,13 +32,15 @@ REASONS = (
     ("its class has no such part: it is a part of another class, or of the generation around it", (
         "gradium_phonon_tts flow_head_config.*", "pocket_tts flow_head_config.*", "kyutai_speech_to_text codec_config.*",
         "moshi audio_encoder_config.*", "moshi depth_decoder_config.*", "videomae decoder_*", "vit_mae decoder_*",
-        "musicgen* text_encoder.num_decoder_layers",
     )),
     ("each layer is two blocks, attention and mlp, beside those between stages", ("levit depths",)),
     ("two lists that run in turns: the number is that of both", ("hrm_text num_hidden_layers",)),
     ("the model's code builds one layer fewer", ("mask2former decoder_layers",)),
     ("its decoder is a part of a detector that this model has not", ("maskformer decoder_config.*",)),
     ("its decoder is an LSTM: one module, whatever its layers", ("parakeet_* *num_hidden_layers",)),
+    ("its text model is an encoder alone: the config's number of decoder layers stands for nothing", (
+        "musicgen *", "musicgen_melody *",
+    )),
     ("its text model is a decoder alone: the config's number of encoder layers stands for nothing", ("pp_formulanet* *",)),
     ("its stem's and its stages' blocks are two lists", ("vibevoice* *depths",)),
     ("a stage whose parts differ is a block as a whole", ("swiftformer depths", "groupvit* *depths")),

@@ -317,6 +317,7 @@ TYPES: dict[str, Override] = {
     "align": Override({"projection_dim": 32}, of(input_ids=text(), pixel_values=image(64))),
     "vitmatte": Override(
         {
+            "hidden_size": 64,
             "backbone_config.out_features": ["stage1"],
             "backbone_config.num_channels": 4,
             "fusion_hidden_sizes": [16, 16, 16, 16],
@@ -665,12 +666,10 @@ TYPES: dict[str, Override] = {
             is_longer=lambda c: torch.zeros(2, 1, dtype=torch.bool),
         ),
     ),
-    "dots3_note_audio_encoder": Override(
-        reason="takes chunks of sound cut by its own processor; it runs in dots3_note"
-    ),
+    "dots3_note_audio_encoder": Override(reason="takes chunks of sound cut by its own processor"),
     "granite_speech5_encoder": Override(inputs=of(input_features=noise(2, 40, lambda c: 4 * read(c, "num_mel_bins")))),
     "granite_speech5_ctc": Override(inputs=of(input_features=noise(2, 40, lambda c: 4 * read(c, "num_mel_bins")))),
-    "voxtral_realtime": Override(inputs=of(input_ids=text(4), input_features=noise(2, "num_mel_bins", 64))),
+    "voxtral_realtime": Override(inputs=of(input_ids=text(8), input_features=noise(2, "num_mel_bins", 64))),
     "xcodec2": Override(
         inputs=of(
             input_values=noise(1, 1, 1920),

@@ -135,7 +135,9 @@ def _idle(rows: Sequence[Row]) -> list[str]:
     for r in rows:
         what, _, why = r["idle"].partition(" (")
         told = f"{r['name']} ({r['blocks_seen']} of {r['blocks']} blocks ran{f': {why[:-1]}' if why else ''})"
-        reasons.setdefault(what or "parts that one forward of the class does not call as modules", []).append(told)
+        reasons.setdefault(what or "parts that this call does not reach, or that are not called as modules", []).append(
+            told
+        )
     return _listed(
         "What ran was watched and is in the tables; what was left out is a type of its own in most.", reasons
     )
