@@ -161,8 +161,9 @@ class AttentionSeen:
         Keys at the start that a sliding cache no longer holds: zeros here, and no query sees them.
     across : bool
         The keys are not the queries' own tokens (another text, an image, a pooled sequence): distances mean nothing.
-    grows : bool
-        Keys and values are those of a cache that only puts new tokens behind: what it held in the call before comes first.
+    grows : int
+        Not 0: keys and values are those of a cache that only puts new tokens behind. Calls with the same number follow one
+        another without anything else done to it: what the earlier was given comes first in what the later was given.
 
     Notes
     -----
@@ -186,7 +187,7 @@ class AttentionSeen:
     valid_keys: Tensor | None = None
     dropped: int = 0
     across: bool = False
-    grows: bool = False
+    grows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

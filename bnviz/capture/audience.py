@@ -50,7 +50,7 @@ class Audience:
     ) -> None:
         self._probes, self._clock, self._shelf, self._failed, self._saw = probes, clock, shelf, failed, saw
         self._inside = False
-        self._joined = Joined(self._show, lost, shelf)
+        self._joined = Joined(self._show_steps, lost, shelf)
 
     def emit(self, seen: Any) -> None:
         """Show an observation, and those of its parts, to every probe that looks at their kind of site."""
@@ -61,8 +61,11 @@ class Audience:
             self._saw(one.site, one.context)
         if self._shelf.full_at is None:
             with self._alone():
-                if self._clock.portions or not self._joined.take(seen):
+                if self._clock.portions:
+                    self._joined.end(seen.site)
                     self._show(seen, self._clock.portions)
+                elif not self._joined.take(seen):
+                    self._show(seen)
 
     def flush(self, *, apart: bool = False) -> None:
         """Show what was kept to be shown together; `apart`: each step by itself."""
@@ -88,13 +91,27 @@ class Audience:
                     if one.site.kind in probe.spec.sites:
                         self._ask(name, probe, one)
 
-    def _ask(self, name: str, probe: Any, seen: Any) -> None:
+    def _show_steps(self, seen: Any, portions: tuple[Portion, ...]) -> None:
+        """Show several steps at once; a probe that fails at one of them has seen those before."""
+        parts = seen.parts if isinstance(seen, BlockSeen) else ()
+        with _plain_arithmetic(seen):
+            for one in (seen, *parts):
+                for name, probe in list(self._probes.items()):
+                    if one.site.kind in probe.spec.sites:
+                        self._ask(name, probe, one, portions)
+
+    def _ask(self, name: str, probe: Any, seen: Any, portions: tuple[Portion, ...] = ()) -> None:
         try:
             values = probe.observe(seen)
             if values:
                 self._shelf.put(name, seen.site, seen.context, values, self._valid(seen))
         except Exception as error:
-            self._failed(name, error)
+            if not portions:
+                self._failed(name, error)
+                return
+            for one in apart(seen, portions):
+                if name in self._probes:
+                    self._ask(name, probe, one)
 
     def _valid(self, seen: Any) -> dict[str, Any]:
         valid = seen.context.valid

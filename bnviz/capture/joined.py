@@ -39,16 +39,18 @@ class Joined:
     Parameters
     ----------
     show : callable
-        Takes an observation of one or several steps.
+        Takes an observation of one or several steps, and where each of several lies in it.
     lost : callable
         Takes a site, and how many steps of it could not be read: someone wrote into its cache between them.
     lender : Lender
     """
 
-    def __init__(self, show: Callable[[Any], None], lost: Callable[[Site, int], None], lender: Lender) -> None:
+    def __init__(
+        self, show: Callable[[Any, tuple[Portion, ...]], None], lost: Callable[[Site, int], None], lender: Lender
+    ) -> None:
         self._show, self._lost, self._lender = show, lost, lender
         self._waiting: dict[_Name, _Steps] = {}
-        self._single: set[_Name] = set()
+        self._torn = False
 
     @property
     def waiting(self) -> bool:
@@ -57,25 +59,33 @@ class Joined:
 
     def take(self, seen: Any) -> bool:
         """Keep an observation for later; False: show it now. What waits at its site and does not go on with it is shown first."""
-        site = seen.site
-        name = (site.kind, site.path, site.layer, site.part)
+        name = _name(seen.site)
         steps = self._waiting.get(name)
         if steps is not None and not steps.goes_on(seen):
             self._end(name)
             steps = None
         if steps is None:
-            steps = None if name in self._single else _begun(seen)
+            steps = None if self._torn and isinstance(seen, AttentionSeen) else _begun(seen)
             if steps is None:
                 return False
         if not self._lender.lend(steps.size):
+            self.flush()  # all layers, so that none is ahead when nothing more is kept
+            return False
+        try:
+            steps.add(seen)
+        except RuntimeError:  # no memory for one copy more
+            self._lender.lend(-steps.size)
             self._end(name)
             return False
         self._waiting[name] = steps
-        steps.add(seen)
         # layers take turns: no step is much longer than others
-        if len(steps.contexts) > BACK and (seen.context.past + site.layer) % steps.most == 0:
+        if len(steps.contexts) > BACK and (seen.context.past + seen.site.layer) % steps.most == 0:
             self._give(steps, len(steps.contexts) - BACK)
         return True
+
+    def end(self, site: Site) -> None:
+        """Show what waits at a site, before something else is shown there."""
+        self._end(_name(site))
 
     def flush(self, *, apart: bool = False) -> None:
         """Show all that waits; `apart`: each step by itself, as it may be taken back."""
@@ -87,7 +97,7 @@ class Joined:
         if steps is None:
             return
         if steps.torn:
-            self._single.add(name)
+            self._torn = True  # whoever does so will again, and elsewhere
             self._lender.lend(-steps.size * len(steps.contexts))
             self._lost(steps.site, len(steps.contexts))
         else:
@@ -95,10 +105,14 @@ class Joined:
 
     def _give(self, steps: _Steps, count: int, *, apart: bool = False) -> None:
         self._lender.lend(-steps.size * count)
-        contexts = steps.contexts[:count]
-        for one in _apart(steps.first(count), contexts) if apart else [steps.first(count)]:
-            self._show(one)
-        steps.forget(count)
+        first, contexts = steps.first(count), steps.contexts[:count]
+        steps.forget(count)  # before they are shown: an interrupt must not leave them to be shown twice
+        portions = tuple(Portion(at, at + 1, context) for at, context in enumerate(contexts))
+        if apart:
+            for one in _apart(first, portions):
+                self._show(one, ())
+        else:
+            self._show(first, portions if count > 1 else ())
 
 
 class _Steps:
@@ -196,10 +210,11 @@ class _OfAttention(_Steps):
         self._last, self._versions = seen, (0, 0)
 
     def goes_on(self, seen: Any) -> bool:
-        return not self.torn and super().goes_on(seen)
+        return not self.torn and super().goes_on(seen) and _grown(self._last.valid_keys, seen.valid_keys)
 
     def _kind_of(self, seen: AttentionSeen) -> Any:
-        return seen.query.shape, seen.query.dtype, seen.scale, seen.window, seen.softcap, seen.token_ids is None
+        known = seen.token_ids is None, seen.valid_keys is None
+        return seen.grows, seen.query.shape, seen.query.dtype, seen.scale, seen.window, seen.softcap, *known
 
     def _own(self, seen: AttentionSeen) -> Tensor:
         self._last, self._versions = seen, (seen.key._version, seen.value._version)
@@ -251,6 +266,13 @@ def _begun(seen: Any) -> _Steps | None:
     return steps if steps.most > 1 else None
 
 
+def _grown(before: Tensor | None, now: Tensor | None) -> bool:
+    """What was padding is: a caller may hide old tokens late. A GPU is not asked: its kernels are then given a mask."""
+    if before is None or now is None or now.device.type != "cpu":
+        return True
+    return torch.equal(before, now[:, : before.shape[1]])
+
+
 def _sides(seen: BlockSeen) -> list[Tensor]:
     """Before, after or what was written, and the same of each part."""
     return [seen.input, *(one.output if one.written is None else one.written for one in (seen, *seen.parts))]
@@ -260,8 +282,11 @@ def _block(site: Site, context: Context, before: Tensor | BlockSeen, after: Tens
     return BlockSeen(site, context, before, after) if whole else BlockSeen(site, context, before, written=after)
 
 
-def _apart(seen: Any, contexts: list[Context]) -> list[Any]:
+def _name(site: Site) -> _Name:
+    return site.kind, site.path, site.layer, site.part
+
+
+def _apart(seen: Any, portions: tuple[Portion, ...]) -> list[Any]:
     """Each step by itself, each part of a block too."""
-    portions = tuple(Portion(at, at + 1, context) for at, context in enumerate(contexts))
     parts = seen.parts if isinstance(seen, BlockSeen) else ()
     return [one for whole in (seen, *parts) for one in apart(whole, portions)]

@@ -124,8 +124,11 @@ class Shelf:
         return True
 
     def lend(self, size: int) -> bool:
-        """Count so many bytes, below zero fewer, that are held elsewhere; False where the ceiling leaves no room."""
-        if size > 0 and self.held + size > self.ceiling:
+        """Count so many bytes, below zero fewer, that are held elsewhere.
+
+        False where that leaves less than half the ceiling: what is made of them needs room too, or some layers would end early.
+        """
+        if size > 0 and self.held + size > self.ceiling // 2:
             return False
         self.held += size
         return True

@@ -15,7 +15,7 @@ import bnviz
 from bnviz.capture import joined
 from bnviz.observation import AttentionSeen, BlockSeen, Context, Site
 
-from .texts import captured, check_rows, holding, maps_of, tiny
+from .texts import captured, check_rows, check_same, holding, maps_of, tiny
 
 PROBES = ("attention", "activations", "keys_values")
 
@@ -49,16 +49,7 @@ def test_the_record_is_the_same(monkeypatch: pytest.MonkeyPatch, kind: str, opti
     together = generated(model, **options)
     one_by_one(monkeypatch)
     alone = generated(model, **options)
-    for name in PROBES:
-        assert set(together[name].variables) == set(alone[name].variables)
-        for variable, want in alone[name].variables.items():
-            got = together[name][variable]
-            assert (got.dims, got.shape, got.dtype) == (want.dims, want.shape, want.dtype), variable
-            if want.dtype.kind == "f":
-                assert np.allclose(got.values, want.values, rtol=2e-4, atol=2e-5, equal_nan=True), variable
-            else:
-                assert np.array_equal(got.values, want.values), variable
-    assert [(s.path, s.observations) for s in together.sites] == [(s.path, s.observations) for s in alone.sites]
+    check_same(together, alone)
 
 
 def test_they_are_shown_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +171,7 @@ def block(at: int, value: Tensor, *, step: int = 0, phase: str = "decode") -> Bl
 def test_values_are_copied_and_parts_follow_one_another() -> None:
     shown: list[BlockSeen] = []
     purse = Purse()
-    steps = joined.Joined(shown.append, lambda *_: None, purse)
+    steps = joined.Joined(lambda seen, _: shown.append(seen), lambda *_: None, purse)
     for at in range(5):
         value = torch.full((2, 1, 3), float(at))
         assert steps.take(block(at, value))
@@ -210,7 +201,7 @@ def test_values_are_copied_and_parts_follow_one_another() -> None:
 )
 def test_what_does_not_go_on_ends_what_waits(change: dict[str, Any]) -> None:
     shown: list[BlockSeen] = []
-    steps = joined.Joined(shown.append, lambda *_: None, Purse())
+    steps = joined.Joined(lambda seen, _: shown.append(seen), lambda *_: None, Purse())
     for at in range(3):
         steps.take(block(at, torch.zeros(2, 1, 3)))
     after = {"at": 3, "value": torch.zeros(2, 1, 3)} | change

@@ -93,3 +93,18 @@ def row_of(record: Any, maps: np.ndarray, first: int) -> int:
             check_rows(record, maps, sequence, first)
             return int(sequence)
     raise AssertionError("no sequence of the record has the statistics of this text")
+
+
+def check_same(got: Any, want: Any) -> None:
+    """Two runs hold the same records, up to rounding, of the same places."""
+    assert got.kinds == want.kinds
+    for name in got.kinds:
+        assert set(got[name].variables) == set(want[name].variables)
+        for variable, one in want[name].variables.items():
+            other = got[name][variable]
+            assert (other.dims, other.shape, other.dtype) == (one.dims, one.shape, one.dtype), variable
+            if one.dtype.kind == "f":
+                assert np.allclose(other.values, one.values, rtol=2e-4, atol=2e-5, equal_nan=True), variable
+            else:
+                assert np.array_equal(other.values, one.values), variable
+    assert [(s.path, s.observations) for s in got.sites] == [(s.path, s.observations) for s in want.sites]

@@ -21,6 +21,7 @@ from .explained import Explained
 from .find import ADAPTER, NAMED, NATIVE, AttentionSite
 from .form import attended
 from .frames import Frame, Frames
+from .growth import growth
 from .interface import interface
 from .moved import Bands, Moved
 from .named import shown
@@ -58,6 +59,7 @@ class AttentionTap:
 
     def attach(self, stack: contextlib.ExitStack) -> None:
         """Listen until the stack ends."""
+        stack.enter_context(growth.listening())
         self._frames.attach(stack)
         if any(p.mechanism in (INTERFACE, NAMED) for p in self._sites.values()):
             stack.enter_context(interface.listening(self._interface))
@@ -147,7 +149,7 @@ class AttentionTap:
     def _seen(self, place: AttentionSite, site: Site, context: Context, which: tuple[int, Call]) -> AttentionSeen:
         """The observation of a call of attention, which is the so-manieth in one call of its module."""
         (again, call), dropped, pooled = which, 0, False
-        grows = context.phase == "decode" and appended(call, place.module, self._clock.cache)
+        grows = appended(call, place.module, self._clock.cache) if context.phase == "decode" else 0
         across = self._places.called_cross(place)
         if not across:
             call, dropped, pooled = aligned(call, place.module, self._clock.cache, context.past)
