@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from bnviz.counts import SiteCount
 from bnviz.errors import BnvizError, CaptureError
 from bnviz.observation import Site
+from bnviz.quantities import counted
 from bnviz.run import Run
 
 from .around import around, gated
@@ -338,8 +339,8 @@ class Session:
     def _lost(self, site: Site, steps: int) -> None:
         """Keys that should have stayed as they were did not."""
         self._say(
-            f"Of {site.path}, {steps} decode steps are not in the run: what its cache held was written into after they were "
-            "computed. Steps after them are read one by one."
+            f"Of {site.path}, {counted(steps, 'decode step')} {'is' if steps == 1 else 'are'} not in the run: what its cache "
+            "held was written into afterwards. Steps from then on are read one by one."
         )
 
     def _trouble(self, where: str, error: Exception) -> None:

@@ -123,6 +123,8 @@ class Attention:
                 token_ids=seen.token_ids,
             )
         )
+        if seen.context.phase == "decode" and rows > 1:
+            _blank_last(kept["last_row"], seen)
         if "pooled" in kept:
             kept["pooled"] = _over_batch(kept["pooled"])
         if seen.across:
@@ -147,6 +149,13 @@ class Attention:
 
         by_query = BY_QUERY if seen.token_ids is not None else BY_QUERY[:4]
         return (*BY_KEY, *by_query) if seen.context.phase == "decode" else (*BY_KEY, *by_query, "pooled")
+
+
+def _blank_last(last: Tensor, seen: AttentionSeen) -> None:
+    """Of a sequence whose last step is padding the last row is that of no token, as it is where steps come one by one."""
+    real = seen.context.valid if seen.valid_keys is None or seen.across else seen.valid_keys
+    if real is not None and real.shape[1] in (seen.query.shape[-2], seen.key.shape[-2]):
+        last.masked_fill_(~real[:, -1, None, None], 0.0)
 
 
 def _over_batch(pooled: Tensor) -> Tensor:

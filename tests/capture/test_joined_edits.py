@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import bnviz
 from bnviz.capture import joined
@@ -182,8 +183,16 @@ def test_several_tokens_that_are_tried_at_once_come_after_single_ones(monkeypatc
     check_same(*both(drive, monkeypatch))
 
 
-def test_old_tokens_that_are_hidden_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mask that the caller gives changes, and the kernel is given none."""
+def hidden_late(mask: Tensor, at: int) -> None:
+    mask[:, :5] = int(at < AT)
+
+
+def ended(mask: Tensor, at: int) -> None:
+    mask[1, AT:], mask[0, :3] = 0, 0
+
+
+@pytest.mark.parametrize("change", [hidden_late, ended])
+def test_masks_that_the_kernel_is_not_given(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers.models.llama.modeling_llama as llama
 
     monkeypatch.setattr(llama, "create_causal_mask", lambda *_, **__: None)
@@ -191,10 +200,9 @@ def test_old_tokens_that_are_hidden_late(monkeypatch: pytest.MonkeyPatch) -> Non
     def drive() -> Any:
         driven, mask = Driven(2), torch.ones(2, TOKENS, dtype=torch.long)
         with torch.no_grad(), bnviz.capture(driven.model, probes=PROBES, progress=False) as recorder:
-            driven.read(0, PROMPT, attention_mask=mask[:, :PROMPT])
-            for at in range(PROMPT, TOKENS):
-                mask[:, :5] = int(at < AT)
-                driven.read(at, at + 1, attention_mask=mask[:, : at + 1])
+            for at in range(PROMPT - 1, TOKENS):
+                change(mask, at)
+                driven.read(at if at >= PROMPT else 0, at + 1, attention_mask=mask[:, : at + 1])
         return recorder.run
 
     check_same(*both(drive, monkeypatch))
