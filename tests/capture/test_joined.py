@@ -213,3 +213,8 @@ def test_what_does_not_go_on_ends_what_waits(change: dict[str, Any]) -> None:
 def test_large_steps_do_not_wait() -> None:
     steps = joined.Joined(lambda *_: None, lambda *_: None, Purse())
     assert not steps.take(block(0, torch.zeros(64, 1, 4096)))
+
+
+def test_a_model_in_float64_is_read_and_joined() -> None:
+    run = generated(tiny("Llama").double())
+    assert not run.notes and run["attention"].sizes["layer"] == 2

@@ -105,7 +105,8 @@ def _explains(call: Call, output: Tensor | None, weights: Tensor | None) -> bool
     groups = value.shape[1]
     mixed = again.reshape(1, groups, -1, again.shape[-1]) @ value
     off = (mixed.reshape(*again.shape[:3], -1) - output.detach()[:1, rows].transpose(1, 2).float()).abs().amax(-1)
-    most = OUTPUTS * math.sqrt(torch.finfo(output.dtype).eps) * value.abs().max()
+    eps = max(torch.finfo(one).eps for one in (output.dtype, torch.float32))  # in which it is made again
+    most = OUTPUTS * math.sqrt(eps) * value.abs().max()
     return bool((off[seen] <= most).all())
 
 
