@@ -34,7 +34,8 @@ def test_a_streamed_run_is_the_run(load_model: Any, tmp_path: Path) -> None:
                 model.generate(each, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
         runs.append(recorder.run)
     for name in RECORDS:
-        xr.testing.assert_allclose(*(run[name] for run in runs), rtol=1e-6)  # sums are rounded where a segment ends
+        # sums are rounded where a segment ends, and what is next to nothing by more than its own size
+        xr.testing.assert_allclose(*(run[name] for run in runs), rtol=1e-6, atol=1e-7)
         assert runs[0][name].attrs == runs[1][name].attrs
     assert bnviz.open(tmp_path / "run.zarr")["routing"].equals(runs[0]["routing"])
 
