@@ -40,13 +40,13 @@ class Constant:
 
 def kept() -> np.ndarray:
     """Microseconds of showing one observation to one probe and keeping what it gives."""
-    clock = Clock(nn.Identity(), "forward", "always", 1)
+    clock = Clock("forward", "always", 1)
     shelf = Shelf({"constant": Constant.spec.variables}, 1 << 30)  # type: ignore[attr-defined]
 
     def failed(name: str, error: Exception) -> None:
         raise error
 
-    audience = Audience({"constant": Constant()}, clock, shelf, failed, lambda site, call: None)
+    audience = Audience({"constant": Constant()}, clock, shelf, failed, lambda *_: None, lambda *_: None)
     x, found = torch.zeros(1, 1, 8), []
     for number in range(EVENTS):
         seen = BlockSeen(Site("block", "layers.0", 0), Context(number, number, "forward"), x, x)

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .capture import STEPS, Watched, steps
+from .capture import Watched, steps
 from .model import Decoding, build
 from .rounds import paired, seconds
 
 Forward = Callable[..., Any]
+STEPS = 6  # of a peer, whose steps are all alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,8 @@ def main() -> None:
                 continue
             forward = peer.make(model)
             whole = _told(partial(paired, plain, partial(seconds, partial(forward, ids)), given.rounds))
-            one = _told(partial(paired, plain_step, partial(_decode, model, ids, forward), few))
+            alone = partial(_decode, model, ids, model)
+            one = _told(partial(paired, alone, partial(_decode, model, ids, forward), few))
             print(f"{peer.name:<44}{peer.version:>9}{whole:>24}{one:>24}  {peer.keeps}", flush=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,34 +59,35 @@ class Audience:
         parts = seen.parts if isinstance(seen, BlockSeen) else ()
         for one in (seen, *parts):
             self._saw(one.site, one.context)
-        if self._shelf.full_at is None:
-            with self._alone():
+        if self._shelf.full_at is not None:
+            return
+        self._inside = True  # what probes compute is not shown to them in its turn
+        try:
+            with without_modes(), torch.no_grad():
                 if self._clock.portions:
                     self._joined.end(seen.site)
                     self._show(seen, self._clock.portions)
                 elif not self._joined.take(seen):
                     self._show(seen)
+        finally:
+            self._inside = False
 
     def flush(self, *, apart: bool = False) -> None:
         """Show what was kept to be shown together; `apart`: each step by itself."""
-        if not self._inside and self._joined.waiting:
-            with self._alone():
-                self._joined.flush(apart=apart)
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """What probes compute is not shown to them in its turn, nor to the user's modes."""
+        if self._inside or not self._joined.waiting:
+            return
         self._inside = True
         try:
             with without_modes(), torch.no_grad():
-                yield
+                self._joined.flush(apart=apart)
         finally:
             self._inside = False
 
     def _show(self, seen: Any, portions: tuple[Portion, ...] = ()) -> None:
         parts = seen.parts if isinstance(seen, BlockSeen) else ()
+        whole = (seen, *parts)
         with _plain_arithmetic(seen):
-            for one in (part for whole in (seen, *parts) for part in apart(whole, portions)):
+            for one in [part for some in whole for part in apart(some, portions)] if portions else whole:
                 for name, probe in list(self._probes.items()):
                     if one.site.kind in probe.spec.sites:
                         self._ask(name, probe, one)
