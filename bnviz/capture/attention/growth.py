@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnviz.capture.modes import without_modes
+
 HOME, CLASS = "transformers.cache_utils", "DynamicLayer"
 
 
@@ -79,6 +81,15 @@ class _Growth:
         known = self._lines.get(layer) if type(layer).__name__ == CLASS else None
         return known.number if known is not None and known.holds(layer) else 0
 
+    def _before(self, layer: Any) -> int:
+        """The number of the line that an update may go on with; 0: none."""
+        known = self._lines.pop(layer, None)
+        return known.number if known is not None and known.holds(layer) else 0
+
+    def _after(self, layer: Any, number: int) -> None:
+        if all(isinstance(side, Tensor) and not side.is_inference() for side in (layer.keys, layer.values)):
+            self._lines[layer] = _Line(number or next(self._numbers), layer)
+
     def _wrap(self) -> Callable[[], None] | None:
         cls = getattr(sys.modules.get(HOME), CLASS, None)
         original = getattr(cls, "update", None)
@@ -90,12 +101,11 @@ class _Growth:
         def update(layer: Any, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or not self._listeners or type(layer) is not cls:
                 return original(layer, *args, **kwargs)
-            known = self._lines.pop(layer, None)
-            goes_on = known is not None and known.holds(layer)
+            with without_modes():
+                before = self._before(layer)
             found = original(layer, *args, **kwargs)
-            if all(isinstance(side, Tensor) and not side.is_inference() for side in (layer.keys, layer.values)):
-                number = known.number if goes_on and known is not None else next(self._numbers)
-                self._lines[layer] = _Line(number, layer)
+            with without_modes():
+                self._after(layer, before)
             return found
 
         setattr(cls, "update", update)  # noqa: B010 - a method is put in the place of one of a class not known here
