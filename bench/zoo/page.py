@@ -166,6 +166,7 @@ def _groups(rows: Sequence[Row]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for r in rows:
         by = ", ".join(_BY.get(m, m) for m in r["mechanisms"])
+        by = by or "code that does not show it before it runs"  # `bnviz.sites` says that it is named attention
         kind = f"Attention by {by}" if r["attention_expected"] else "No attention"
         groups.setdefault(kind, []).append(f"{r['name']} {r['attention']}" if r["attention"] else r["name"])
     lines = ["The number is how many attentions one forward of the tiny model computes, all of them seen.", ""]
