@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .weights import Rows, computed, rows_of
+
 _KERNELS = ("scaled_dot_product", "flex_attention", "_flash_attention_forward", "_efficient_attention_forward")
 _FUSED = ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
 _SOFTMAX = ("_softmax", "_safe_softmax", "softmax", "_masked_softmax")
@@ -78,6 +80,7 @@ class Census(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.seen: list[Seen] = []
+        self.weights: list[Rows] = []
         self.ran: Counter[str] = Counter()
         self._paths = {m: p for p, m in model.named_modules()}
         self._inside: list[str] = []
@@ -116,6 +119,7 @@ class Census(TorchDispatchMode):
         name = getattr(function, "__name__", str(function)).split(".")[0]
         if any(k in name for k in _KERNELS) and "backward" not in name:
             self._kernel(args)
+            self.weights += filter(None, [computed(self._path, name, args, kwargs or {})])
         elif name in _FUSED:
             self._fused(name, args)
         else:
@@ -175,6 +179,7 @@ class Census(TorchDispatchMode):
         weights.counted = True
         rows, queries, keys = factor.shape if place == 0 else (factor.shape[0], factor.shape[2], factor.shape[1])
         shape = weights.shape
+        self.weights.append(rows_of(self._path, factor if place == 0 else factor.mT))
         self._add(rows, self._heads(shape), queries, keys, weights.logits)
 
     def _add(self, rows: int, heads: int, queries: int, keys: int, logits: bool) -> None:

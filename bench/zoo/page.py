@@ -18,7 +18,9 @@ makes this page in about half an hour on one core, without a network:
 **Attention** is counted by an independent census of the operators of one forward: kernels that compute attention whole, and
 products of matrices whose rows went through a softmax and into a second product. A model is right when the capture shows the
 same attentions, each with its number of heads, queries and keys, and no other. What a hand-written model must show stands in
-its source.
+its source. *Weights* made of what the probes were shown, in float64, are compared with those of the census, row by row in any
+order (the largest, the sum of squares, the mean place of the keys); a fused kernel of a whole layer and attention that runs in
+pieces give none to compare.
 
 **Routers** are counted by the modules that own experts and ran. Their experts are computed once more from the captured ids and
 weights, with random weights of a size that tells experts apart; the difference to what the model's own experts gave, over the
@@ -71,8 +73,8 @@ def _wrong(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return ["Nothing."]
     lines = [
-        "Numbers are *seen of counted*. *What* is attention, routers, experts, blocks or outputs that are not as they should be;",
-        "*failed*: the model or the capture raised.",
+        "Numbers are *seen of counted*. *What* is attention, weights, routers, experts, blocks or outputs that are not as they",
+        "should be; *failed*: the model or the capture raised.",
         "",
         "| type | what | attention | routers | where |",
         "|---|---|---|---|---|",
@@ -90,6 +92,7 @@ def _where(row: Row) -> list[str]:
     return [
         *(f"not seen: {one}" for one in row["missing"][:2]),
         *(f"seen and not counted: {one}" for one in row["extra"][:2]),
+        *(f"weights of {one}" for one in row["weights_wrong"][:2]),
         *(f"no router seen: {one}" for one in row["routers_missing"][:2]),
         *([f"experts differ by {row['rebuilt_error']:.0e}"] if not row["rebuilt_error"] <= EXACT else []),
         *(f"no blocks for {one.removesuffix(': ')}" for one in row["layers_lost"] if one.endswith(": ")),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 Row = Mapping[str, Any]
-EXACT = 1e-5  # by how much experts' outputs made of captured ids and weights may differ, over the largest
+EXACT = 1e-5  # by how much weights may differ, and experts' outputs made of captured ids and weights, over the largest
 
 
 def faults(row: Row) -> list[str]:
@@ -17,6 +17,8 @@ def faults(row: Row) -> list[str]:
     else:
         if row["missing"] or row["extra"]:
             found.append("attention")
+        if row["weights_wrong"]:
+            found.append("weights")
         if row["routers_missing"] or row["routers"] < row["routers_expected"]:
             found.append("routers")
         if not row["rebuilt_error"] <= EXACT:
@@ -54,6 +56,7 @@ def line(row: Row) -> str:
     ]
     said += [f"missing {row['missing'][0]}"] if row["missing"] else []
     said += [f"extra {row['extra'][0]}"] if row["extra"] else []
+    said += [f"{row['weights']} weights to {row['weights_error']:.0e}"] if row["weights"] else []
     said += [f"router {row['routers_missing'][0]}"] if row["routers_missing"] else []
     said += [f"{row['rebuilt']} experts rebuilt to {row['rebuilt_error']:.0e}"] if row["rebuilt"] else []
     said += [f"not rebuilt {row['not_rebuilt'][0]}"] if row["not_rebuilt"] else []
@@ -84,6 +87,10 @@ def counted(stored: Mapping[str, Row]) -> list[tuple[str, str]]:
         (
             "with attention: every site, its heads, queries, keys",
             share(attending, lambda r: "attention" not in faults(r)),
+        ),
+        (
+            "with attention: weights to 1e-5, of those compared",
+            share([r for r in ran if r["weights"]], lambda r: not r["weights_wrong"]),
         ),
         ("without attention: none claimed", share(quiet, lambda r: not r["extra"])),
         ("with routers: every router", share(routed, lambda r: "routers" not in faults(r))),

@@ -22,6 +22,8 @@ from .compare import left_behind, same, state_of
 from .experts import experts_that_ran
 from .handmade.made import Made
 from .layers import layers_of, reason, unmatched
+from .table import EXACT
+from .weights import Rows, captured, differences
 
 SEED = 1234
 
@@ -44,6 +46,9 @@ class Result:
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     mixed: int = 0
+    weights: int = 0
+    weights_error: float = 0.0
+    weights_wrong: list[str] = field(default_factory=list)
     mechanisms: list[str] = field(default_factory=list)
     routers: int = 0
     routers_expected: int = 0
@@ -80,6 +85,7 @@ class Shapes:
 
     def __init__(self) -> None:
         self.attention: list[tuple[str, int, int, int, int]] = []
+        self.weights: list[Rows] = []
         self.routers: list[str] = []
         self.blocks: list[str] = []
 
@@ -87,6 +93,7 @@ class Shapes:
         """Shapes of one observation."""
         kind = seen.site.kind
         if kind.endswith("attention"):
+            self.weights.append(captured(seen))
             query, key = seen.query, seen.key
             self.attention.append(
                 (seen.site.path, query.shape[0] * query.shape[1], query.shape[1], query.shape[2], key.shape[2])
@@ -123,17 +130,26 @@ def watch(name: str, model: nn.Module, call: Callable[[], Any], made: Made | Non
         seeded(call)  # what a first call sets up (rotary tables, lazy masks) is the model's own
         plain = seeded(call)
         result.repeats = same(plain, seeded(call))
-        counter = census(model, lambda: seeded(call)) if made is None else Census(model)
+        counter = census(model, lambda: seeded(call)) if made is None else _if_it_can(model, call)
         before = state_of(model)
         shapes = _captured(model, call, plain, result)
         result.left = left_behind(before, state_of(model))[:8]
         result.equal = result.equal and same(plain, seeded(call))
     _attention(result, counter, shapes, made)
+    _weights(result, counter, shapes)
     _routers(result, model, counter, shapes, made)
     if shapes.routers:
         _experts(result, model, call)
     result.seconds = time.perf_counter() - started
     return result
+
+
+def _if_it_can(model: nn.Module, call: Callable[[], Any]) -> Census:
+    """The census of a model whose source says what must be seen: its weights; without any where it compiles what it calls."""
+    try:
+        return census(model, lambda: seeded(call))
+    except Exception:
+        return Census(model)
 
 
 def seeded(call: Callable[[], Any]) -> Any:
@@ -203,6 +219,13 @@ def _attention(result: Result, counter: Census, shapes: Shapes, made: Made | Non
             result.mixed += 1
     result.extra = [f"{p}: {heads} heads, {q} x {k}" for p, _, heads, q, k in left]
     result.missing, result.extra = _short(result.missing), _short(result.extra)
+
+
+def _weights(result: Result, counter: Census, shapes: Shapes) -> None:
+    """What the probes were shown against what the operators computed."""
+    found = differences(shapes.weights, counter.weights)
+    result.weights, result.weights_error = len(found), max(found.values(), default=0.0)
+    result.weights_wrong = _short([f"{path} by {off:.0e}" for path, off in found.items() if not off <= EXACT])
 
 
 def _matches(captured: tuple[str, int, int, int, int], seen: Seen) -> bool:
