@@ -19,8 +19,9 @@ makes this page in about half an hour on one core, without a network:
 products of matrices whose rows went through a softmax and into a second product. A model is right when the capture shows the
 same attentions, each with its number of heads, queries and keys, and no other. What a hand-written model must show stands in
 its source. *Weights* made of what the probes were shown, in float64, are compared with those of the census, row by row in any
-order (the largest, the sum of squares, the mean place of the keys); a fused kernel of a whole layer and attention that runs in
-pieces give none to compare.
+order (the largest, the sum of squares, the mean place of the keys). Rows whose every key is masked see nothing, where a softmax
+of masked logits is even; a sink's share may be taken off weights or off outputs. A fused kernel of a whole layer and attention
+that runs in pieces give no weights to compare.
 
 **Routers** are counted by the modules that own experts and ran. Their experts are computed once more from the captured ids and
 weights, with random weights of a size that tells experts apart; the difference to what the model's own experts gave, over the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,22 +23,30 @@ class Rows:
     shape : tuple of int
         Batch x heads, queries, keys.
     told : Tensor (3, rows)
-        Of each row its largest weight, the sum of its squares and the mean place of its keys, each sorted; 0 for a row that sees
-        nothing.
+        Of each row its largest weight, the sum of its squares and the mean place of its keys; 0 for a row that sees nothing.
+    even : Tensor (3, rows), optional
+        The same of rows that add up to one, where a sink takes its share: some models take it off the output.
     """
 
     path: str
     shape: tuple[int, int, int]
     told: Tensor
+    even: Tensor | None = None
 
 
 def rows_of(path: str, weights: Tensor) -> Rows:
     """Of weights (..., queries, keys)."""
-    w = weights.detach().double().reshape(-1, *weights.shape[-2:])
-    w = w.nan_to_num(0.0)
-    place = torch.arange(1, w.shape[-1] + 1, dtype=w.dtype) / w.shape[-1]
-    told = torch.stack([w.amax(-1), w.square().sum(-1), (w * place).sum(-1)]).flatten(1).sort(-1).values
-    return Rows(path, (w.shape[0], w.shape[1], w.shape[2]), told)
+    shape = (weights.shape[:-2].numel(), weights.shape[-2], weights.shape[-1])
+    return Rows(path, shape, _told(weights.detach().double()))
+
+
+def _told(weights: Tensor) -> Tensor:
+    keys = weights.shape[-1]
+    if not weights.numel():
+        return weights.new_zeros(3, 0)
+    w = weights.nan_to_num(0.0).flatten(0, -2)
+    place = torch.arange(1, keys + 1, dtype=w.dtype) / keys
+    return torch.stack([w.amax(-1), w.square().sum(-1), (w * place).sum(-1)])
 
 
 def captured(seen: AttentionSeen) -> Rows:
@@ -57,7 +65,9 @@ def captured(seen: AttentionSeen) -> Rows:
     column = logits.new_full((*logits.shape[:-1], 1), -math.inf)
     if seen.sinks is not None:
         column = seen.sinks.double().view(-1, 1, 1).expand_as(column)
-    return rows_of(seen.site.path, torch.cat([logits, column], -1).softmax(-1)[..., :-1])
+    weights = torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+    even = None if seen.sinks is None else _told(weights / weights.sum(-1, keepdim=True))
+    return replace(rows_of(seen.site.path, weights), even=even)
 
 
 def computed(path: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rows | None:
@@ -91,7 +101,18 @@ def differences(shown: Sequence[Rows], own: Sequence[Rows]) -> dict[str, float]:
     """By path, how far what was shown is from the nearest weights of its shape; nothing where there are none to compare."""
     found: dict[str, float] = {}
     for one in shown:
-        alike = [float((one.told - other.told).abs().amax()) for other in own if other.shape == one.shape]
-        if alike and one.told.numel():
+        ways = [told for told in (one.told, one.even) if told is not None and told.numel()]
+        alike = [_apart(told, other.told, one.shape[2]) for other in own if other.shape == one.shape for told in ways]
+        if alike:
             found[one.path] = max(found.get(one.path, 0.0), min(alike))
     return found
+
+
+def _apart(shown: Tensor, own: Tensor, keys: int) -> float:
+    """Rows in any order. A row whose every key is masked sees nothing; a softmax of its masked logits is even, and nobody's."""
+    blind = shown[0] == 0
+    even = (own[0] - 1 / keys).abs() < 1e-6
+    if blind.any() and even.sum() >= blind.sum():
+        shown, own = shown[:, ~blind], torch.cat([own[:, ~even], own[:, even][:, int(blind.sum()) :]], 1)
+    gaps = (shown.sort(-1).values - own.sort(-1).values).abs()
+    return float(gaps.amax()) if gaps.numel() else 0.0
