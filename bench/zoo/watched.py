@@ -149,6 +149,7 @@ def _if_it_can(model: nn.Module, call: Callable[[], Any]) -> Census:
     try:
         return census(model, lambda: seeded(call))
     except Exception:
+        torch._dynamo.reset()  # it remembers what it could not compile
         return Census(model)
 
 
