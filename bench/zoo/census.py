@@ -81,6 +81,7 @@ class Census(TorchDispatchMode):
         super().__init__()
         self.seen: list[Seen] = []
         self.weights: list[Rows] = []
+        self.failed = ""  # why it was not taken
         self.ran: Counter[str] = Counter()
         self._paths = {m: p for p, m in model.named_modules()}
         self._inside: list[str] = []

@@ -11,7 +11,7 @@ from .table import EXACT, Row, counted, faults, verdict
 _MEANING = """\
 Every model type of the installed transformers, built tiny from its config with random weights, and models that are not from
 transformers (`zoo/...`, written for this sweep as people write them), each run plain, counted, and captured. `make coverage`
-makes this page in about half an hour on one core, without a network:
+makes this page in about a quarter of an hour on one core, without a network:
 
     python -m bench.coverage --write docs/coverage.md
 

@@ -135,6 +135,7 @@ def watch(name: str, model: nn.Module, call: Callable[[], Any], made: Made | Non
         shapes = _captured(model, call, plain, result)
         result.left = left_behind(before, state_of(model))[:8]
         result.equal = result.equal and same(plain, seeded(call))
+    result.notes += filter(None, [counter.failed])
     _attention(result, counter, shapes, made)
     _weights(result, counter, shapes)
     _routers(result, model, counter, shapes, made)
@@ -148,9 +149,11 @@ def _if_it_can(model: nn.Module, call: Callable[[], Any]) -> Census:
     """The census of a model whose source says what must be seen: its weights; without any where it compiles what it calls."""
     try:
         return census(model, lambda: seeded(call))
-    except Exception:
+    except Exception as error:
         torch._dynamo.reset()  # it remembers what it could not compile
-        return Census(model)
+        none = Census(model)
+        none.failed = f"weights not counted ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        return none
 
 
 def seeded(call: Callable[[], Any]) -> Any:
