@@ -49,8 +49,8 @@ def _told(weights: Tensor) -> Tensor:
     return torch.stack([w.amax(-1), w.square().sum(-1), (w * place).sum(-1)])
 
 
-def captured(seen: AttentionSeen) -> Rows:
-    """Of what a probe is shown: the formula that `AttentionSeen` states, in float64."""
+def weights_of(seen: AttentionSeen) -> Tensor:
+    """(batch, heads, queries, keys) float64: the softmax that an observation describes, as `AttentionSeen` states it."""
     query, key = seen.query.double(), seen.key.double()
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     logits = seen.scale * (query @ key.mT)
@@ -65,7 +65,12 @@ def captured(seen: AttentionSeen) -> Rows:
     column = logits.new_full((*logits.shape[:-1], 1), -math.inf)
     if seen.sinks is not None:
         column = seen.sinks.double().view(-1, 1, 1).expand_as(column)
-    weights = torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+    return torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+
+
+def captured(seen: AttentionSeen) -> Rows:
+    """Of what a probe is shown."""
+    weights = weights_of(seen)
     even = None if seen.sinks is None else _told(weights / weights.sum(-1, keepdim=True))
     return replace(rows_of(seen.site.path, weights), even=even)
 

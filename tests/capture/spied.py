@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import bnviz
+from bench.zoo.weights import weights_of
+from bnviz.observation import AttentionSeen
 
 
 @contextlib.contextmanager
@@ -58,32 +59,6 @@ def same(found: Any, expected: Any) -> None:
             same(one, other)
 
 
-def weights_of(seen: Any) -> Tensor:
-    """(batch, heads, queries, keys) float64: the softmax that an observation describes."""
-    query, key = seen.query.double(), seen.key.double()
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    logits = seen.scale * (query @ key.transpose(-1, -2))
-    if seen.softcap is not None:
-        logits = seen.softcap * torch.tanh(logits / seen.softcap)
-    rows, columns = logits.shape[-2:]
-    behind = torch.arange(columns - rows, columns)[:, None] - torch.arange(columns)
-    sees = torch.ones(rows, columns, dtype=torch.bool)
-    if seen.causal:
-        sees &= behind >= 0
-    if seen.window is not None:
-        sees &= behind.abs() < seen.window
-    allowed = seen.allowed
-    if allowed is not None and allowed.dtype == torch.bool:
-        sees = sees & allowed
-    elif allowed is not None:
-        logits = logits + allowed.double().masked_fill(allowed <= torch.finfo(allowed.dtype).min / 2, -math.inf)
-    logits = logits.masked_fill(~sees, -math.inf)
-    if seen.sinks is not None:
-        column = seen.sinks.double().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        return torch.cat([logits, column], -1).softmax(-1)[..., :-1]
-    return logits.softmax(-1)
-
-
 def close(seen: Any, own: Tensor, *, rows: Tensor | None = None) -> None:
     """An observation describes the model's own weights to 1e-5, in the rows that are no padding and see something."""
     found = weights_of(seen)
@@ -93,3 +68,15 @@ def close(seen: Any, own: Tensor, *, rows: Tensor | None = None) -> None:
         keep &= rows[:, None, :]
     assert keep.any()
     assert (found - own.double()).abs().amax(-1)[keep].max() < 1e-5
+
+
+def as_the_model_says(model: Any, ids: Tensor, mask: Tensor | None) -> list[AttentionSeen]:
+    """The two attentions of a decoder of two layers, each held against the weights that the model itself returns."""
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "output_attentions": True}
+    with torch.no_grad():
+        seen = watched(model, lambda m: dict(m(**given)))
+        own = model(**given).attentions
+    assert [(s.site.kind, s.site.layer) for s in seen] == [("attention", 0), ("attention", 1)]
+    for one, weights in zip(seen, own, strict=True):
+        close(one, weights, rows=None if mask is None else mask.bool())
+    return seen

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .spied import close, spied, watched, weights_of
+from .spied import as_the_model_says, close, spied, watched, weights_of
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.arange(2, 26).reshape(2, 12)
@@ -65,13 +65,7 @@ def test_decoders(family: str, padding: str) -> None:
     name, options = DECODERS[family]
     model = built(name, **options)
     mask = LEFT if padding == "left" else None
-    given = {"input_ids": IDS, "attention_mask": mask, "use_cache": False, "output_attentions": True}
-    with torch.no_grad():
-        seen = watched(model, lambda m: dict(m(**given)))
-        own = model(**given).attentions
-    assert [(s.site.kind, s.site.layer) for s in seen] == [("attention", 0), ("attention", 1)]
-    for one, weights in zip(seen, own, strict=True):
-        close(one, weights, rows=None if mask is None else mask.bool())
+    seen = as_the_model_says(model, IDS, mask)
     if family == "falcon of one key head":
         assert seen[0].key.shape[1] == 1
     if family == "gpt_neo":  # its second layer sees the last five tokens

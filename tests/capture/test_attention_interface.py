@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from .spied import close, spied, watched, weights_of
+from .spied import as_the_model_says, close, spied, watched, weights_of
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -58,13 +58,7 @@ def test_weights_are_the_models_own(family: str, padding: str) -> None:
     model = (
         model.double() if mask is None and family != "sinks" else model
     )  # the model's own float32 softmax takes its float64 masks for NaN
-    given = {"input_ids": IDS, "attention_mask": mask, "use_cache": False, "output_attentions": True}
-    with torch.no_grad():
-        seen = watched(model, lambda m: dict(m(**given)))
-        own = model(**given).attentions
-    assert [(s.site.kind, s.site.layer) for s in seen] == [("attention", 0), ("attention", 1)]
-    for one, weights in zip(seen, own, strict=True):
-        close(one, weights, rows=None if mask is None else mask.bool())
+    seen = as_the_model_says(model, IDS, mask)
     if family == "latent":
         assert (seen[0].query.shape[-1], seen[0].value.shape[-1]) == (16, 6)
     if family == "grouped heads":

@@ -15,7 +15,7 @@ import bnviz
 from bnviz.capture import joined
 from bnviz.observation import AttentionSeen, BlockSeen, Context, Site
 
-from .texts import captured, check_rows, check_same, holding, maps_of, tiny
+from .texts import captured, check_rows, check_same, holding, maps_of, tiny, token_by_token
 
 PROBES = ("attention", "activations", "keys_values")
 
@@ -84,11 +84,9 @@ def test_tokens_that_are_taken_back_late_are_not_in_the_sums() -> None:
     ids = torch.randint(3, 61, (1, 40))
     with torch.no_grad(), captured(model) as recorder:
         model(ids[:, :10], **holding(cache))
-        for at in range(10, 30):
-            model(ids[:, at : at + 1], **holding(cache))
+        token_by_token(model, cache, ids, 10, 30)
         cache.crop(-6)  # so many tokens less; older releases take the same number for the same
-        for at in range(24, 40):
-            model(ids[:, at : at + 1], **holding(cache))
+        token_by_token(model, cache, ids, 24, 40)
     assert not any("taken back" in note for note in recorder.run.notes)
     check_rows(recorder.run["attention"].isel(step=1), maps_of(model, ids)[:, 0], 0, 10)
 
@@ -100,10 +98,9 @@ def test_a_cache_that_is_written_into_is_said_and_read_step_by_step() -> None:
     ids = torch.randint(3, 61, (1, 40))
     with torch.no_grad(), captured(model) as recorder:
         model(ids[:, :10], **holding(cache))
-        for at in range(10, 40):
-            model(ids[:, at : at + 1], **holding(cache))
-            if at == 20:
-                cache.layers[0].keys[:, :, 3] = 0.0
+        token_by_token(model, cache, ids, 10, 21)
+        cache.layers[0].keys[:, :, 3] = 0.0
+        token_by_token(model, cache, ids, 21, 40)
     notes = [note for note in recorder.run.notes if "written into" in note]
     assert len(notes) == 1 and "layers.0.self_attn, 11 decode steps" in notes[0]
     record = recorder.run["attention"].isel(step=1)

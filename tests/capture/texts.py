@@ -108,3 +108,9 @@ def check_same(got: Any, want: Any) -> None:
             else:
                 assert np.array_equal(other.values, one.values), variable
     assert [(s.path, s.observations) for s in got.sites] == [(s.path, s.observations) for s in want.sites]
+
+
+def token_by_token(model: Any, cache: Any, ids: Tensor, start: int, stop: int) -> None:
+    """Give a model the tokens from `start` to `stop` one at a time, behind a cache that holds those before."""
+    for at in range(start, stop):
+        model(ids[:, at : at + 1], **holding(cache))
