@@ -46,8 +46,9 @@ class Tokens:
         return self.rows & (self.rows.flip(-1).cumsum(-1).flip(-1) <= count)
 
 
-def tokens(valid: Tensor | None, pattern: Pattern, queries: int, keys: int) -> Tokens:
-    """Split `valid`, given for the queries or for the keys, into rows and keys."""
+def tokens(valid: Tensor | None, pattern: Pattern, shape: tuple[int, int, int]) -> Tokens:
+    """Split `valid`, given for the queries or for the keys, into rows and keys; `shape` (batch, queries, keys)."""
+    batch, queries, keys = shape
     rows = keys_valid = None
     if valid is not None:
         rows = valid[:, -queries:] if queries else valid[:, :0]
@@ -58,7 +59,7 @@ def tokens(valid: Tensor | None, pattern: Pattern, queries: int, keys: int) -> T
         seen = ~hides(pattern.allowed)
         if rows is not None:
             seen = seen & rows[:, None, :, None]
-        keys_valid = seen.any(dim=2).any(dim=1)
+        keys_valid = seen.any(dim=2).any(dim=1).expand(batch, -1)  # of a mask that all sequences share too
     return Tokens(queries, keys, rows, keys_valid)
 
 

@@ -122,7 +122,14 @@ def attention_stats(
     valid, token_ids = _of_tokens(valid, token_ids, query.shape[0], queries, keys)
     options = (pattern, statistics, names)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        out = _run(query.detach(), key.detach(), options, tokens(valid, pattern, queries, keys), lse, token_ids)
+        out = _run(
+            query.detach(),
+            key.detach(),
+            options,
+            tokens(valid, pattern, (query.shape[0], queries, keys)),
+            lse,
+            token_ids,
+        )
     if isinstance(given[0], np.ndarray):
         return {name: out[name].numpy() for name in names}
     return {name: out[name] for name in names}

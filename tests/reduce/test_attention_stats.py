@@ -201,6 +201,19 @@ def test_sinks_of_a_padded_batch_behind_a_cache_are_read_off_the_mask() -> None:
     assert got["sink_mass"].flatten().tolist() == pytest.approx([0.2, 0.5])
 
 
+@pytest.mark.parametrize("queries", [1, 64])
+def test_sequences_behind_a_cache_share_a_mask(queries: int) -> None:
+    """Where they are taken one by one, each finds its first key in the one mask that there is."""
+    query, key = torch.randn(2, 4, queries, 8), torch.randn(2, 2, queries + 600, 8)
+    allowed = (torch.arange(queries + 600) >= 3).expand(1, 1, queries, -1)
+    sizes = Statistics(("sink_mass", "previous_mass"), sink=2)
+    both = attention_stats(query, key, pattern=Pattern(allowed=allowed), statistics=sizes)
+    for at in range(2):
+        one = attention_stats(query[at : at + 1], key[at : at + 1], pattern=Pattern(allowed=allowed), statistics=sizes)
+        for name, values in one.items():
+            assert torch.allclose(both[name][at], values[0], atol=1e-6), name
+
+
 def test_row_that_sees_nothing() -> None:
     allowed = torch.ones(1, 1, 3, 3, dtype=torch.bool)
     allowed[..., 1, :] = False
