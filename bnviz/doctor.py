@@ -113,6 +113,14 @@ def _triton() -> Check:
     return _optional("triton", "triton", "reductions on a GPU run in plain torch", "triton")
 
 
+def _compiler() -> Check:
+    from .reduce._native import obstacle
+
+    reason = obstacle("block_pass")
+    lost = f"{reason}: statistics of blocks on a processor run in plain torch, three times slower"
+    return Check("C compiler", not reason, lost if reason else "passes over blocks on a processor are compiled")
+
+
 def _transformers() -> Check:
     return _optional("transformers", "transformers", "models of your own are watched all the same", "transformers")
 
@@ -149,6 +157,7 @@ _CHECKS: tuple[Callable[[], Check], ...] = (
     _torch,
     _device,
     _triton,
+    _compiler,
     _transformers,
     _py_spy,
     _jupyter,

@@ -446,7 +446,7 @@ def test_a_few_tokens_stand_for_all() -> None:
     assert few.dtype == torch.float64 and torch.equal(few[0, 0], state[0, 0].double())
     image = thin(torch.zeros(4, 32, 32, 5))
     assert image.shape[0] == 4 and image.shape[0] * image.shape[1] <= 160
-    assert thin(torch.zeros(500, 1, 4)).shape[0] >= 100
+    assert thin(torch.zeros(500, 1, 4)).shape[0] >= 50
 
 
 def test_rounding_of_the_stream_is_no_error() -> None:

@@ -6,58 +6,70 @@ All sets of terms are judged from one table of products, so that trying them cos
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-ROWS = 128  # tokens that are looked at
-FEW = 32  # that what is known of a sister is tried on
+ROWS = 64  # tokens that are looked at
+FEW = 8  # that what is known of a sister is tried on
 ENOUGH = 8  # tokens (or channels) a factor must fit to be believed
 TOLERANCE = 1e-3  # of what was added; a stream in 16 bits rounds what is added to it, and is judged with 1e-2
 MOST_TERMS = 4
 MOST_SETS = 5000
 
+_IN_NUMPY = (torch.float16, torch.float32, torch.float64)
+
 Scale = float | Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Thin:
-    """A few tokens of a hidden state (samples, tokens, features), in float64, and how exactly its sums are known.
-
-    Parameters
-    ----------
-    values : Tensor
-    noise : float
-        Relative rounding of one value of the stream.
-    """
-
-    values: Tensor
-    noise: float
 
 
 def thin(state: Tensor, rows: int = ROWS) -> Tensor:
     """At most about `rows` tokens of (batch, ..., features), spread evenly over samples and tokens, as a copy in float64."""
-    batch = state.shape[0]
-    tokens = max(1, state[0, ..., 0].numel())
-    samples = min(batch, max(4, rows // tokens))
-    state = state[:: -(-batch // samples)]
-    left = max(1, rows // state.shape[0])
-    for axis in range(1, state.dim() - 1):
-        wanted = max(1, round(left ** (1 / (state.dim() - 1 - axis))))
-        step = max(1, -(-state.shape[axis] // wanted))
-        state = state[(slice(None),) * axis + (slice(None, None, step),)]
-        left = max(1, left // state.shape[axis])
-    flat = state.reshape(state.shape[0], -1, state.shape[-1])
-    return flat.detach().to(torch.float64, copy=True)
+    return torch.from_numpy(thin_arrays([state], rows)[0]) if _fast(state) else _thin(state, rows)
+
+
+def thin_arrays(states: Sequence[Tensor], rows: int = ROWS) -> list[np.ndarray]:
+    """The same of several of one shape, on the host."""
+    if not all(map(_fast, states)):
+        return list(torch.stack([_thin(state, rows) for state in states]).cpu().numpy())
+    every, few = _every(tuple(states[0].shape), rows), states[0].shape[-1]
+    thinned = (state.detach().numpy()[every].astype(np.float64) for state in states)
+    return [some.reshape(len(some), -1, few) for some in thinned]
+
+
+def _fast(state: Tensor) -> bool:
+    """NumPy can do it: between the layers of a model, an operation of torch on so little takes tens of microseconds."""
+    return state.is_cpu and state.dtype in _IN_NUMPY
+
+
+def _thin(state: Tensor, rows: int) -> Tensor:
+    some = state.detach()[_every(tuple(state.shape), rows)]
+    return some.reshape(some.shape[0], -1, state.shape[-1]).to(torch.float64, copy=True)
+
+
+@lru_cache(256)
+def _every(shape: tuple[int, ...], rows: int) -> tuple[slice, ...]:
+    """Slices of all axes but the last that leave about so many tokens."""
+    steps = [-(-shape[0] // min(shape[0], max(4, rows // max(1, math.prod(shape[1:-1])))))]
+    left = max(1, rows // -(-shape[0] // steps[0]))
+    for axis in range(1, len(shape) - 1):
+        wanted = max(1, round(left ** (1 / (len(shape) - 1 - axis))))
+        steps.append(max(1, -(-shape[axis] // wanted)))
+        left = max(1, left // -(-shape[axis] // steps[-1]))
+    return tuple(slice(None, None, step) for step in steps)
 
 
 def tolerance(delta: Tensor, stream: Tensor, dtype: torch.dtype) -> float:
     """Largest norm that what is left over may have: rounding of the stream itself counts, but never a tenth of the change."""
+    return allowed(float(delta.norm()), float(stream.norm()), dtype)
+
+
+def allowed(change: float, whole: float, dtype: torch.dtype) -> float:
+    """`tolerance` by the two norms."""
     noise = torch.finfo(dtype).eps
-    change, whole = float(delta.norm()), float(stream.norm())
     relative = TOLERANCE if noise < 1e-5 else 10 * TOLERANCE
     return max(relative * change, min(noise * whole, change / 10))
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from bnviz.capture.modes import without_modes
 
 from .axes import features_axis
-from .fits import FEW, thin, tolerance
+from .fits import FEW, allowed, thin_arrays
 from .search import Search, features_last
 from .stream import Place, fetch, fetch_given
 from .writers import Call, Unsolved, Writers
@@ -131,8 +133,10 @@ class Inside:
 
         return keep
 
-    def finish(self, before: Tensor, after: Tensor) -> list[Written]:
-        """What the parts wrote; empty where that is not known. `before` is the stream as it was when the block began."""
+    def finish(self, before: Tensor, after: Tensor, axis: int) -> list[Written]:
+        """What the parts wrote; empty where that is not known. `before` is the stream as it was when the block began, `axis` the
+        one of its features.
+        """
         training = self._block.training
         if self._search is not None:
             verdict, events = self._search.found(before, after)
@@ -148,7 +152,7 @@ class Inside:
         self._uses[training] += 1
         uses = self._uses[training]
         again = uses.bit_count() == 1 or uses % EVERY == 0  # its first use, the second, the fourth, ...
-        if again and not (found.read or self._fits(found, before, after)):
+        if again and not (found.read or self._fits(found, before, after, axis)):
             self._own[training], self._tries = Unsolved(final=False), 0  # not like its sisters, or not as it was
             return []
         return list(self._written(found, after))
@@ -167,19 +171,16 @@ class Inside:
         for path, part, (value, traced), factor in zip(found.paths, found.parts, seen, found.factors, strict=True):
             yield Written(path, part, found.evidence, value, factor, found.read, traced, found.parallel)
 
-    def _fits(self, found: Writers, before: Tensor, after: Tensor) -> bool:
+    def _fits(self, found: Writers, before: Tensor, after: Tensor, axis: int) -> bool:
         """Whether what was found in another block of its kind holds for this one."""
-        axis = self._axis_of(before)
-
-        def few(value: Tensor) -> Tensor:
-            return thin(features_last(value, axis), FEW).cpu()
-
-        last = few(after)
-        left = last - few(before)
-        error = 3 * tolerance(left, last, after.dtype)
-        for call, factor in zip(found.watched, found.factors, strict=True):
-            left = left - (factor.double().cpu() if isinstance(factor, Tensor) else factor) * few(self._kept[call][0])
-        return float(left.norm()) <= error
+        seen = [after, before, *(self._kept[call][0] for call in found.watched)]
+        last, first, *terms = thin_arrays([features_last(value, axis) for value in seen], FEW)
+        change = last - first
+        left = change.copy()
+        for term, factor in zip(terms, found.factors, strict=True):
+            left -= term * (factor.double().cpu().numpy() if isinstance(factor, Tensor) else factor)
+        change_size, size, rest = (math.sqrt(float(np.vdot(one, one))) for one in (change, last, left))
+        return rest <= 3 * allowed(change_size, size, after.dtype)
 
     def _axis_of(self, value: Tensor) -> int:
         shape = tuple(value.shape)

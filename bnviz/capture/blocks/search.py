@@ -243,8 +243,11 @@ class Search:
         left = features_last(after, axis).float() - features_last(before, axis).float()
         whole = float(left.norm())
         for event, factor in zip(found.chosen, found.factors, strict=True):
-            scale = factor.to(left.dtype) if isinstance(factor, Tensor) else factor
-            left -= scale * features_last(event.value.detach(), axis).float()
+            value = features_last(event.value.detach(), axis).float()
+            if isinstance(factor, Tensor):
+                left -= factor.to(left.dtype) * value
+            else:
+                left.sub_(value, alpha=factor)
         few = float((thin(features_last(after, axis)) - thin(features_last(before, axis))).norm())
         return float(left.norm()) <= 3 * error * max(1.0, whole / few if few else 1.0)
 

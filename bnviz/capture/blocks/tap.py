@@ -149,12 +149,16 @@ class BlockTap:
             call.given = {}
             return
         call.versions = {place: _version(x) for place, x in call.given.items()}
-        if self._copy or (self._route is None and not self._native):
+        if self._copy or (self._route is None and not self._native and not self._sister(call.given)):
             some = next(iter(call.given.values())).shape
             call.copies = {place: x.detach().clone() for place, x in call.given.items() if x.shape == some}
         call.real = real_tokens(self.block.first, args, kwargs) if self._native else None
         if self.inside is not None:
             self.inside.begin(call.given)
+
+    def _sister(self, given: dict[Place, Tensor]) -> bool:
+        """A block of its class left its input alone; that this one does, too, is counted."""
+        return type(self.block.first) in self._links.readers and not any(x.is_inference() for x in given.values())
 
     def _numbered(self, forward: int) -> Site | None:
         """The block as the layer that this call of it is; all calls of a cell in one forward are one."""
@@ -222,6 +226,8 @@ class BlockTap:
             self._copy = True  # from now on
             if copied is None:
                 return
+        else:
+            self._links.readers.add(type(self.block.first))
         with self._watch.own():
             self._show(call.site, call, context, before if copied is None else copied, after)
 
@@ -233,8 +239,9 @@ class BlockTap:
 
     def _show(self, site: Site, call: _Call, context: Context, before: Tensor, after: Tensor) -> None:
         if not self._native and (self._layout is None or min(before.dim(), after.dim()) != self._layout[2]):
-            axes = features_axis(self._members, before), features_axis(self._members, after)
-            self._layout = (*axes, min(before.dim(), after.dim()))
+            given = features_axis(self._members, before)
+            made = given if before.shape == after.shape else features_axis(self._members, after)
+            self._layout = (given, made, min(before.dim(), after.dim()))
         first, last = self._state(before, 0, call), self._state(after, 1, call)
         if not last.numel():  # an expert without tokens, an empty batch
             return
@@ -244,7 +251,9 @@ class BlockTap:
         context = self._clock.seen(last.shape[1]) or context
         context = context if call.real is None else replace(context, valid=call.real)
         whole, flow = BlockSeen(site, context, first, last), self._watch.flow
-        written = self.inside.finish(before, after) if self.inside is not None else []
+        written = []
+        if self.inside is not None:
+            written = self.inside.finish(before, after, -1 if self._layout is None else self._layout[0])
         whole.parts = tuple(self._parts(written, site, context, first, call))
         self._watch.emit(whole)
         if flow is None:
