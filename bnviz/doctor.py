@@ -116,9 +116,9 @@ def _triton() -> Check:
 def _compiler() -> Check:
     from .reduce._native import obstacle
 
-    reason = obstacle("block_pass")
-    lost = f"{reason}: statistics of blocks on a processor run in plain torch, three times slower"
-    return Check("C compiler", not reason, lost if reason else "passes over blocks on a processor are compiled")
+    reason = obstacle("block_pass") or obstacle("attention_strip")
+    lost = f"{reason}: statistics on a processor run in plain torch, two to three times slower"
+    return Check("C compiler", not reason, lost if reason else "statistics on a processor are compiled")
 
 
 def _transformers() -> Check:

@@ -65,15 +65,15 @@ class Marks:
         for name, values in self.out.items():
             values.fill_(math.nan if name in BY_QUERY else 0.0)
 
-    def results(self) -> dict[str, Tensor]:
-        """The accumulators, as the caller's own, NaN where nothing is defined."""
+    def results(self, *, own: bool = False) -> dict[str, Tensor]:
+        """The accumulators, NaN where nothing is defined; copies, unless they are no longer needed and so the caller's `own`."""
         for number, name in enumerate(self.singles):
             self.out[name].masked_fill_(self.partner[..., number] < 0, math.nan)
         if "pooled" in self.out:
             (queries, keys), bins = (self.of.queries, self.of.keys), self.sizes.bins
             self.out["pooled"][..., -(-queries // bin_size(queries, bins)) :, :] = math.nan
             self.out["pooled"][..., -(-keys // bin_size(keys, bins)) :] = math.nan
-        return {name: self.out[name].clone() for name in self.names}
+        return {name: self.out[name] if own else self.out[name].clone() for name in self.names}
 
     def _partners(self, ids: Tensor | None, device: torch.device) -> dict[str, Tensor]:
         return partners(self.names, self.of, ids, device)

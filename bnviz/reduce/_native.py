@@ -32,7 +32,10 @@ FLAGS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-
 LIBRARIES = ("-lm",)
 HERE = ("-march=native",)  # of the processor that compiles; the architecture is in the library's name
 SECONDS = 60.0
-RESULTS = {"block_pass": ("block_pass", "block_end")}  # functions that return an int64_t
+RESULTS = {
+    "block_pass": ("block_pass", "block_end"),
+    "attention_strip": ("attention_strip",),
+}  # functions that return an int64_t
 
 
 def library(name: str) -> ctypes.CDLL | None:

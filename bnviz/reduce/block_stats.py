@@ -198,14 +198,15 @@ SPLIT = 32_768  # torch does not split an operation on fewer values over threads
 def _stats_of(stream: Stream, channels: bool, shape: torch.Size) -> list[BlockStats]:
     if stream.before.device.type != "cpu":
         return _stats(careful(stream, channels), shape, stream.dtype)
-    if stream.before.numel() <= SPLIT:
-        return _stats(small(stream, channels) or careful(stream, channels), shape, stream.dtype)
-    called = functions(stream)
+    called, little = functions(stream), stream.before.numel() <= SPLIT
     if called is not None and (found := native(called, stream, channels, shape)):
         return _of_native(*found)
-    attempt = quick if called is None else careful
-    passed = alone(lambda: attempt(stream, channels) or careful(stream, channels))
-    return _stats(passed, shape, stream.dtype)
+    attempt = careful if called is not None else small if little else quick
+
+    def passed() -> Passed:
+        return attempt(stream, channels) or careful(stream, channels)
+
+    return _stats(passed() if little else alone(passed), shape, stream.dtype)
 
 
 def _of_native(parts: list[tuple[Tensor, ...]], by_channel: tuple[Tensor, ...] | None) -> list[BlockStats]:

@@ -28,6 +28,8 @@ _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 definition, weights = _module.definition, _module.weights
 
+pytestmark = pytest.mark.usefixtures("passes")
+
 # Input is rounded first and the definition sees the rounded input, so only float32 accumulation differs, in every dtype.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
 

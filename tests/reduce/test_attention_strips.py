@@ -25,6 +25,8 @@ sys.modules.setdefault("attention_definition", _module)
 _spec.loader.exec_module(_module)
 definition, weights = _module.definition, _module.weights
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 # batch, heads, kv heads, queries, keys: heads in sets of several and of unequal size, in whole groups, in parts of a group,
 # several sequences at once, a cache before the queries
 SHAPES = [(1, 16, 16, 200, 200), (1, 12, 4, 150, 190), (1, 16, 1, 200, 200), (3, 2, 1, 70, 70), (2, 9, 3, 128, 140)]

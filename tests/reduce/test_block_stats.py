@@ -14,21 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnviz.errors import SchemaError
-from bnviz.reduce import _native, block_stats
+from bnviz.reduce import block_stats
 from bnviz.reduce.block_stats import stream_stats
 
 ROWS = ("norm_in", "norm_out", "cosine", "relative_change")
 CHANNELS = ("mean", "variance", "max_abs", "kurtosis", "zero_fraction", "outlier_fraction")
 
 
-@pytest.fixture(params=["compiled", "plain"], autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs on both passes."""
-    if request.param == "plain":
-        monkeypatch.setenv("BNVIZ_KERNELS", "off")
-    elif reason := _native.obstacle("block_pass"):
-        pytest.skip(reason)
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("passes")
 
 
 def definition(x: Tensor, y: Tensor, keep: Tensor) -> dict[str, Tensor]:
