@@ -115,6 +115,46 @@ class Joined:
             self._show(first, portions if count > 1 else ())
 
 
+class _Rows:
+    """Rows one behind the other in one tensor, which is kept.
+
+    A small tensor made in every step and kept for dozens lies where a cache's next and larger keys would have: the model then
+    waits for new pages of memory.
+    """
+
+    def __init__(self) -> None:
+        self._room: Tensor | None = None
+        self._start = self._stop = 0
+
+    def next(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Room for one more (shape), of the dtype of `like`."""
+        if self._room is None or self._stop == len(self._room):
+            self._move(shape, like)
+        assert self._room is not None
+        self._stop += 1
+        return self._room[self._stop - 1]
+
+    def first(self, count: int) -> Tensor:
+        """(count, ...): until the next is asked for."""
+        assert self._room is not None
+        return self._room[self._start : self._start + count]
+
+    def forget(self, count: int) -> None:
+        """Let the first rows go."""
+        self._start += count
+
+    def _move(self, shape: tuple[int, ...], like: Tensor) -> None:
+        """Bring the rows to the front of room for as many again; where that many were forgotten, of this one."""
+        held = self._stop - self._start
+        old = None if self._room is None else self._room[self._start : self._stop]
+        if self._room is None or self._start < held:
+            with torch.inference_mode(False):  # it outlives the mode of one step
+                self._room = torch.empty(max(8, 2 * held), *shape, dtype=like.dtype, device=like.device)
+        if old is not None:
+            self._room[:held].copy_(old)
+        self._start, self._stop = 0, held
+
+
 class _Steps:
     """Steps of one site.
 
@@ -128,10 +168,10 @@ class _Steps:
 
     def __init__(self, seen: Any, own: list[Tensor]) -> None:
         self.site: Site = seen.site
-        self.size = sum(tensor.nbytes for tensor in own)
+        self.size = 2 * sum(tensor.nbytes for tensor in own)  # as many rows again may be free
         self.most = min(STEPS, VALUES // max(1, sum(tensor.numel() for tensor in own)) - BACK)
         self.contexts: list[Context] = []
-        self._rows: list[Tensor] = []
+        self._rows = _Rows()
         self._like = self._kind_of(seen)
 
     def goes_on(self, seen: Any) -> bool:
@@ -149,19 +189,20 @@ class _Steps:
         context = seen.context
         if context.valid is not None:
             context = replace(context, valid=context.valid.clone())
+        self._keep(seen)
         self.contexts.append(context)
-        self._rows.append(self._own(seen))
 
     def forget(self, count: int) -> None:
         """Let the first steps go."""
-        del self.contexts[:count], self._rows[:count]
+        del self.contexts[:count]
+        self._rows.forget(count)
 
     def first(self, count: int) -> Any:
         """The first steps as one observation."""
         contexts = self.contexts[:count]
         masks = [one.valid for one in contexts if one.valid is not None]
         context = replace(contexts[0], valid=torch.cat(masks, 1) if masks else None)
-        return self._seen(context, self._rows[:count])
+        return self._seen(context, self._rows.first(count))
 
     @property
     def torn(self) -> bool:
@@ -172,11 +213,12 @@ class _Steps:
         """What has to be the same of all steps."""
         raise NotImplementedError
 
-    def _own(self, seen: Any) -> Tensor:
-        """A copy of what a step has of its own."""
+    def _keep(self, seen: Any) -> None:
+        """Copy what a step has of its own."""
         raise NotImplementedError
 
-    def _seen(self, context: Context, rows: list[Tensor]) -> Any:
+    def _seen(self, context: Context, rows: Tensor) -> Any:
+        """Of rows (steps, ...)."""
         raise NotImplementedError
 
 
@@ -187,12 +229,14 @@ class _OfBlock(_Steps):
         parts = tuple((part.site, part.written is None, part.follows is None) for part in seen.parts)
         return {(side.shape, side.dtype) for side in _sides(seen)}, seen.written is None, parts
 
-    def _own(self, seen: BlockSeen) -> Tensor:
-        return torch.cat(_sides(seen), 1)
+    def _keep(self, seen: BlockSeen) -> None:
+        sides = _sides(seen)
+        batch, _, features = sides[0].shape
+        torch.cat(sides, 1, out=self._rows.next((batch, len(sides), features), sides[0]))
 
-    def _seen(self, context: Context, rows: list[Tensor]) -> BlockSeen:
+    def _seen(self, context: Context, rows: Tensor) -> BlockSeen:
         _, whole, parts = self._like
-        before, first, *others = torch.stack(rows, 2).unbind(1)
+        before, first, *others = rows.permute(2, 1, 0, 3).unbind(0)
         block = _block(self.site, context, before, first, whole)
         shown: list[BlockSeen] = []
         for (site, whole, alone), side in zip(parts, others, strict=True):
@@ -216,22 +260,23 @@ class _OfAttention(_Steps):
         known = seen.token_ids is None, seen.valid_keys is None
         return seen.grows, seen.query.shape, seen.query.dtype, seen.scale, seen.window, seen.softcap, *known
 
-    def _own(self, seen: AttentionSeen) -> Tensor:
+    def _keep(self, seen: AttentionSeen) -> None:
+        query = seen.query[:, :, 0]
+        self._rows.next(tuple(query.shape), query).copy_(query)
         self._last, self._versions = seen, (seen.key._version, seen.value._version)
-        return seen.query.clone()
 
     @property
     def torn(self) -> bool:
         """Someone wrote into the keys since, or into the values."""
         return (self._last.key._version, self._last.value._version) != self._versions
 
-    def _seen(self, context: Context, rows: list[Tensor]) -> AttentionSeen:
+    def _seen(self, context: Context, rows: Tensor) -> AttentionSeen:
         last, keys = self._last, context.past + len(rows)
         ids, valid = (None if known is None else known[:, :keys] for known in (last.token_ids, last.valid_keys))
         return replace(
             last,
             context=context,
-            query=torch.cat(rows, 2),
+            query=rows.permute(1, 2, 0, 3),
             key=last.key[..., :keys, :],
             value=last.value[..., :keys, :],
             causal=True,

@@ -25,7 +25,7 @@ _KEY = ("step", "layer", "kv_head", "key")
             "bytes_per_token", ("step", "layer"), "B", "bytes of one token's keys and values in a layer", "last", True
         ),
     ),
-    memory="3 x 4 B a key, key-value head and layer",
+    memory="3 x 4 B a key, key-value head and layer, twice while decoding",
 )
 class KeysValues:
     """Norms of keys and values per key-value head, and the bytes a token takes in the cache.
@@ -39,7 +39,8 @@ class KeysValues:
     kv_heads x (key dim + value dim) x bytes of the dtype that the kernel was given: a model that repeats its heads before the
     kernel, or caches something smaller (a latent, a quantised cache), is overstated. In decoding all keys are seen again at
     each step; the last step stays, NaN where a sliding cache no longer holds the key. What attention written by hand does not
-    show (its keys, its values) is left out, and the bytes with it. Cost: one pass over keys and values.
+    show (its keys, its values) is left out, and the bytes with it. Cost: one pass over keys and values; in decoding over those
+    that are new, where the cache only grows.
 
     Examples
     --------
@@ -52,24 +53,43 @@ class KeysValues:
     (5.0, 2.0, 16)
     """
 
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, int], tuple[int, dict[str, Tensor]]] = {}
+
     def observe(self, seen: AttentionSeen) -> dict[str, Tensor]:
         """Norms (batch, kv_head, key) of one call."""
         import torch
 
-        key, value = seen.key, seen.value
-        taken = key.shape[1] * (key.shape[-1] * key.element_size() + value.shape[-1] * value.element_size())
-        exact = [torch.promote_types(t.dtype, torch.float32) for t in (key, value)]
-        kept: dict[str, Tensor] = {}
-        if key.shape[-1]:
-            kept["key_norm"] = torch.linalg.vector_norm(key, dim=-1, dtype=exact[0])
-        if value.shape[-1]:
-            kept["value_norm"] = torch.linalg.vector_norm(value, dim=-1, dtype=exact[1])
-            kept["value_norm_l1"] = _l1(value, exact[1])
+        place, key = (seen.site.path, seen.site.layer), seen.key
+        line, before = self._last.get(place, (0, {}))
+        some = next(iter(before.values()), None)
+        goes_on = seen.grows == line != 0 and not seen.dropped and some is not None and some.shape[:-1] == key.shape[:2]
+        known = some.shape[-1] if goes_on and some is not None else 0
+        kept = _norms(key[..., known:, :], seen.value[..., known:, :])
+        if known:
+            kept = {name: torch.cat([before[name], norm], -1) for name, norm in kept.items()}
         for norm in kept.values():
             norm[..., : seen.dropped] = torch.nan
-        if key.shape[-1] and value.shape[-1]:
+        if seen.grows:
+            self._last[place] = seen.grows, dict(kept)
+        dims = key.shape[-1], seen.value.shape[-1]
+        if all(dims):
+            taken = key.shape[1] * (dims[0] * key.element_size() + dims[1] * seen.value.element_size())
             kept["bytes_per_token"] = torch.tensor(taken, dtype=torch.int64)
         return kept
+
+
+def _norms(key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    import torch
+
+    exact = [torch.promote_types(t.dtype, torch.float32) for t in (key, value)]
+    found: dict[str, Tensor] = {}
+    if key.shape[-1]:
+        found["key_norm"] = torch.linalg.vector_norm(key, dim=-1, dtype=exact[0])
+    if value.shape[-1]:
+        found["value_norm"] = torch.linalg.vector_norm(value, dim=-1, dtype=exact[1])
+        found["value_norm_l1"] = _l1(value, exact[1])
+    return found
 
 
 def _l1(value: Tensor, dtype: torch.dtype) -> Tensor:

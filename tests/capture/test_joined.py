@@ -173,7 +173,7 @@ def test_values_are_copied_and_parts_follow_one_another() -> None:
         value = torch.full((2, 1, 3), float(at))
         assert steps.take(block(at, value))
         value.fill_(99.0)
-    assert steps.waiting and purse.held == 5 * 4 * 24 and not shown
+    assert steps.waiting and purse.held == 2 * 5 * 4 * 24 and not shown
     steps.flush()
     (whole,) = shown
     assert purse.held == 0 and not steps.waiting

@@ -23,7 +23,19 @@ from .writers import Call, Unsolved, Writers
 TRIES = 3  # forwards in which a block that adds nothing yet is searched
 EVERY = 64  # uses after which what was found is verified again, at the latest
 
-Known = dict[Any, Writers | Unsolved]  # by what a block is: its class, modules, shapes, and whether it trains
+
+class Known:
+    """What was found in blocks that are alike: by their class, modules and shapes, and by whether they train."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Any, int] = {}
+        self.found: dict[tuple[int, bool], Writers | Unsolved] = {}
+
+    def kind(self, block: nn.Module) -> int:
+        """The number of all blocks like this one."""
+        modules = tuple((n, type(m).__name__) for n, m in block.named_modules())
+        what = type(block), modules, tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
+        return self._numbers.setdefault(what, len(self._numbers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +71,14 @@ class Inside:
     Parameters
     ----------
     block : nn.Module
-    known : dict
-        What was found in blocks like it; shared by all blocks of a capture.
+    known : Known
+        Shared by all blocks of a capture.
     """
 
     def __init__(self, block: nn.Module, known: Known) -> None:
         self._block, self._known = block, known
-        modules = tuple((n, type(m).__name__) for n, m in block.named_modules())
-        self._what = (type(block), modules, tuple((n, tuple(p.shape)) for n, p in block.named_parameters()))
-        self._own: Known = {}
+        self._kind = known.kind(block)
+        self._own: dict[bool, Writers | Unsolved] = {}
         self._uses = Counter[bool]()
         self._tries = 0
         self._search: Search | None = None
@@ -82,12 +93,12 @@ class Inside:
     def verdict(self) -> Writers | Unsolved | None:
         """What is known of the block as it is now; None: nothing yet."""
         training = self._block.training
-        return self._own.get(training) or self._known.get((self._what, training))
+        return self._own.get(training) or self._known.found.get((self._kind, training))
 
     @property
     def last(self) -> Writers | Unsolved | None:
         """What was found, while it trained or not."""
-        return self.verdict or next((v for (what, _), v in self._known.items() if what == self._what), None)
+        return self.verdict or next((v for (kind, _), v in self._known.found.items() if kind == self._kind), None)
 
     def begin(self, given: Mapping[Place, Tensor]) -> None:
         """The block begins, in a watched forward; `given` may be its stream."""
@@ -162,7 +173,7 @@ class Inside:
         if training in self._own:
             self._own[training] = verdict
         else:
-            self._known[self._what, training] = verdict
+            self._known.found[self._kind, training] = verdict
 
     def _written(self, found: Writers, after: Tensor) -> Iterator[Written]:
         seen = [self._kept[call] for call in found.watched]

@@ -51,7 +51,7 @@ class Taps:
 
 def tap_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack, *, inside: bool) -> Taps:
     """Show every block, and its verified residual writers when `inside`."""
-    known: Known = {}
+    known = Known()
     links = Links()
     taps: list[BlockTap | OutsideTap] = []
     fused: list[str] = []
