@@ -112,8 +112,10 @@ class Frames:
     def of(self, module: nn.Module) -> Frame | None:
         """The running call of a module."""
         now = self._clock.now
-        found = (f for f in reversed(self._mine.frames) if f.place.module is module and f.moment is now)
-        return next(found, None)
+        for frame in reversed(self._mine.frames):
+            if frame.place.module is module and frame.moment is now:
+                return frame
+        return None
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
@@ -169,7 +171,7 @@ class Frames:
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
         frames = self._mine.frames
-        if not any(frame.place.module is module for frame in frames):
+        if not frames or (frames[-1].place.module is not module and all(f.place.module is not module for f in frames)):
             return
         while frames:
             frame = frames.pop()

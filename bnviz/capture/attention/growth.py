@@ -28,26 +28,36 @@ HOME, CLASS = "transformers.cache_utils", "DynamicLayer"
 class _Line:
     """A layer as its last update left it.
 
-    Parameters
+    Attributes
     ----------
     number : int
-        The same for all updates that follow one another without anything between.
-    layer : object
+        The same for all updates that follow one another without anything between; 0 while one is under way.
     """
 
-    __slots__ = ("_sides", "number")
+    __slots__ = ("_keys", "_values", "_versions", "number")
 
-    def __init__(self, number: int, layer: Any) -> None:
+    _keys: weakref.ref[Tensor]
+    _values: weakref.ref[Tensor]
+    _versions: tuple[int, int]
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def left(self, layer: Any, number: int) -> None:
+        """An update left the layer like this."""
+        keys, values = layer.keys, layer.values
+        self._keys, self._values = weakref.ref(keys), weakref.ref(values)
+        self._versions = keys._version, values._version
         self.number = number
-        self._sides = [(weakref.ref(side), side._version) for side in (layer.keys, layer.values)]
 
     def holds(self, layer: Any) -> bool:
         """Whether the layer still is as it was left."""
-        now = (layer.keys, layer.values)
-        return all(
-            isinstance(side, Tensor) and side._version == version and known() is side
-            for (known, version), side in zip(self._sides, now, strict=True)
-        )
+        if not self.number:
+            return False
+        keys, values = self._keys(), self._values()
+        if keys is None or values is None or layer.keys is not keys or layer.values is not values:
+            return False
+        return (keys._version, values._version) == self._versions
 
 
 class _Growth:
@@ -81,14 +91,18 @@ class _Growth:
         known = self._lines.get(layer) if type(layer).__name__ == CLASS else None
         return known.number if known is not None and known.holds(layer) else 0
 
-    def _before(self, layer: Any) -> int:
-        """The number of the line that an update may go on with; 0: none."""
-        known = self._lines.pop(layer, None)
-        return known.number if known is not None and known.holds(layer) else 0
+    def _before(self, layer: Any) -> tuple[_Line, int]:
+        """What is known of a layer, and the number of the line that an update may go on with; 0: none."""
+        line = self._lines.get(layer)
+        if line is None:
+            line = self._lines[layer] = _Line()
+        number = line.number if line.holds(layer) else 0
+        line.number = 0
+        return line, number
 
-    def _after(self, layer: Any, number: int) -> None:
+    def _after(self, layer: Any, line: _Line, number: int) -> None:
         if all(isinstance(side, Tensor) and not side.is_inference() for side in (layer.keys, layer.values)):
-            self._lines[layer] = _Line(number or next(self._numbers), layer)
+            line.left(layer, number or next(self._numbers))
 
     def _wrap(self) -> Callable[[], None] | None:
         cls = getattr(sys.modules.get(HOME), CLASS, None)
@@ -102,10 +116,10 @@ class _Growth:
             if torch.compiler.is_compiling() or not self._listeners or type(layer) is not cls:
                 return original(layer, *args, **kwargs)
             with without_modes():
-                before = self._before(layer)
+                line, number = self._before(layer)
             found = original(layer, *args, **kwargs)
             with without_modes():
-                self._after(layer, before)
+                self._after(layer, line, number)
             return found
 
         setattr(cls, "update", update)  # noqa: B010 - a method is put in the place of one of a class not known here
