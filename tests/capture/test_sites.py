@@ -171,6 +171,35 @@ def test_attention_is_found_by_what_its_code_calls(load_model: Any) -> None:
     assert plan.unknown == []
 
 
+class Product(nn.Module):
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return torch.matmul(one, other)
+
+
+class OwnSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, logits: Tensor) -> Tensor:
+        return torch.softmax(logits, -1)
+
+
+class WrappedAttention(nn.Module):
+    """Its product is a module, its softmax an autograd function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.product = nn.Linear(8, 24), Product()
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, -1)
+        weights = OwnSoftmax.apply(self.product(query, key.mT))
+        return self.product(weights, value)
+
+
+def test_attention_whose_operations_are_wrapped_is_found_before_it_runs() -> None:
+    (place,) = bnviz.sites(nn.Sequential(WrappedAttention())).attention
+    assert place.mechanism == "softmax"
+
+
 def test_what_is_not_understood_is_listed() -> None:
     class OddAttention(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -37,7 +38,7 @@ def reaches(module: nn.Module, *, far: bool = False) -> frozenset[str]:
     "moved" (into windows that overlap).
 
     Reads its class's forward, its methods that forward leads to, the functions that they name, and what is called on objects
-    that the module holds and that are no modules (a processor).
+    that the module holds and that are no modules (a processor); with `far` also modules of its own that hold nothing.
 
     Parameters
     ----------
@@ -58,8 +59,13 @@ def reaches(module: nn.Module, *, far: bool = False) -> frozenset[str]:
     for held, value in vars(module).items():
         if held in names and not held.startswith("__") and _is_processor(value):
             found |= {_NAMES[n] for n in _reached(type(value), STEPS, "__call__") if n in _NAMES}
-    if any(isinstance(child, nn.Softmax) and name in names for name, child in module.named_children()):
-        found.add(SOFTMAX)
+    for name, child in module.named_children():
+        if name not in names:
+            continue
+        if isinstance(child, nn.Softmax):
+            found.add(SOFTMAX)
+        elif far and _is_helper(child):
+            found |= {_NAMES[n] for n in _reached(type(child), STEPS) if n in _NAMES}
     return frozenset(found)
 
 
@@ -84,6 +90,12 @@ _KINDS = frozenset({INTERFACE, SDPA, FLEX, MULTI_HEAD, SOFTMAX, PRODUCT, COMPILE
 
 def _is_processor(value: Any) -> bool:
     return callable(value) and not isinstance(value, nn.Module | type | FunctionType)
+
+
+def _is_helper(child: nn.Module) -> bool:
+    """A module in place of a function: it holds nothing."""
+    own = getattr(type(child), "forward", nn.Module.forward) is not nn.Module.forward
+    return own and next(child.children(), None) is None and next(child.parameters(), None) is None
 
 
 def _reached(cls: type, steps: int, entry: str = "forward") -> frozenset[str]:
@@ -145,8 +157,12 @@ def _methods_named(cls: type, names: frozenset[str]) -> Iterator[FunctionType]:
 
 
 def _functions_named(cls: type, function: FunctionType, names: frozenset[str]) -> Iterator[FunctionType]:
-    """Functions that a function names."""
-    yield from _not_torchs(function.__globals__.get(name) for name in names if not hasattr(cls, name))
+    """Functions that a function names, and what autograd functions of one's own compute."""
+    for name in names:
+        value = None if hasattr(cls, name) else function.__globals__.get(name)
+        if isinstance(value, type) and issubclass(value, torch.autograd.Function):
+            value = inspect.getattr_static(value, "forward", None)
+        yield from _not_torchs([value])
 
 
 def _not_torchs(functions: Iterable[Any]) -> Iterator[FunctionType]:
