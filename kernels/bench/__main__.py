@@ -1,7 +1,8 @@
 """`python kernels/bench`: one table, the same on a CPU and on a GPU.
 
 Every row is timed next to its peers in the same process, interleaved, so that ratios hold on a machine whose clock or load
-moves. On a CPU the kernel is the plain reduction of bnviz; Triton's interpreter is never timed.
+moves. `/ floor` is against what can't be avoided (each file says what), `/ naive` against the definitions written out, `/ plain`
+against the reduction without compiled C and without Triton. Triton's interpreter is never timed.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU time of one thread is what repeats
 
 import attention_stats  # noqa: E402
+import block_stats  # noqa: E402
 from race import header, line  # noqa: E402
 
-BENCHES = (attention_stats,)
+BENCHES = (attention_stats, block_stats)
 
 
 def main() -> None:

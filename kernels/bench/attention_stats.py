@@ -1,11 +1,12 @@
-"""attention_stats beside the forward it watches (SDPA) and beside queries x keys written out."""
+"""attention_stats beside the forward it watches (floor: SDPA) and beside queries x keys written out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from race import DEVICE, Row, race
+from race import DEVICE, Row, plain, race
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,9 +36,11 @@ def rows(seconds: float) -> Iterator[Row]:
         key = torch.randn(batch, kv_heads, tokens, dim, device=DEVICE).to(dtype)
         wide = key.repeat_interleave(heads // kv_heads, 1)
         for name, statistics in (("mass", MASS), ("mass, entropy", MASS_ENTROPY), ("all", Statistics())):
+            ours = partial(attention_stats, query, key, statistics=statistics)
             variants: dict[str, Callable[[], object]] = {
-                "ours": lambda s=statistics, q=query, k=key: attention_stats(q, k, statistics=s),
-                "sdpa": lambda q=query, k=wide: F.scaled_dot_product_attention(q, k, k, is_causal=True),
+                "ours": ours,
+                "plain": plain(ours),
+                "floor": lambda q=query, k=wide: F.scaled_dot_product_attention(q, k, k, is_causal=True),
             }
             if heads * tokens**2 * 12 < 24 << 30:  # it has to fit
                 variants["naive"] = lambda q=query, k=key: naive(q, k)

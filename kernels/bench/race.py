@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -11,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+PEERS = ("floor", "naive", "plain")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -49,6 +51,23 @@ def once(function: Callable[[], object]) -> float:
     return time.process_time() - before
 
 
+def plain(function: Callable[[], object]) -> Callable[[], object]:
+    """The same call without compiled C and without Triton."""
+
+    def run() -> object:
+        before = os.environ.get("BNVIZ_KERNELS")
+        os.environ["BNVIZ_KERNELS"] = "off"
+        try:
+            return function()
+        finally:
+            if before is None:
+                del os.environ["BNVIZ_KERNELS"]
+            else:
+                os.environ["BNVIZ_KERNELS"] = before
+
+    return run
+
+
 def race(variants: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
     """At least five rounds of every variant in turn, more until `seconds` have passed."""
     for function in variants.values():
@@ -74,16 +93,17 @@ def header() -> str:
         capability = torch.backends.cpu.get_cpu_capability()
         device = f"{machine} ({capability}), {torch.get_num_threads()} thread(s), CPU time"
     times = " ".join(f"{name + ' ms':>9s}" for name in ("p10", "p50", "p90"))
-    head = f"{'kernel':30s} {'shape':20s} {'dtype':9s} {times} {'/ SDPA':>7s} {'/ naive':>8s} {'rounds':>6s}"
+    ratios = " ".join(f"{'/ ' + name:>8s}" for name in PEERS)
+    head = f"{'kernel':30s} {'shape':20s} {'dtype':9s} {times} {ratios} {'rounds':>6s}"
     return f"{device}; torch {torch.__version__}, triton {triton}\n{head}"
 
 
 def line(row: Row) -> str:
     low, middle, high = (1e3 * seconds for seconds in row.quantiles())
-    ratios = [row.ratio("sdpa"), row.ratio("naive")]
-    shown = [f"{ratio:.2f}" if ratio is not None else "-" for ratio in ratios]
+    ratios = (row.ratio(name) for name in PEERS)
+    shown = " ".join(f"{'-' if ratio is None else f'{ratio:.2f}':>8s}" for ratio in ratios)
     name = str(row.dtype).removeprefix("torch.")
     return (
-        f"{row.kernel:30s} {row.shape:20s} {name:9s} {low:9.2f} {middle:9.2f} {high:9.2f} {shown[0]:>7s} {shown[1]:>8s} "
+        f"{row.kernel:30s} {row.shape:20s} {name:9s} {low:9.2f} {middle:9.2f} {high:9.2f} {shown} "
         f"{len(row.rounds['ours']):6d}"
     )

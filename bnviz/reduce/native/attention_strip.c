@@ -39,6 +39,8 @@ struct row {
 };
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef float half __attribute__((vector_size(LANES / 2 * sizeof(float))));
+typedef double wide __attribute__((vector_size(LANES / 2 * sizeof(double))));
 typedef int32_t mask __attribute__((vector_size(LANES * sizeof(float))));
 
 static inline vec load(const float *from)
@@ -65,10 +67,14 @@ static inline vec larger(vec a, vec b)
 
 static inline double total(vec values)
 {
-    double sums[4] = {0};
-    for (int lane = 0; lane < LANES; lane++)
-        sums[lane % 4] += values[lane];
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    half first, second;
+    memcpy(&first, &values, sizeof first);
+    memcpy(&second, (char *)&values + sizeof first, sizeof second);
+    wide sums = __builtin_convertvector(first, wide) + __builtin_convertvector(second, wide);
+    double found[4] = {0}; /* one would wait for itself at every lane */
+    for (int lane = 0; lane < LANES / 2; lane++)
+        found[lane % 4] += sums[lane];
+    return (found[0] + found[1]) + (found[2] + found[3]);
 }
 
 /* e^x for FLOOR <= x <= 0, to two units in the last place: a power of two times a polynomial over half an octave each way. */

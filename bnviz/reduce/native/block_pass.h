@@ -5,6 +5,8 @@
  */
 
 typedef REAL NAME(vec) __attribute__((vector_size(LANES * sizeof(REAL))));
+typedef REAL NAME(half) __attribute__((vector_size(LANES / 2 * sizeof(REAL))));
+typedef double NAME(wide) __attribute__((vector_size(LANES / 2 * sizeof(double))));
 typedef INT NAME(mask) __attribute__((vector_size(LANES * sizeof(REAL))));
 
 static inline NAME(vec) NAME(load)(const REAL *from)
@@ -24,12 +26,35 @@ static inline NAME(vec) NAME(pick)(NAME(mask) first, NAME(vec) a, NAME(vec) b)
     return (NAME(vec))(((NAME(mask))a & first) | ((NAME(mask))b & ~first));
 }
 
+/* Both halves of a vector in double, added. */
+static inline NAME(wide) NAME(folded)(NAME(vec) values)
+{
+    NAME(half) first, second;
+    memcpy(&first, &values, sizeof first);
+    memcpy(&second, (char *)&values + sizeof first, sizeof second);
+    return __builtin_convertvector(first, NAME(wide)) + __builtin_convertvector(second, NAME(wide));
+}
+
 static inline double NAME(total)(NAME(vec) values)
 {
-    double sums[4] = {0}; /* one would wait for itself at every lane */
-    for (int lane = 0; lane < LANES; lane++)
-        sums[lane % 4] += values[lane];
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    NAME(wide) sums = NAME(folded)(values);
+    double found[4] = {0}; /* one would wait for itself at every lane */
+    for (int lane = 0; lane < LANES / 2; lane++)
+        found[lane % 4] += sums[lane];
+    return (found[0] + found[1]) + (found[2] + found[3]);
+}
+
+/* Values added to as many sums in double. */
+static inline void NAME(add_to)(double *sums, NAME(vec) values)
+{
+    NAME(half) halves[2];
+    memcpy(halves, &values, sizeof values);
+    for (int half = 0; half < 2; half++) {
+        NAME(wide) sum;
+        memcpy(&sum, sums + half * (LANES / 2), sizeof sum);
+        sum += __builtin_convertvector(halves[half], NAME(wide));
+        memcpy(sums + half * (LANES / 2), &sum, sizeof sum);
+    }
 }
 
 /* The squares of before, after and after - before, and before.after: ROW_NUMBERS of them a row. */
@@ -148,8 +173,7 @@ static inline void NAME(some_channels)(const REAL **rows, int count, int64_t at,
     NAME(store)(high + at, top);
     NAME(store)(low + at, bottom);
     for (int power = 0; power < POWERS; power++)
-        for (int lane = 0; lane < LANES; lane++)
-            sums[power * job->features + at + lane] += powers[power][lane];
+        NAME(add_to)(sums + power * job->features + at, powers[power]);
 }
 
 static void NAME(channels)(const REAL **rows, int count, const struct job *job, double *sums, REAL *high)
