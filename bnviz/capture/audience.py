@@ -10,6 +10,7 @@ import torch
 
 from bnviz.observation import AttentionSeen, BlockSeen
 
+from .calm import Calm
 from .joined import Joined
 from .modes import without_modes
 from .portions import Portion, apart
@@ -37,6 +38,8 @@ class Audience:
         Given the site and the moment of each observation.
     lost : callable
         Given a site, and how many decode steps of it could not be read.
+    changed : callable
+        Given a site of which a decode step was written into before it was read.
     """
 
     def __init__(
@@ -47,15 +50,28 @@ class Audience:
         failed: Callable[[str, Exception], None],
         saw: Callable[[Site, Context], None],
         lost: Callable[[Site, int], None],
+        changed: Callable[[Site], None],
     ) -> None:
         self._probes, self._clock, self._shelf, self._failed, self._saw = probes, clock, shelf, failed, saw
         self._inside = False
-        self._joined = Joined(self._show_steps, lost, shelf)
+        self._joined, self._calm = Joined(self._show_steps, lost, shelf), Calm(changed)
 
     def emit(self, seen: Any) -> None:
         """Show an observation, and those of its parts, to every probe that looks at their kind of site."""
-        if self._inside or self._clock.stopped:
-            return
+        if not (self._inside or self._clock.stopped or self._calm.take(seen)):
+            with without_modes(), torch.no_grad():
+                self._take(seen)
+
+    def settle(self) -> None:
+        """The forward ends: show what waited for that."""
+        now = self._clock.now
+        found = [] if now is None or self._inside else self._calm.settled(now.call)
+        if found and not self._clock.stopped:
+            with without_modes(), torch.no_grad():
+                for seen in found:
+                    self._take(seen)
+
+    def _take(self, seen: Any) -> None:
         parts = seen.parts if isinstance(seen, BlockSeen) else ()
         for one in (seen, *parts):
             self._saw(one.site, one.context)
@@ -63,12 +79,11 @@ class Audience:
             return
         self._inside = True  # what probes compute is not shown to them in its turn
         try:
-            with without_modes(), torch.no_grad():
-                if self._clock.portions:
-                    self._joined.end(seen.site)
-                    self._show(seen, self._clock.portions)
-                elif not self._joined.take(seen):
-                    self._show(seen)
+            if self._clock.portions:
+                self._joined.end(seen.site)
+                self._show(seen, self._clock.portions)
+            elif not self._joined.take(seen):
+                self._show(seen)
         finally:
             self._inside = False
 

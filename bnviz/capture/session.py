@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +143,8 @@ class Session:
         stack.enter_context(around(self.model, self._begin, None, quiet=fused, first=True, gate=False))
         for module in parts(self.model, plan):
             stack.enter_context(around(module, self._begin_part, None, first=True, gate=False))
-        audience = Audience(self._probes, self.clock, self.shelf, self._failed, self.census.saw, self._lost)
+        told = (self._failed, self.census.saw, self._lost, self._changed)
+        audience = Audience(self._probes, self.clock, self.shelf, *told)
         self.shelf.complete = self._completing(audience)
         watch = Watch(self.clock, self._layers, audience.emit, self._instruments.own, trouble=self._trouble)
         if "gradient" in wanted:
@@ -158,6 +160,9 @@ class Session:
             tap_attention(plan, watch, stack)
         if wanted & {"router", "further_router"}:
             self._closing.remarks = tap_routers(plan, watch, stack)
+        settle = partial(self._settle, audience)
+        self.clock.ending.append(settle)  # the last, as others show something in the end
+        stack.callback(self.clock.ending.remove, settle)
         self.census.attach(self.model, wanted, stack)
         if self.options.step == "optimizer":
             stack.callback(register_optimizer_step_post_hook(self._stepped).remove)
@@ -342,6 +347,17 @@ class Session:
             f"Of {site.path}, {counted(steps, 'decode step')} {'is' if steps == 1 else 'are'} not in the run: what its cache "
             "held was written into afterwards. Steps from then on are read one by one."
         )
+
+    def _changed(self, site: Site) -> None:
+        """A tensor that should have stayed as it was until its forward ended did not."""
+        self._say(
+            f"Of {site.path}, a decode step is not in the run: what it saw was written into before its forward ended. Steps from "
+            "then on are read at once."
+        )
+
+    def _settle(self, audience: Audience) -> None:
+        with self._instruments.own():
+            audience.settle()
 
     def _trouble(self, where: str, error: Exception) -> None:
         """A place that could not be read is left alone from then on; strict raises."""
