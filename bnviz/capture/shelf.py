@@ -16,6 +16,8 @@ from bnviz.observation import Context, Site
 from bnviz.rows import GROWING, Row, axes, documents_of, merged, shortened, taken
 from bnviz.schema import Variable
 
+from .kept import kept
+
 SHARE, MOST, MANY = (
     8,
     64 << 20,
@@ -23,6 +25,7 @@ SHARE, MOST, MANY = (
 )  # part of the ceiling, bytes, observations: what waits beyond is brought to the host
 FEW = 64  # decode steps on disk whose length is remembered
 HELD, POSITIONS = "held", "positions"
+_EXACT = (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool)
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -49,7 +52,7 @@ class _Waiting:
     record: str
     site: Site
     context: Context
-    values: dict[str, Tensor]
+    values: dict[str, Tensor | np.ndarray]
     valid: dict[str, Tensor | None]
     size: int
     limit: int | None = None
@@ -119,8 +122,8 @@ class Shelf:
         self._of_forward += size
         self.given[record] += 1
         self._on_host = self._on_host and on_host
-        kept = {name: _own(value) for name, value in values.items()}
-        self._waiting.append(_Waiting(record, site, context, kept, dict(valid), size))
+        own = {name: _own(value) for name, value in values.items()}
+        self._waiting.append(_Waiting(record, site, context, own, dict(valid), size))
         return True
 
     def lend(self, size: int) -> bool:
@@ -310,8 +313,9 @@ def _past(context: Context, valid: Mapping[str, np.ndarray], held: np.ndarray | 
     return held.sum(1) if held is not None and len(held) == batch else np.full(batch, context.past)
 
 
-def to_host(values: Sequence[Tensor]) -> list[np.ndarray]:
+def to_host(given: Sequence[Tensor | np.ndarray]) -> list[np.ndarray]:
     """Tensors as NumPy, those of one device and type in one copy; bf16, fp16 and fp8 become float32, which holds each value."""
+    values = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in given]
     floats = [
         v.float() if v.is_floating_point() and v.dtype not in (torch.float32, torch.float64) else v for v in values
     ]
@@ -330,8 +334,10 @@ def to_host(values: Sequence[Tensor]) -> list[np.ndarray]:
     return [found[at] for at in range(len(floats))]
 
 
-def _own(value: Tensor) -> Tensor:
-    """A tensor that shares no memory with the model, so that a later in-place operation cannot change it."""
+def _own(value: Tensor) -> Tensor | np.ndarray:
+    """What shares no memory with the model, so that a later in-place operation cannot change it: on the host an array."""
+    if type(value) is Tensor and value.is_cpu and value.dtype in _EXACT:
+        return kept(value.numpy(force=True))
     value = value.detach() if value.requires_grad else value
     whole = value._base is None and value.untyped_storage().nbytes() == value.nbytes
     return value if whole else value.clone()

@@ -62,8 +62,8 @@ def native(
     slots = max(1, -(-rows // height))
     spans = max(1, min(torch.get_num_threads(), slots, rows * features * count // SHARE))
     kind = np.float64 if dtype == torch.float64 else np.float32  # a tensor by way of NumPy is made in half the time
-    by_row = [torch.from_numpy(np.empty(shape, kind)) for _ in range((count - 1) * ROW_NUMBERS)]
-    by_channel = tuple(torch.from_numpy(np.empty(features, kind)) for _ in range(CHANNEL_NUMBERS if channels else 0))
+    by_row = [torch.from_numpy(one) for one in np.empty(((count - 1) * ROW_NUMBERS, *shape), kind)]
+    by_channel = tuple(torch.from_numpy(one) for one in np.empty((CHANNEL_NUMBERS if channels else 0, features), kind))
     room: list[int | None] = [None] * 4
     if channels:  # one tensor, as making one costs more than what it is for
         doubles = torch.empty(spans * POWERS + WORK + 2 * (1 + slots), features, dtype=torch.float64)
