@@ -16,7 +16,7 @@ from bnviz.observation import Context, Site
 from bnviz.rows import GROWING, Row, axes, documents_of, merged, shortened, taken
 from bnviz.schema import Variable
 
-from .kept import kept
+from .kept import Kept
 
 SHARE, MOST, MANY = (
     8,
@@ -52,10 +52,14 @@ class _Waiting:
     record: str
     site: Site
     context: Context
-    values: dict[str, Tensor | np.ndarray]
+    kept: Kept | dict[str, Tensor]
     valid: dict[str, Tensor | None]
     size: int
     limit: int | None = None
+
+    @property
+    def values(self) -> Mapping[str, Tensor | np.ndarray]:
+        return self.kept.arrays() if isinstance(self.kept, Kept) else self.kept
 
 
 @dataclass(slots=True)
@@ -122,8 +126,7 @@ class Shelf:
         self._of_forward += size
         self.given[record] += 1
         self._on_host = self._on_host and on_host
-        own = {name: _own(value) for name, value in values.items()}
-        self._waiting.append(_Waiting(record, site, context, own, dict(valid), size))
+        self._waiting.append(_Waiting(record, site, context, _own(values), dict(valid), size))
         return True
 
     def lend(self, size: int) -> bool:
@@ -334,10 +337,14 @@ def to_host(given: Sequence[Tensor | np.ndarray]) -> list[np.ndarray]:
     return [found[at] for at in range(len(floats))]
 
 
-def _own(value: Tensor) -> Tensor | np.ndarray:
-    """What shares no memory with the model, so that a later in-place operation cannot change it: on the host an array."""
-    if type(value) is Tensor and value.is_cpu and value.dtype in _EXACT:
-        return kept(value.numpy(force=True))
+def _own(values: Mapping[str, Tensor]) -> Kept | dict[str, Tensor]:
+    """What shares no memory with the model, so that a later in-place operation cannot change it."""
+    if all(type(value) is Tensor and value.is_cpu and value.dtype in _EXACT for value in values.values()):
+        return Kept({name: value.numpy(force=True) for name, value in values.items()})
+    return {name: _copied(value) for name, value in values.items()}
+
+
+def _copied(value: Tensor) -> Tensor:
     value = value.detach() if value.requires_grad else value
     whole = value._base is None and value.untyped_storage().nbytes() == value.nbytes
     return value if whole else value.clone()

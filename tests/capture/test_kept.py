@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 
 from bnviz.capture import kept as module
-from bnviz.capture.kept import ROOM, kept
+from bnviz.capture.kept import ROOM, Kept
+
+
+def kept(values: np.ndarray) -> np.ndarray:
+    return Kept({"before": np.arange(3), "it": values, "behind": np.ones((2, 5))}).arrays()["it"]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.bool_])
