@@ -6,7 +6,6 @@ bytes that say what they are: the next large one no longer fits there and takes 
 
 from __future__ import annotations
 
-import math
 import mmap
 import sys
 import threading
@@ -35,26 +34,22 @@ class Kept:
     ([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], True)
     """
 
-    __slots__ = ("_bytes", "_like")
+    __slots__ = ("_bytes", "_places")
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self._like = tuple((name, one.shape, one.dtype) for name, one in arrays.items())
-        self._bytes = _take(sum(_rounded(one.nbytes) for one in arrays.values()))
-        for own, one in zip(self.arrays().values(), arrays.values(), strict=True):
-            own[...] = one
+        total, places = 0, []
+        for name, one in arrays.items():
+            places.append((name, one.shape, one.dtype, total, total + one.nbytes))
+            total += -(-one.nbytes // ALIGNED) * ALIGNED
+        self._bytes, self._places = _take(total), tuple(places)
+        for (_, shape, dtype, start, stop), one in zip(places, arrays.values(), strict=True):
+            self._bytes[start:stop].view(dtype).reshape(shape)[...] = one
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The copies."""
-        found, at = dict[str, np.ndarray](), 0
-        for name, shape, dtype in self._like:
-            size = math.prod(shape) * dtype.itemsize
-            found[name] = self._bytes[at : at + size].view(dtype).reshape(shape)
-            at += _rounded(size)
-        return found
-
-
-def _rounded(size: int) -> int:
-    return -(-size // ALIGNED) * ALIGNED
+        return {
+            name: self._bytes[start:stop].view(dtype).reshape(shape) for name, shape, dtype, start, stop in self._places
+        }
 
 
 def _take(size: int) -> np.ndarray:
@@ -66,5 +61,5 @@ def _take(size: int) -> np.ndarray:
         if _used + size > len(_room):
             private = mmap.mmap(-1, ROOM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             _room, _used = np.frombuffer(private, np.uint8), 0
-        start, _used = _used, _used + _rounded(size)
+        start, _used = _used, _used + size  # of what is kept, a multiple of ALIGNED
         return _room[start : start + size]

@@ -339,7 +339,10 @@ def to_host(given: Sequence[Tensor | np.ndarray]) -> list[np.ndarray]:
 
 def _own(values: Mapping[str, Tensor]) -> Kept | dict[str, Tensor]:
     """What shares no memory with the model, so that a later in-place operation cannot change it."""
-    if all(type(value) is Tensor and value.is_cpu and value.dtype in _EXACT for value in values.values()):
+    for value in values.values():
+        if type(value) is not Tensor or not value.is_cpu or value.dtype not in _EXACT:
+            break
+    else:
         return Kept({name: value.numpy(force=True) for name, value in values.items()})
     return {name: _copied(value) for name, value in values.items()}
 
