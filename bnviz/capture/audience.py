@@ -58,18 +58,25 @@ class Audience:
 
     def emit(self, seen: Any) -> None:
         """Show an observation, and those of its parts, to every probe that looks at their kind of site."""
-        if not (self._inside or self._clock.stopped or self._calm.take(seen)):
-            with without_modes(), torch.no_grad():
+        if self._inside or self._clock.stopped:
+            return
+        with without_modes(), torch.no_grad():
+            if not self._calm.take(seen):
                 self._take(seen)
+
+    def release(self) -> None:
+        """The capture is over: hold nothing of a forward that did not end."""
+        self._calm.forget()
 
     def settle(self) -> None:
         """The forward ends: show what waited for that."""
         now = self._clock.now
-        found = [] if now is None or self._inside else self._calm.settled(now.call)
-        if found and not self._clock.stopped:
-            with without_modes(), torch.no_grad():
-                for seen in found:
-                    self._take(seen)
+        if now is None or self._inside:
+            return
+        with without_modes(), torch.no_grad():
+            found = self._calm.settled(now.call)
+            for seen in found if not self._clock.stopped else ():
+                self._take(seen)
 
     def _take(self, seen: Any) -> None:
         parts = seen.parts if isinstance(seen, BlockSeen) else ()

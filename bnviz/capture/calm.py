@@ -2,8 +2,8 @@
 
 Between two layers a model's weights have just filled the caches: an operation there takes ten times what it takes after a dozen
 like it. So what the blocks of a decode step show is only noted down, and read at the end of the forward, all in a row. The
-first steps are read at once and looked at again when their forward has ended; a place whose tensors were written into by then
-stays one that is read at once. Versions tell; tensors of inference mode have none and are always read at once.
+first steps are read at once and compared with copies when their forward has ended; a place whose tensors were written into by
+then stays one that is read at once. Later versions tell; tensors of inference mode have none and are always read at once.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bnviz.observation import BlockSeen, Site
 
 STEPS = 2  # in which a place has to be calm before it is read later
-_Noted = tuple[Any, list[Tensor], list[int], bool]
+_Noted = tuple[Any, list[Tensor], list[int], list[Tensor]]  # with copies, where it is on trial
 
 
 class Calm:
@@ -42,28 +43,33 @@ class Calm:
             self._noted.clear()  # an interrupt left them
         calm = self._steps.get((seen.site.kind, seen.site.path), 0)
         tensors = _tensors(seen) if calm >= 0 else []
-        if not tensors or tensors[0].is_inference():
+        if not tensors or any(one.is_inference() for one in tensors):
             return False
         later = calm >= STEPS
-        self._noted.append((seen, tensors, [one._version for one in tensors], later))
+        copies = [] if later else [one.detach().clone() for one in tensors]
+        self._noted.append((seen, tensors, [one._version for one in tensors], copies))
         return later
+
+    def forget(self) -> None:
+        """Let go what an interrupt left."""
+        self._noted.clear()
 
     def settled(self, call: int) -> list[Any]:
         """What is to be read of forward `call`, which ends."""
         noted, self._noted = self._noted, []
         found = []
-        for seen, tensors, versions, later in noted:
+        for seen, tensors, versions, copies in noted:
             if seen.context.call != call:
                 continue
             place = seen.site.kind, seen.site.path
-            if [one._version for one in tensors] == versions:
-                self._steps[place] = self._steps.get(place, 0) + 1
-                if later:
-                    found.append(seen)
+            left = [one._version for one in tensors] == versions and all(map(torch.equal, tensors, copies))
+            self._steps[place] = self._steps.get(place, 0) + 1 if left else -(1 << 30)
+            if copies:
+                continue
+            if left:
+                found.append(seen)
             else:
-                self._steps[place] = -(1 << 30)
-                if later:
-                    self._changed(seen.site)
+                self._changed(seen.site)
         return found
 
 

@@ -163,6 +163,7 @@ class Session:
         settle = partial(self._settle, audience)
         self.clock.ending.append(settle)  # the last, as others show something in the end
         stack.callback(self.clock.ending.remove, settle)
+        stack.callback(audience.release)
         self.census.attach(self.model, wanted, stack)
         if self.options.step == "optimizer":
             stack.callback(register_optimizer_step_post_hook(self._stepped).remove)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from bnviz.errors import CaptureError
 from bnviz.observation import BlockSeen
-from bnviz.reduce.block_stats import BlockStats, block_stats, prepare, stream_stats
+from bnviz.reduce._native import library
+from bnviz.reduce.block_stats import BlockStats, block_stats, stream_stats
 from bnviz.schema import Variable, probe
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Activations:
         if sample < 0:
             raise CaptureError(f"sample={sample}: expected a number of rows to keep, 0 or more.")
         self.sample = sample
-        prepare()  # not in the middle of a forward
+        library("block_pass")  # compiled now, not in the middle of a forward
         self._ahead: dict[int, BlockStats] = {}
 
     def observe(self, seen: BlockSeen) -> dict[str, Tensor]:

@@ -103,9 +103,9 @@ class Attention:
                 raise SchemaError(f"Probe {self.spec.name}: {name} is {value}, expected 1 or more.")
         self.window, self.sinks, self.local, self.bins = window, sinks, local, bins
         self._known: tuple[weakref.ref[Tensor], tuple[int, int], dict[str, Tensor]] | None = None
-        from bnviz.reduce.attention_stats import prepare
+        from bnviz.reduce._native import library
 
-        prepare()  # not in the middle of a forward
+        library("attention_strip")  # compiled now, not in the middle of a forward
 
     def observe(self, seen: AttentionSeen) -> dict[str, Tensor]:
         """Sums of one call; see `observation.Probe` for the axes."""

@@ -64,7 +64,7 @@ class KeysValues:
         line, before = self._last.get(place, (0, {}))
         some = next(iter(before.values()), None)
         goes_on = seen.grows == line != 0 and not seen.dropped and some is not None and some.shape[:-1] == key.shape[:2]
-        known = some.shape[-1] if goes_on and some is not None else 0
+        known = some.shape[-1] if goes_on and some is not None and some.shape[-1] <= key.shape[2] else 0
         kept = _norms(key[..., known:, :], seen.value[..., known:, :])
         if known:
             kept = {name: torch.cat([before[name], norm], -1) for name, norm in kept.items()}

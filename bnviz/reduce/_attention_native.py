@@ -42,9 +42,10 @@ class _Job(ctypes.Structure):
     )
 
 
-def functions(query: Tensor, lse: Tensor | None) -> Any:
+def functions(query: Tensor, key: Tensor, lse: Tensor | None) -> Any:
     """The compiled pass, where it is there and makes this call; else None."""
-    if query.device.type != "cpu" or lse is not None or dtype_of(query) != torch.float32 or not query.numel():
+    plain = type(query) is type(key) is Tensor and query.device.type == "cpu" and query.numel() > 0
+    if not plain or lse is not None or dtype_of(query) != torch.float32:
         return None
     return library("attention_strip")
 
@@ -58,7 +59,6 @@ def native(
     if allowed is None and pattern.allowed is not None:
         return None
     marks = Marks(query, names, sizes, of, token_ids)
-    query, key = query.detach(), key.detach()
     call = _Call(called, pattern, marks, allowed, query.shape[1] // key.shape[1])
     if of.keys:
         for batch in range(query.shape[0]):
@@ -93,7 +93,7 @@ class _Call:
         """Strips of one sequence: query (heads, queries, dim), key (kv_heads, keys, dim); False when one is not finite."""
         buffers, keys, dim = scratch(torch.float32, query.device), key.float(), query.shape[-1]
         scale = dim**-0.5 if self.pattern.scale is None else self.pattern.scale
-        job, held = self._job(batch)
+        job, _held = self._job(batch)
         job.work = buffers.view(WORK, len(key[0])).data_ptr()
         for rows, columns in self._strips():
             count, wide = rows.stop - rows.start, columns.stop - columns.start
@@ -109,7 +109,6 @@ class _Call:
                 job.rows, job.columns, job.first, job.start = count, wide, rows.start, columns.start
                 if self.called.attention_strip(ctypes.byref(job)) == NOT_FINITE:
                     return False
-        del held
         return True
 
     def _strips(self) -> Iterator[tuple[slice, slice]]:
@@ -135,10 +134,10 @@ class _Call:
         marks, of, sizes, pattern = self.marks, self.marks.of, self.marks.sizes, self.pattern
         job, held = _Job(), list[Tensor]()
 
-        def place(values: Tensor | None, of_batch: int = batch) -> int | None:
+        def place(values: Tensor | None) -> int | None:
             if values is None:
                 return None
-            held.append(values[of_batch if len(values) > 1 else 0].contiguous())
+            held.append(values[batch if len(values) > 1 else 0].contiguous())
             return held[-1].data_ptr()
 
         for name in (*_PER_KEY, *_PER_QUERY, "pooled"):

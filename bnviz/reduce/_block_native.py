@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -42,6 +42,8 @@ def functions(stream: Stream) -> Any:
     """The compiled pass, where it is there and knows how these tensors lie; else None."""
     dtype = stream.dtype
     for side in stream.sides:
+        if type(side) is not Tensor:  # what lies at its address may be anything
+            return None
         if side.dtype != dtype and (dtype != torch.float32 or side.dtype not in KINDS):
             return None
         if side.shape[1] > 1 and side.stride(1) != 1:
@@ -95,14 +97,16 @@ def native(
 def _run(called: Any, job: _Job, slots: int) -> bool:
     """All of it; False when not all is finite."""
     called.block_begin(ctypes.byref(job))
-    shares = []
-    for span in range(1, job.spans):
-        share = _Job.from_buffer_copy(job)
+    shares = [_Job.from_buffer_copy(job) for _ in range(job.spans)]
+    for span, share in enumerate(shares):
         share.span = span
         share.start, share.stop = (min(job.rows, slots * at // job.spans * job.slot) for at in (span, span + 1))
-        shares.append((share, _pool(os.getpid()).submit(called.block_pass, ctypes.byref(share))))
-    job.stop = shares[0][0].start if shares else job.rows
-    counted = [called.block_pass(ctypes.byref(job)), *(waiting.result() for _, waiting in shares)]
+    waiting: list[Future[int]] = []
+    try:
+        waiting.extend(_pool(os.getpid()).submit(called.block_pass, ctypes.byref(share)) for share in shares[1:])
+        counted = [called.block_pass(ctypes.byref(shares[0])), *(one.result() for one in waiting)]
+    finally:
+        wait(waiting)  # an interrupt must not free what they write to
     if NO_MEMORY in counted:
         raise MemoryError("block_stats: no memory for a block of rows.")
     if NOT_FINITE in counted:

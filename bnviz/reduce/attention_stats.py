@@ -18,9 +18,8 @@ from ._attention_pairs import PAIRS
 from ._attention_pattern import BY_KEY, BY_QUERY, STATISTICS, Pattern, Statistics
 from ._attention_sight import Tokens, tokens
 from ._attention_strips import strips
-from ._native import library
 
-__all__ = ["BY_KEY", "BY_QUERY", "STATISTICS", "Pattern", "Statistics", "attention_stats", "bin_size", "prepare"]
+__all__ = ["BY_KEY", "BY_QUERY", "STATISTICS", "Pattern", "Statistics", "attention_stats", "bin_size"]
 
 _FROM_IDS = ("echo_mass", "induction_mass")
 
@@ -139,17 +138,6 @@ def attention_stats(
     return {name: out[name] for name in names}
 
 
-def prepare() -> bool:
-    """Load the compiled pass, a fraction of a second once a machine; False where there is no compiler, or it is not wanted.
-
-    Examples
-    --------
-    >>> prepare() in (True, False)
-    True
-    """
-    return library("attention_strip") is not None
-
-
 def _run(
     query: Tensor,
     key: Tensor,
@@ -178,7 +166,7 @@ def _run(
         left = tuple(name for name in left if name not in out)
     if not left:
         return out
-    options, called = (pattern, sizes, left), _attention_native.functions(query, lse)
+    options, called = (pattern, sizes, left), _attention_native.functions(query, key, lse)
     found = None
     if called is not None:
         found = alone(lambda: _attention_native.native(called, query, key, options, of, token_ids))

@@ -18,7 +18,6 @@ from ._alone import alone
 from ._block_native import functions, native
 from ._block_pass import Passed, Stream, careful, quick
 from ._block_small import small
-from ._native import library
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +102,6 @@ def block_stats(
     return _of_stream((input, output, *(() if written is None else (written,))), False, valid, channels)[0]
 
 
-def prepare() -> bool:
-    """Load the compiled pass, a fraction of a second once a machine; False where there is no compiler, or it is not wanted.
-
-    Examples
-    --------
-    >>> prepare() in (True, False)
-    True
-    """
-    return library("block_pass") is not None
-
-
 def stream_stats(
     before: Any,
     after: Any,
@@ -172,7 +160,7 @@ def _of_stream(sides: tuple[Any, ...], parallel: bool, valid: Any, channels: boo
             raise SchemaError(f"valid must be (...) = {tuple(shape)}; found {tuple(keep.shape)}.")
         keep = keep.reshape(-1).bool()
     with _quiet(first.device.type):
-        flat = [None if side is None else side.reshape(-1, first.shape[-1]) for side in given]
+        flat = [None if side is None else side.resolve_neg().reshape(-1, first.shape[-1]) for side in given]
         stream = Stream(flat[0], flat[1], tuple(flat[2:]), parallel, keep)  # type: ignore[arg-type]
         stats = _stats_of(stream, channels, shape)
     return [_arrays(one) for one in stats] if isinstance(sides[0], np.ndarray) else stats

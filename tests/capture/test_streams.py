@@ -404,6 +404,26 @@ def test_writing_in_place_hides_nothing_not_even_in_the_first_forward(mode: Any)
             now = after
 
 
+class Either(nn.Module):
+    """Adds to its input in place, or not."""
+
+    def __init__(self, *, writes: bool) -> None:
+        super().__init__()
+        self.inner, self.writes = nn.Linear(16, 16), writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(self.inner(x)) if self.writes else x + self.inner(x)
+
+
+def test_blocks_of_one_class_of_which_some_write_in_place_are_all_seen_from_the_first_forward() -> None:
+    torch.manual_seed(0)
+    model = zoo.Looped(Either(writes=False), Either(writes=True), Either(writes=False))
+    with torch.no_grad(), bnviz.capture(model, probes=["activations"], strict=True) as recorder:
+        for _ in range(2):
+            model(torch.randn(2, 7, 16))
+    assert recorder.run["activations"]["cosine"].sel(kind="block").notnull().all()
+
+
 def test_under_autocast_the_stream_keeps_its_precision() -> None:
     torch.manual_seed(0)
     model, x = zoo.Looped(PreNorm(), PreNorm()), torch.randn(2, 7, 16)

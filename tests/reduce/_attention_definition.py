@@ -41,6 +41,13 @@ def weights(query: Tensor, key: Tensor, pattern: Pattern, rows: Tensor | None) -
     return p, sees, live, total
 
 
+def undecided(query: Tensor, key: Tensor, pattern: Pattern, valid: Tensor | None, within: float = 5e-5) -> Tensor:
+    """(batch, heads, keys) rows whose share of the key is within rounding of the pivotal limit."""
+    p, sees, _, _ = weights(query, key, pattern, None if valid is None else valid[:, -query.shape[2] :])
+    limit = (1 + 1e-4) / sees.sum(-1, keepdim=True)
+    return ((p / limit - 1).abs() < within).double().sum(-2)
+
+
 def definition(
     query: Tensor,
     key: Tensor,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import importlib.util
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,14 +17,7 @@ from torch import Tensor
 from bnviz.reduce import _attention_native, _native
 from bnviz.reduce._attention_pairs import PAIRS
 from bnviz.reduce.attention_stats import BY_KEY, STATISTICS, Pattern, Statistics, attention_stats
-
-_spec = importlib.util.spec_from_file_location(
-    "attention_definition", Path(__file__).parent / "_attention_definition.py"
-)
-assert _spec is not None and _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-definition, weights = _module.definition, _module.weights
+from tests.reduce._attention_definition import definition, undecided
 
 pytestmark = pytest.mark.skipif(bool(_native.obstacle("attention_strip")), reason="no C compiler")
 SIZES = Statistics(snap=9, sink=3, local=12, bins=5)
@@ -62,13 +53,6 @@ def assert_agree(got: dict[str, Tensor], want: dict[str, Tensor], near: Tensor) 
             assert (error <= near).all(), name
         elif error.numel():
             assert error.max() <= 2e-5 * max(1.0, float(expected.nan_to_num().abs().max())), (name, error.max())
-
-
-def undecided(query: Tensor, key: Tensor, pattern: Pattern, valid: Tensor | None) -> Tensor:
-    """Rows a key whose share is within rounding of the pivotal limit."""
-    p, sees, _, _ = weights(query, key, pattern, None if valid is None else valid[:, -query.shape[2] :])
-    limit = (1 + 1e-4) / sees.sum(-1, keepdim=True)
-    return ((p / limit - 1).abs() < 1e-4).double().sum(-2)
 
 
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -113,7 +97,7 @@ def test_equals_the_formulas(
     got = attention_stats(query, key, pattern=pattern, statistics=asked, valid=valid, token_ids=ids)
     want = definition(query, key, pattern=pattern, statistics=asked, valid=valid, token_ids=ids)
     assert ran == [True]
-    assert_agree(got, want, undecided(query, key, pattern, valid))
+    assert_agree(got, want, undecided(query, key, pattern, valid, 1e-4))
 
 
 @pytest.mark.parametrize("names", [(name,) for name in STATISTICS] + [("mass", "pooled"), ("window_mass", "last_row")])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +17,7 @@ from torch.nn import functional as F
 
 from bnviz.errors import SchemaError, UnknownName
 from bnviz.reduce.attention_stats import BY_KEY, STATISTICS, Pattern, Statistics, attention_stats, bin_size
-
-_spec = importlib.util.spec_from_file_location(
-    "attention_definition", Path(__file__).parent / "_attention_definition.py"
-)
-assert _spec is not None and _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-definition, weights = _module.definition, _module.weights
+from tests.reduce._attention_definition import definition, undecided, weights
 
 pytestmark = pytest.mark.usefixtures("passes")
 
@@ -45,13 +36,6 @@ def agree(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, nea
         scale = max(1.0, expected.nan_to_num().abs().max().item() if expected.numel() else 1.0)
         error = (value.double() - expected).nan_to_num().abs().max().item() if expected.numel() else 0.0
         assert error <= tolerance * scale, (name, error)
-
-
-def undecided(query: Tensor, key: Tensor, pattern: Pattern, valid: Tensor | None) -> Tensor:
-    """Rows a key whose share is within rounding of the pivotal limit."""
-    p, sees, _, _ = weights(query, key, pattern, None if valid is None else valid[:, -query.shape[2] :])
-    limit = (1 + 1e-4) / sees.sum(-1, keepdim=True)
-    return ((p / limit - 1).abs() < 5e-5).double().sum(-2)
 
 
 @st.composite

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import math
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +12,7 @@ from torch import Tensor
 
 from bnviz.reduce import _attention_strips
 from bnviz.reduce.attention_stats import STATISTICS, Pattern, Statistics, attention_stats
-
-_spec = importlib.util.spec_from_file_location(
-    "attention_definition", Path(__file__).parent / "_attention_definition.py"
-)
-assert _spec is not None and _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-sys.modules.setdefault("attention_definition", _module)
-_spec.loader.exec_module(_module)
-definition, weights = _module.definition, _module.weights
+from tests.reduce._attention_definition import definition, weights
 
 pytestmark = pytest.mark.usefixtures("plain")
 

@@ -10,6 +10,8 @@ import re
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -23,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bnviz.reduce import _native
+from bnviz.reduce import _block_native, _block_pass, _native
 from bnviz.reduce.block_stats import SPLIT, BlockStats, block_stats, stream_stats
 
 NEEDS = pytest.mark.skipif(bool(_native.obstacle("block_pass")), reason="no C compiler")
@@ -263,6 +265,46 @@ def test_a_tensor_in_the_graph_and_one_of_inference_mode() -> None:
     with torch.inference_mode():
         y = x * 1
         assert torch.equal(block_stats(y, y).variance, want.variance)
+
+
+@NEEDS
+def test_tensors_that_are_not_what_lies_at_their_address_are_read_as_what_they_are() -> None:
+    class Own(Tensor):
+        """A tensor of a class of its own."""
+
+    made = torch.randn(600, 96, generator=torch.Generator().manual_seed(0))
+    turned = torch.complex(torch.zeros_like(made), made).conj().imag
+    assert turned.is_neg()
+    want = block_stats(-made, -made)
+    for side in (turned, (-made).as_subclass(Own)):
+        got = block_stats(side, side)
+        for name in ("norm_in", "mean", "kurtosis", "max_abs"):
+            torch.testing.assert_close(
+                getattr(got, name).as_subclass(Tensor), getattr(want, name), rtol=1e-4, atol=1e-6
+            )
+
+
+@NEEDS
+def test_an_interrupt_waits_for_the_threads_that_still_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    called, ended = _native.library("block_pass"), list[int]()
+    assert called is not None
+
+    class Slow:
+        block_begin, block_end = called.block_begin, called.block_end
+
+        @staticmethod
+        def block_pass(job: Any) -> int:
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            time.sleep(0.2)
+            ended.append(called.block_pass(job))
+            return ended[-1]
+
+    monkeypatch.setattr("bnviz.reduce._block_native.torch.get_num_threads", lambda: 2)
+    stream = _block_pass.Stream(torch.randn(4096, 256), torch.randn(4096, 256), (), False, None)
+    with pytest.raises(KeyboardInterrupt):
+        _block_native.native(Slow, stream, True, torch.Size([4096]))
+    assert ended == [2048]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")

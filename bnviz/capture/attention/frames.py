@@ -171,7 +171,7 @@ class Frames:
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
         frames = self._mine.frames
-        if not frames or (frames[-1].place.module is not module and all(f.place.module is not module for f in frames)):
+        if not any(frame.place.module is module for frame in frames):
             return
         while frames:
             frame = frames.pop()

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROWS = 64  # tokens that are looked at
 FEW = 8  # that what is known of a sister is tried on
@@ -42,7 +42,7 @@ def thin_arrays(states: Sequence[Tensor], rows: int = ROWS) -> list[np.ndarray]:
 
 def _fast(state: Tensor) -> bool:
     """NumPy can do it: between the layers of a model, an operation of torch on so little takes tens of microseconds."""
-    return state.is_cpu and state.dtype in _IN_NUMPY
+    return type(state) in (Tensor, nn.Parameter) and state.is_cpu and state.dtype in _IN_NUMPY
 
 
 def _thin(state: Tensor, rows: int) -> Tensor:

@@ -139,7 +139,6 @@ class Links:
         self._told: list[Callable[[], None]] = []
         self.cells = 0  # calls of recurrent cells so far
         self.known: dict[type, Route] = {}  # of blocks of a class, once one of them was told
-        self.readers: set[type] = set()  # classes of blocks that left their input alone
 
     def wait(self, found: list[Route], made: Mapping[Place, Tensor], decide: Callable[[Route], None]) -> None:
         """Call `decide` with one of the routes when the next block begins, or the forward ends."""

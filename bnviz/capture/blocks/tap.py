@@ -149,16 +149,12 @@ class BlockTap:
             call.given = {}
             return
         call.versions = {place: _version(x) for place, x in call.given.items()}
-        if self._copy or (self._route is None and not self._native and not self._sister(call.given)):
+        if self._copy or (self._route is None and not self._native):
             some = next(iter(call.given.values())).shape
             call.copies = {place: x.detach().clone() for place, x in call.given.items() if x.shape == some}
         call.real = real_tokens(self.block.first, args, kwargs) if self._native else None
         if self.inside is not None:
             self.inside.begin(call.given)
-
-    def _sister(self, given: dict[Place, Tensor]) -> bool:
-        """A block of its class left its input alone; that this one does, too, is counted."""
-        return type(self.block.first) in self._links.readers and not any(x.is_inference() for x in given.values())
 
     def _numbered(self, forward: int) -> Site | None:
         """The block as the layer that this call of it is; all calls of a cell in one forward are one."""
@@ -226,8 +222,6 @@ class BlockTap:
             self._copy = True  # from now on
             if copied is None:
                 return
-        else:
-            self._links.readers.add(type(self.block.first))
         with self._watch.own():
             self._show(call.site, call, context, before if copied is None else copied, after)
 
