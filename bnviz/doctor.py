@@ -117,7 +117,7 @@ def _compiler() -> Check:
     from .reduce._native import obstacle
 
     reason = obstacle("block_pass") or obstacle("attention_strip")
-    lost = f"{reason}: statistics on a processor run in plain torch, two to three times slower"
+    lost = f"{reason}: statistics on a processor run in plain torch, up to four times slower"
     return Check("C compiler", not reason, lost if reason else "statistics on a processor are compiled")
 
 

@@ -78,8 +78,8 @@ def block_stats(
 
     Notes
     -----
-    One read for everything but outliers; on a CPU in compiled C where a compiler is there, which takes a fifth more time than a
-    sum over the same tensors, rows shared between torch's threads; else by torch in blocks that stay in cache, three times that.
+    One read for everything but outliers; on a CPU in compiled C where a compiler is there, rows shared between torch's threads;
+    else by torch in blocks that stay in cache, which takes about four times as long (docs/costs.md).
     Channels are sums of (y - c)**p, p = 1 to 4, about a pivot c (the channel's mean over the first 64 valid rows),
     added in float64. At a mean of 100 standard deviations kurtosis from raw float32 moments is off by 2,700 %, about the pivot by
     less than 1e-5. Outliers are counted in a second read of the output, only of channels that can have any: one beyond 6
