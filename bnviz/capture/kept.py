@@ -15,13 +15,14 @@ import numpy as np
 
 ROOM = 1 << 20  # bytes that are taken from the system at once
 ALIGNED = 64
+SMALL = 448  # bytes that Python keeps in rooms of its own, with what a bytes object has beside them
 
 _lock = threading.Lock()
 _room, _used = np.empty(0, np.uint8), 0
 
 
 class Kept:
-    """Copies of some arrays, by name, side by side: their memory goes back to the system when nothing kept beside it is left.
+    """Copies of some arrays, by name: their memory goes back to the system when nothing kept beside it is left.
 
     Parameters
     ----------
@@ -34,22 +35,28 @@ class Kept:
     ([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], True)
     """
 
-    __slots__ = ("_bytes", "_places")
+    __slots__ = ("_copies",)
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        total, places = 0, []
-        for name, one in arrays.items():
-            places.append((name, one.shape, one.dtype, total, total + one.nbytes))
-            total += -(-one.nbytes // ALIGNED) * ALIGNED
-        self._bytes, self._places = _take(total), tuple(places)
-        for (_, shape, dtype, start, stop), one in zip(places, arrays.values(), strict=True):
-            self._bytes[start:stop].view(dtype).reshape(shape)[...] = one
+        self._copies = [
+            (name, one.tobytes(), one.dtype, one.shape) if one.nbytes <= SMALL else (name, _apart(one), None, ())
+            for name, one in arrays.items()
+        ]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The copies."""
         return {
-            name: self._bytes[start:stop].view(dtype).reshape(shape) for name, shape, dtype, start, stop in self._places
+            name: np.frombuffer(one, dtype).reshape(shape).copy() if isinstance(one, bytes) else one
+            for name, one, dtype, shape in self._copies
         }
+
+
+def _apart(one: np.ndarray) -> np.ndarray:
+    """A copy of a larger array."""
+    room = _take(-(-one.nbytes // ALIGNED) * ALIGNED)
+    copy: np.ndarray = room[: one.nbytes].view(one.dtype).reshape(one.shape)
+    copy[...] = one
+    return copy
 
 
 def _take(size: int) -> np.ndarray:
