@@ -1,6 +1,6 @@
 """What a capture costs: time, memory and records against the plain forward, on a llama with random weights.
 
-    python -m bench.capture [--layers 12] [--hidden 512] [--tokens 1024] [--rounds 7] [--threads 1]
+    python -m bench.capture [--layers 12] [--hidden 512] [--tokens 1024] [--rounds 7] [--threads 1] [--device cpu]
 
 Each round makes a capture of its own, as a first forward is watched; *later* is the second forward of such a capture, when the
 blocks' residual writers are known. A decode step is one token behind `tokens` in the cache, the mean of 64 in a row: the
@@ -72,19 +72,45 @@ def _row(label: str, ratios: list[Ratio], nbytes: float) -> str:
     return f"{label:<38}{columns}{quantities.size(nbytes):>12}"
 
 
+def _clock(given: argparse.Namespace) -> str:
+    if given.device != "cpu":
+        return "wall"
+    return f"{given.threads} thread(s), {'processor' if given.threads == 1 else 'wall'}"
+
+
+def _machine(device: str) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _device_memory(model: Any, ids: torch.Tensor) -> None:
+    """Print the peak of the GPU's memory over a plain forward and over watched ones."""
+
+    def most(act: Any) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        act()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+
+    with torch.no_grad():
+        plain = most(lambda: model(ids))
+        for label, probes in CASES.items():
+            watched = most(Watched(model, ids, probes).first)
+            print(f"peak memory of the GPU, {label}: {watched / plain:.2f} x {quantities.size(plain)}")
+
+
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("layers", 12), ("hidden", 512), ("tokens", 1024), ("rounds", 7), ("threads", 1)):
         ask.add_argument(f"--{name}", type=int, default=value)
+    ask.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = ask.parse_args()
     torch.set_num_threads(given.threads)
-    model, ids = build(given.layers, given.hidden, given.tokens)
-    clock = "processor" if given.threads == 1 else "wall"
-    print(f"{given.layers}-layer llama, hidden {given.hidden}, {given.tokens} tokens, float32")
-    print(
-        f"{given.threads} thread(s), {clock} time over the plain model's · "
-        f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    )
+    model, ids = build(given.layers, given.hidden, given.tokens, given.device)
+    print(f"{given.layers}-layer llama, hidden {given.hidden}, {given.tokens} tokens, {model.dtype}")
+    print(f"{_clock(given)} time over the plain model's · torch {torch.__version__}, {_machine(given.device)}")
     print(f"{'probes':<38}{'first forward':>21}{'later forward':>21}{'decode step':>21}{'records':>12}")
     with torch.no_grad():
         for label, probes in CASES.items():
@@ -95,6 +121,9 @@ def main() -> None:
             ]
             ratios.append(paired(lambda: steps(model, ids), watched.step, max(3, given.rounds // 2)))
             print(_row(label, ratios, watched.nbytes), flush=True)
+    if given.device != "cpu":
+        _device_memory(model, ids)
+        return
     size = (given.layers, given.hidden, given.tokens)
     plain = peak("", *size)
     for probes in ("activations", "activations,attention,keys_values"):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 
-def build(layers: int, hidden: int, tokens: int, **config: Any) -> tuple[Any, torch.Tensor]:
-    """The model and its input (1, tokens)."""
+def build(layers: int, hidden: int, tokens: int, device: str = "cpu", **config: Any) -> tuple[Any, torch.Tensor]:
+    """The model and its input (1, tokens); in bfloat16 on a GPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -22,7 +22,8 @@ def build(layers: int, hidden: int, tokens: int, **config: Any) -> tuple[Any, to
         max_position_embeddings=2 * max(tokens, 1024),
         **config,
     )
-    return LlamaForCausalLM(settings).eval(), torch.randint(0, 1024, (1, tokens))
+    model, ids = LlamaForCausalLM(settings).eval(), torch.randint(0, 1024, (1, tokens))
+    return (model, ids) if device == "cpu" else (model.to(device, torch.bfloat16), ids.to(device))
 
 
 class Decoding:

@@ -81,20 +81,27 @@ class Channels:
             torch.amin(low, 0, out=bottom)
         self._rows, self._added = self._rows + y.shape[0], self._added + 1
         u, work = self._scratch.view(0, *y.shape), self._scratch.view(1, *y.shape)
-        if self._ones.shape[1] != y.shape[0]:
-            self._ones = y.new_ones(1, y.shape[0])
-        ones, (zeros, one, two, three, four) = self._ones, self._each
+        zeros, one, two, three, four = self._each
         torch.eq(y, 0, out=work)
         torch.addcmul(self._shift, y, self._per_unit, out=u)
         if out is not None:
             work.masked_fill_(out, 0.0)
             u.masked_fill_(out, 0.0)
-        torch.mm(ones, work, out=zeros)
-        torch.mm(ones, u, out=one)
-        torch.mm(ones, torch.mul(u, u, out=work), out=two)
-        torch.mm(ones, u.mul_(work), out=three)
-        torch.mm(ones, work.mul_(work), out=four)
+        self._total(work, zeros)
+        self._total(u, one)
+        self._total(torch.mul(u, u, out=work), two)
+        self._total(u.mul_(work), three)
+        self._total(work.mul_(work), four)
         self._sums += self._block
+
+    def _total(self, rows: Tensor, into: Tensor) -> None:
+        """Sums over rows; on a GPU, where a product of one row has no parallel work, as such."""
+        if rows.device.type != "cpu":
+            torch.sum(rows, 0, keepdim=True, out=into)
+            return
+        if self._ones.shape[1] != rows.shape[0]:
+            self._ones = rows.new_ones(1, rows.shape[0])
+        torch.mm(self._ones, rows, out=into)
 
     def moments(self, xp: Any = torch) -> dict[str, Any]:
         """The numbers of every channel but its outliers, float64, and "high", "low" (slots, features).
@@ -150,7 +157,7 @@ def outliers(y: Tensor, keep: Tensor | None, channels: Channels, found: dict[str
     share = torch.where(torch.as_tensor(counted > 0, device=y.device), torch.zeros_like(mean), math.nan)
     chosen = some.nonzero()[:, 0] if y.device.type == "cpu" else torch.arange(len(some), device=y.device)
     count = torch.zeros(len(chosen), dtype=torch.float64, device=y.device)
-    height = max(8, (1 << 17) // max(1, len(chosen)))
+    height = max(8, (1 << 17 if y.device.type == "cpu" else 1 << 24) // max(1, len(chosen)))
     for start in range(0, y.shape[0] if len(chosen) else 0, height):
         values = y[start : start + height].index_select(1, chosen).double()
         far = ((values - mean[chosen]).abs() > limit[chosen]) & torch.isfinite(values)

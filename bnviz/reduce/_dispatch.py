@@ -38,16 +38,19 @@ def mode() -> str:
     return value
 
 
-def twin(name: str, query: Any, pattern: Any) -> Callable[..., Any] | None:
-    """The Triton twin of reduction `name` for a call with this `query` tensor and `pattern`; None: run the plain one."""
+def twin(name: str, query: Any, pattern: Any, *, function: str = "") -> Callable[..., Any] | None:
+    """The Triton twin of reduction `name` for a call with this `query` tensor and `pattern`; None: run the plain one.
+
+    `function`: of its file, where that is not named like the reduction.
+    """
     module = None if name in _failed else _chosen(name, query.device.type, mode())
     if module is None:
         return None
     if reason := module.supports(query, pattern):
         _log.debug("%s: plain for this call (%s)", name, reason)
         return None
-    function: Callable[..., Any] = getattr(module, name)
-    return function
+    found: Callable[..., Any] = getattr(module, function or name)
+    return found
 
 
 def fell(name: str, error: Exception) -> None:

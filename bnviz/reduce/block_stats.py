@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from bnviz.errors import SchemaError
 
+from . import _dispatch
 from ._alone import alone
 from ._block_native import functions, native
 from ._block_pass import Passed, Stream, careful, quick
@@ -158,12 +160,33 @@ def _of_stream(sides: tuple[Any, ...], parallel: bool, valid: Any, channels: boo
     if keep is not None:
         if keep.shape != shape:
             raise SchemaError(f"valid must be (...) = {tuple(shape)}; found {tuple(keep.shape)}.")
-        keep = keep.reshape(-1).bool()
+        keep = keep.bool()
     with _quiet(first.device.type):
+        if (found := _twin(given, parallel, keep, channels)) is not None:
+            return found
+        keep = None if keep is None else keep.reshape(-1)
         flat = [None if side is None else side.resolve_neg().reshape(-1, first.shape[-1]) for side in given]
         stream = Stream(flat[0], flat[1], tuple(flat[2:]), parallel, keep)  # type: ignore[arg-type]
         stats = _stats_of(stream, channels, shape)
     return [_arrays(one) for one in stats] if isinstance(sides[0], np.ndarray) else stats
+
+
+def _twin(given: list[Any], parallel: bool, valid: Tensor | None, channels: bool) -> list[BlockStats] | None:
+    """What the Triton twin makes of it, where it runs."""
+    before, after, *written = given
+    if before.is_cpu and os.environ.get("BNVIZ_KERNELS") != "interpret":
+        return None
+    others = [side for side in given[1:] if side is not None]
+    function = _dispatch.twin("block_stats", before, others, function="stream_stats")
+    if function is None:
+        return None
+    try:
+        found = function(before, after, written, parallel=parallel, valid=valid, channels=channels)
+    except Exception as error:  # a kernel that does not compile here must not cost the capture
+        _dispatch.fell("block_stats", error)
+        return None
+    none = dict.fromkeys(_BY_CHANNEL)
+    return [BlockStats(**(none | one)) for one in found]
 
 
 @contextlib.contextmanager

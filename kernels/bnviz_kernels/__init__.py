@@ -9,7 +9,7 @@ import importlib
 import os
 from typing import Any
 
-NAMES = ("attention_stats",)
+NAMES = ("attention_stats", "block_stats")
 
 
 def obstacle(*, interpret: bool = False) -> str:
