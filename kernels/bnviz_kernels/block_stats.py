@@ -1,19 +1,20 @@
 r"""What a block does to its input, row by row, and how its output's channels are distributed, from one read of every tensor.
 
-========================  ==========================================================  ===================================
+========================  ==========================================================  =====================================
 output                    definition (b before, a after, w = a - b)                   made by
-========================  ==========================================================  ===================================
-norm_in, norm_out         \|b\|, \|a\|                                                pass, then rows kernel
-cosine                    b.a / (\|b\| \|a\|)                                         pass, then rows kernel
-relative_change           \|w\| / \|b\|                                               pass, then rows kernel
-mean, variance, kurtosis  of a channel of a, from sums of (a - c)^p, p = 1 to 4       pass about a pivot c, then channels
-max_abs, zero_fraction    of a channel of a                                           pass, then channels kernel
-outlier_fraction          beyond 6 standard deviations                                outliers kernel, where any can be
+========================  ==========================================================  =====================================
+norm_in, norm_out         \|b\|, \|a\|                                                rows kernel
+cosine                    b.a / (\|b\| \|a\|)                                         rows kernel
+relative_change           \|w\| / \|b\|                                               rows kernel
 nonfinite                 values of either side that are NaN or infinite              rows kernel, where a sum is not finite
-========================  ==========================================================  ===================================
+mean, variance, kurtosis  of a channel of a, from sums of (a - c)^p, p = 1 to 4       pass about pivots c, channels kernel
+max_abs, zero_fraction    of a channel of a                                           pass, channels kernel
+outlier_fraction          beyond 6 standard deviations                                outliers kernel, where any can be
+========================  ==========================================================  =====================================
 
-The pass owns some columns and a stripe of rows: a channel's sums stay in registers for the whole stripe, a row's sums are one
-reduction in a warp. It asks of no value whether it is finite: sums tell, and what they tell of is read again in float64.
+Rows and channels are added up by programs of their own, so `a` is read twice: a program that has both needs a reduction across
+threads for every row of every tile, and took twice as long on an H200. No value is asked whether it is finite: sums tell, and
+what they tell of is read again in float64.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from typing import Any
 import torch
 import triton
 
-from ._block_programs import pass_kernel, pivot_kernel, rows_kernel
-from ._channel_programs import channels_kernel, outliers_kernel
+from ._block_programs import rows_kernel
+from ._channel_programs import channels_kernel, outliers_kernel, pass_kernel
 from ._mode import INTERPRETING
 
 BY_ROW = ("norm_in", "norm_out", "cosine", "relative_change")
 BY_CHANNEL = ("mean", "variance", "max_abs", "kurtosis", "zero_fraction", "outlier_fraction")
 OUTLIER = 6.0
 MOST_PARTS = 3
-TILE = 2048  # values of a tile of the pass
-WIDEST = 512  # columns of it
+TILE = 1024  # values of a tile: 8 in each thread of 4 warps
+COLS = 256  # of it: a warp has whole rows
 WARPS, STAGES = 4, 3
-PER_SM = 4  # programs for each multiprocessor
+PER_SM = 8  # programs for each multiprocessor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -131,7 +132,9 @@ def stream_stats(
         What `supports` says, or too many parts.
     """
     sides = (*(() if after is None else (after,)), *written)
-    reason = supports(before, sides) or (f"{len(written)} parts" if len(written) > MOST_PARTS else "")
+    reason = supports(before, sides)
+    if not reason and (len(written) > MOST_PARTS or (after is None and len(written) != 1)):
+        reason = f"{len(written)} parts{'' if after is not None else ' of a block without its output'}"
     if reason:
         raise ValueError(f"The block_stats kernel does not serve {reason}; use bnviz.reduce.block_stats.")
     call = _Call(before, after, tuple(written), parallel, valid)
@@ -150,92 +153,67 @@ class _Call:
         parallel: bool,
         valid: torch.Tensor | None,
     ) -> None:
-        self.shape, self.features = before.shape[:-1], before.shape[-1]
+        self.shape, self.features, self.device = before.shape[:-1], before.shape[-1], before.device
         self.rows = self.shape.numel()
         none: tuple[None, ...] = (None,) * (MOST_PARTS - len(written))
-        flat = [None if s is None else _flat(s, self.features) for s in (before, after, *written, *none)]
-        self.sides, self.strides = flat, [0 if side is None else side.stride(0) for side in flat]
-        self.device = before.device
+        self.sides = [None if side is None else _flat(side, self.features) for side in (before, after, *written, *none)]
+        self.strides = [0 if side is None else side.stride(0) for side in self.sides]
         self.keep = None if valid is None else valid.reshape(-1).contiguous().view(torch.uint8)
-        self.parts, self.groups = len(written), len(written) + (after is not None)
+        self.groups, self.parts, self.parallel = len(written) + (after is not None), len(written), parallel
         self.kind = {"AFTER": after is not None, "KEEP": valid is not None}
-        self.chain = {"PARTS": len(written), "PARALLEL": parallel}
-        self.cols = min(WIDEST, max(16, triton.next_power_of_2(self.features)))
-        self.height = (256 if INTERPRETING else TILE) // self.cols or 1
-        self.blocks = triton.cdiv(self.features, self.cols)
-        most = PER_SM * _multiprocessors(before.device) // self.blocks
-        stripes = max(1, min(triton.cdiv(self.rows, self.height), most))
-        self.stripe = triton.cdiv(triton.cdiv(self.rows, stripes), self.height) * self.height
-        self.stripes = triton.cdiv(self.rows, self.stripe)
+        self.cols = min(COLS, max(16, triton.next_power_of_2(self.features)))
+        self.height = (256 if INTERPRETING else TILE) // self.cols
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def run(self, channels: bool) -> list[dict[str, torch.Tensor]]:
-        sums = 1 + 3 * self.groups
-        by_row = self.new(self.blocks, sums, self.rows)
-        bad = [self.new(dtype=torch.int64) for _ in range(self.groups)]
-        made: list[torch.Tensor | None] = [None] * 4  # pivot, by_channel, kept, far
-        if channels:
-            many = self.new(self.stripes, 7, self.features)
-            made = [self._pivot(), many, self.new(self.stripes), self.new(self.features, dtype=torch.int32)]
-        pivot, by_channel, kept, far = made
-        pass_kernel[self.blocks, self.stripes](
-            *self.sides, self.keep, pivot, by_row, by_channel, kept, far, *bad, *self.none(bad), *self.strides,
-            self.rows, self.features, self.stripe, ROWS=self.height, COLS=self.cols, CHANNELS=channels, STAGES=STAGES,
-            **self.kind, **self.chain, num_warps=WARPS,
-        )  # fmt: skip
-        found = self._rows(by_row, bad)
-        if pivot is not None and by_channel is not None and kept is not None and far is not None:
-            found[0] |= self._channels(pivot, by_channel, kept, far)
+        if not channels:
+            return self._rows([torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(self.groups)])
+        lost = [self.new(dtype=torch.int64) for _ in range(self.groups)]
+        by_channel = self._channels(lost)  # before the rows: it sets their counts to none
+        found = self._rows(lost)
+        found[0] |= by_channel
         return found
 
     def none(self, groups: list[Any]) -> list[None]:
         """In the place of the groups that there could be."""
         return [None] * (MOST_PARTS + 1 - len(groups))
 
-    @property
-    def after(self) -> tuple[Any, ...]:
-        """What the channels are of: before, after and the first that was written, and how their rows lie."""
-        return *self.sides[:3], *self.strides[:3]
-
-    def _pivot(self) -> torch.Tensor:
-        pivot, samples = self.new(self.features), 16 if INTERPRETING else 64
-        (before, after, written, *strides), cols = self.after, 32
-        pivot_kernel[(triton.cdiv(self.features, cols),)](
-            before, after, written, self.keep, pivot, *strides, self.rows, self.features,
-            triton.cdiv(self.rows, samples), SAMPLES=samples, COLS=cols, **self.kind, num_warps=4,
-        )  # fmt: skip
-        return pivot
-
-    def _rows(self, by_row: torch.Tensor, bad: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        found = [{name: self.new(*self.shape) for name in BY_ROW} | {"nonfinite": lost} for lost in bad]
+    def _rows(self, lost: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        found = [{name: self.new(*self.shape) for name in BY_ROW} | {"nonfinite": one} for one in lost]
         places: list[torch.Tensor | None] = [one for group in found for one in group.values()]
-        places += 5 * self.none(bad)
-        blocks = triton.next_power_of_2(self.blocks)
-        height = max(1, min(32, 1024 // blocks))
-        rows_kernel[(triton.cdiv(self.rows, height),)](
-            *self.sides, self.keep, by_row, *places, *self.strides, self.rows, self.features, self.blocks,
-            ROWS=height, BLOCKS=blocks, **self.kind, **self.chain, num_warps=2,
+        places += 5 * self.none(lost)
+        rows_kernel[(triton.cdiv(self.rows, self.height),)](
+            *self.sides, self.keep, *places, *self.strides, self.rows, self.features, ROWS=self.height, COLS=self.cols,
+            PARTS=self.parts, PARALLEL=self.parallel, STAGES=STAGES, **self.kind, num_warps=WARPS,
         )  # fmt: skip
         return found
 
-    def _channels(
-        self, pivot: torch.Tensor, by_channel: torch.Tensor, kept: torch.Tensor, far: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        out = {name: self.new(self.features) for name in BY_CHANNEL[:5]}
-        counted, edges = (self.new(n, self.features, dtype=torch.float64) for n in (1, 2))
-        (before, after, written, *strides), cols = self.after, 32
-        stripes = max(2, min(64, triton.next_power_of_2(self.stripes)))
-        channels_kernel[(triton.cdiv(self.features, cols),)](
-            before, after, written, self.keep, pivot, by_channel, kept, *out.values(), counted, edges, *strides,
-            self.rows, self.features, self.stripes, COLS=cols, STRIPES=stripes, ROWS=32, **self.kind, num_warps=4,
+    def _channels(self, lost: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        blocks = triton.cdiv(self.features, self.cols)
+        most = max(1, PER_SM * _multiprocessors(self.device) // blocks)
+        stripe = triton.cdiv(triton.cdiv(self.rows, most), self.height) * self.height
+        stripes = triton.cdiv(self.rows, stripe)
+        by_channel, kept = self.new(stripes, 8, self.features), self.new(stripes)
+        # of before, after and the first that was written, whichever tell
+        given, where = (*self.sides[:3], self.keep), (*self.strides[:3], self.rows, self.features)
+        pass_kernel[blocks, stripes](
+            *given, by_channel, kept, *lost, *self.none(lost), *where, stripe, ROWS=self.height, COLS=self.cols,
+            GROUPS=self.groups, STAGES=STAGES, **self.kind, num_warps=WARPS,
         )  # fmt: skip
-        outliers_kernel[self.blocks, self.stripes](
-            before, after, written, self.keep, by_channel, edges, far, *strides, self.rows, self.features, self.stripe,
-            OUTLIER, ROWS=self.height, COLS=self.cols, **self.kind, num_warps=4,
+        out, edges = (
+            {name: self.new(self.features) for name in BY_CHANNEL},
+            self.new(3, self.features, dtype=torch.float64),
+        )
+        channels_kernel[(triton.cdiv(self.features, 16),)](
+            *given, by_channel, kept, *out.values(), edges, *where, stripes, COLS=16,
+            STRIPES=max(2, min(64, triton.next_power_of_2(stripes))), ROWS=64, **self.kind, num_warps=4,
         )  # fmt: skip
-        out["outlier_fraction"] = torch.div(far, counted[0]).float()
+        outliers_kernel[blocks, stripes](
+            *given, by_channel, edges, out["outlier_fraction"], *where, stripe, OUTLIER, ROWS=self.height, COLS=self.cols,
+            **self.kind, num_warps=WARPS,
+        )  # fmt: skip
         return out
 
 
