@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU time of one t
 
 import attention_stats  # noqa: E402
 import block_stats  # noqa: E402
-from race import header, line  # noqa: E402
+from race import Ceilings, header, line  # noqa: E402
 
 BENCHES = (attention_stats, block_stats)
 
@@ -28,10 +28,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("--seconds", type=float, default=2.0, help="time for one row of the table")
     seconds = parser.parse_args().seconds
-    print(header())
+    ceilings = Ceilings.measured()
+    print(header(ceilings))
     for bench in BENCHES:
         for row in bench.rows(seconds):
-            print(line(row), flush=True)
+            print(line(row, ceilings), flush=True)
 
 
 if __name__ == "__main__":

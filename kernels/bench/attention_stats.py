@@ -45,4 +45,5 @@ def rows(seconds: float) -> Iterator[Row]:
             if heads * tokens**2 * 12 < 24 << 30:  # it has to fit
                 variants["naive"] = lambda q=query, k=key: naive(q, k)
             shape = f"{batch}x{heads}x{tokens}x{dim} kv{kv_heads}"
-            yield Row(f"attention_stats: {name}", shape, dtype, race(variants, seconds))
+            operations = batch * heads * tokens**2 * dim  # of one product, half of which is hidden
+            yield Row(f"attention_stats: {name}", shape, dtype, race(variants, seconds), operations=operations)

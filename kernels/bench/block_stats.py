@@ -27,6 +27,10 @@ def naive(sides: tuple[Tensor, ...]) -> list[object]:
     return found
 
 
+def _nbytes(sides: tuple[Tensor, ...]) -> float:
+    return sum(side.nbytes for side in sides)
+
+
 def _parts(before: Tensor, written: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for part in written:
         yield before, before + part, part
@@ -48,4 +52,10 @@ def rows(seconds: float) -> Iterator[Row]:
                     "floor": lambda s=sides: [side.sum() for side in s],
                     "naive": partial(naive, sides),
                 }
-                yield Row(f"block_stats: {name}", f"{tokens}x{features}", dtype, race(variants, seconds))
+                yield Row(
+                    f"block_stats: {name}",
+                    f"{tokens}x{features}",
+                    dtype,
+                    race(variants, seconds),
+                    nbytes=_nbytes(sides),
+                )

@@ -1,4 +1,8 @@
-"""Timing that repeats: variants interleaved in one process, quantiles of each, ratios against a peer of the same round."""
+"""Timing that repeats: variants interleaved in one process, quantiles of each, ratios against a peer of the same round.
+
+Rates are of the least there is to do, each tensor read once or one product of queries and keys, and are compared with two
+ceilings measured before: a copy that is larger than the caches (bytes read and written), and a square matrix product.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; seconds of every round by variant, "ours" among them."""
+    """One line of the table; seconds of every round by variant, "ours" among them; least bytes or operations."""
 
     kernel: str
     shape: str
     dtype: torch.dtype
     rounds: Mapping[str, list[float]]
+    nbytes: float = 0.0
+    operations: float = 0.0
 
     def quantiles(self, variant: str = "ours") -> tuple[float, float, float]:
         """10 %, median and 90 %."""
@@ -80,7 +86,35 @@ def race(variants: Mapping[str, Callable[[], object]], seconds: float) -> dict[s
     return rounds
 
 
-def header() -> str:
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates that this machine reaches: bytes a second of a copy, operations a second of a matrix product."""
+
+    copy: float
+    product: float
+
+    @classmethod
+    def measured(cls) -> Ceilings:
+        """Medians of seven, on a GPU in bfloat16, on a CPU in float32."""
+        large, side = (1 << 29, 8192) if DEVICE == "cuda" else (1 << 25, 1024)
+        dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+        source, left, right = torch.randn(large, device=DEVICE), *torch.randn(2, side, side, device=DEVICE).to(dtype)
+        target = torch.empty_like(source)
+        acts: tuple[Callable[[], object], ...] = (lambda: target.copy_(source), lambda: left @ right)
+        copy, product = (statistics.median([once(act) for _ in range(8)][1:]) for act in acts)
+        return cls(2 * source.nbytes / copy, 2 * side**3 / product)
+
+    def of(self, row: Row) -> tuple[str, float]:
+        """A row's rate, in words, and its share of the ceiling."""
+        seconds = row.quantiles()[1]
+        if row.nbytes:
+            return f"{row.nbytes / seconds / 1e9:.1f} GB/s", row.nbytes / seconds / self.copy
+        rate = row.operations / seconds
+        unit, by = ("TFLOP/s", 1e12) if rate > 1e12 else ("GFLOP/s", 1e9)
+        return f"{rate / by:.1f} {unit}", rate / self.product
+
+
+def header(ceilings: Ceilings) -> str:
     """What was measured on, and the table's head."""
     try:
         triton = version("triton")
@@ -94,16 +128,18 @@ def header() -> str:
         device = f"{machine} ({capability}), {torch.get_num_threads()} thread(s), CPU time"
     times = " ".join(f"{name + ' ms':>9s}" for name in ("p10", "p50", "p90"))
     ratios = " ".join(f"{'/ ' + name:>8s}" for name in PEERS)
-    head = f"{'kernel':30s} {'shape':20s} {'dtype':9s} {times} {ratios} {'rounds':>6s}"
-    return f"{device}; torch {torch.__version__}, triton {triton}\n{head}"
+    head = f"{'kernel':33s} {'shape':20s} {'dtype':9s} {times} {'rate':>14s} {'/ peak':>6s} {ratios} {'rounds':>6s}"
+    product = "bfloat16" if DEVICE == "cuda" else "float32"
+    peaks = f"copy {ceilings.copy / 1e9:.1f} GB/s, {product} product {ceilings.product / 1e12:.3g} TFLOP/s"
+    return f"{device}; torch {torch.__version__}, triton {triton}\n{peaks}\n{head}"
 
 
-def line(row: Row) -> str:
+def line(row: Row, ceilings: Ceilings) -> str:
     low, middle, high = (1e3 * seconds for seconds in row.quantiles())
     ratios = (row.ratio(name) for name in PEERS)
     shown = " ".join(f"{'-' if ratio is None else f'{ratio:.2f}':>8s}" for ratio in ratios)
-    name = str(row.dtype).removeprefix("torch.")
+    name, (rate, share) = str(row.dtype).removeprefix("torch."), ceilings.of(row)
     return (
-        f"{row.kernel:30s} {row.shape:20s} {name:9s} {low:9.2f} {middle:9.2f} {high:9.2f} {shown} "
+        f"{row.kernel:33s} {row.shape:20s} {name:9s} {low:9.2f} {middle:9.2f} {high:9.2f} {rate:>14s} {share:6.0%} {shown} "
         f"{len(row.rounds['ours']):6d}"
     )
