@@ -14,7 +14,7 @@ from . import _attention_native, _attention_row, _dispatch
 from ._alone import alone
 from ._attention_gather import gather
 from ._attention_marks import bin_size
-from ._attention_pairs import PAIRS
+from ._attention_pairs import PAIRS, partners
 from ._attention_pattern import BY_KEY, BY_QUERY, STATISTICS, Pattern, Statistics
 from ._attention_sight import Tokens, tokens
 from ._attention_strips import strips
@@ -101,7 +101,7 @@ def attention_stats(
     With `sinks` rows sum to less than one and `entropy` is of the keys' shares as they are, not renormalised. A NaN in a row
     that counts is seen in that row and in the sums per key of its head, never in other rows. Shares below 1e-14 of a row's
     largest are held there (float32 only: smaller ones cost a hundred times as much to compute with). On a GPU the Triton twin
-    makes what it can, see `BNVIZ_KERNELS`; on a CPU the pass runs in one thread.
+    makes them, see `BNVIZ_KERNELS`; on a CPU the pass runs in one thread.
 
     `mass` is the score of H2O (arXiv 2306.14048), `window_mass` of SnapKV (2404.14469), `last_row` of TOVA (2401.06104),
     `pivotal` of Scissorhands (2305.17118), `sink_mass` of StreamingLLM (2309.17453), `echo_mass` and `induction_mass` of
@@ -146,13 +146,14 @@ def _run(
     lse: Tensor | None,
     token_ids: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The Triton twin for what it makes, one product a row for shares of single keys, the plain strips for the rest."""
+    """The Triton twin, which makes all names; else one product a row for shares of single keys, the plain strips for the rest."""
     pattern, sizes, names = options
     out: dict[str, Tensor] = {}
-    twin = _dispatch.twin("attention_stats", query, pattern)
+    twin = _dispatch.twin("attention_stats", query, pattern) if of.keys else None
     if twin is not None:
+        of_rows = {"lse": lse, "partners": partners(names, of, token_ids, query.device)}
         try:
-            out = twin(query, key, pattern=pattern, statistics=sizes, valid=(of.rows, of.keys_valid), lse=lse)
+            out = twin(query, key, pattern=pattern, statistics=sizes, valid=(of.rows, of.keys_valid), **of_rows)
         except Exception as error:  # a kernel that does not compile here must not cost the capture
             _dispatch.fell("attention_stats", error)
         lse = out.pop("lse", lse)

@@ -6,56 +6,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._attention_tiles import lay, load_rows, logits, sees, visible
+
 # A kernel's long list of parameters reads as a paragraph.
 # fmt: off
-
-
-@triton.jit
-def _rows(base, rows, stride, count, D: tl.constexpr, DP: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows of a (.., rows, D) array, zero past `count`, padded to DP columns."""
-    d = tl.arange(0, DP)
-    pointer = base + rows[:, None].to(tl.int64) * stride + d[None, :]
-    if DP == D:
-        x = tl.load(pointer, mask=(rows < count)[:, None], other=0.0)
-    else:
-        x = tl.load(pointer, mask=(rows < count)[:, None] & (d < D)[None, :], other=0.0)
-    if UPCAST:  # the interpreter adds bfloat16 as if their bits were integers
-        x = x.to(tl.float32)
-    return x
 
 
 @triton.jit
 def _fold(x, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """Sum of rows r and r + 8 of every 16: both lie in one thread."""
     return tl.sum(tl.reshape(x, (BLOCK_Q // 16, 2, 8, BLOCK_K)), axis=1)
-
-
-@triton.jit
-def _visible(i, shift, nk, WINDOW, CAUSAL: tl.constexpr, SLIDING: tl.constexpr):
-    """Keys that row i sees."""
-    last = tl.zeros_like(i) + nk - 1
-    first = tl.zeros_like(i)
-    if CAUSAL:
-        last = i + shift
-    if SLIDING:
-        first = tl.maximum(i + shift - WINDOW + 1, 0)
-        if not CAUSAL:
-            last = tl.minimum(i + shift + WINDOW - 1, nk - 1)
-    return tl.maximum(last - first + 1, 0)
-
-
-@triton.jit
-def _sees(i, j, shift, nq, nk, WINDOW, CAUSAL: tl.constexpr, SLIDING: tl.constexpr):
-    """(rows, keys): which pairs exist and are seen."""
-    gap = i[:, None] + shift - j[None, :]
-    ok = (i < nq)[:, None] & (j < nk)[None, :]
-    if CAUSAL:
-        ok = ok & (gap >= 0)
-    if SLIDING:
-        ok = ok & (gap < WINDOW)
-        if not CAUSAL:
-            ok = ok & (gap > -WINDOW)
-    return ok
 
 
 @triton.jit
@@ -86,22 +46,28 @@ def _edges(
 
 @triton.jit
 def _walk(
-    mass, square, peak, window, pivot, k_tile, j, q_base, l_base, w_base, e_base, nq, nk, shift, stride_qn, scale,
-    WINDOW, lo, hi, D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr, SQUARE: tl.constexpr, PEAK: tl.constexpr,
-    SNAP: tl.constexpr, PIVOT: tl.constexpr, ENTROPY: tl.constexpr, PADDED: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, MARGIN: tl.constexpr,
+    mass, square, peak, window, pivot, k_tile, j, q_base, a_base, l_base, c_base, w_base, e_base, nq, nk, shift,
+    stride_qn, stride_ai, stride_aj, scale, cap, hide, WINDOW, lo, hi, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
+    ALLOWED: tl.constexpr, SOFTCAP: tl.constexpr, SQUARE: tl.constexpr, PEAK: tl.constexpr, SNAP: tl.constexpr,
+    PIVOT: tl.constexpr, ENTROPY: tl.constexpr, PADDED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    MARGIN: tl.constexpr,
 ):
     """Add query blocks [lo, hi) to the sums of one block of keys."""
     for start in tl.range(lo, hi, BLOCK_Q):
         i = start + tl.arange(0, BLOCK_Q)
-        q_tile = _rows(q_base, i, stride_qn, nq, D, DP, UPCAST)
+        q_tile = load_rows(q_base, i, stride_qn, nq, D, DP, UPCAST)
         ell = tl.load(l_base + i, mask=i < nq, other=1e30)
-        t = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale - ell[:, None]
+        counts = (ell >= 1e29) == 0  # where it is NaN too: that is to be seen
+        t = logits(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, cap, SOFTCAP)
         if MASKED:
-            t = tl.where(_sees(i, j, shift, nq, nk, WINDOW, CAUSAL, SLIDING) & (ell < 1e29)[:, None], t, -1e30)
-        elif PADDED:  # a row that is padding may hold anything, NaN too
-            t = tl.where((ell < 1e29)[:, None], t, -1e30)
+            ok = sees(i[:, None], j[None, :], shift, nq, nk, WINDOW, CAUSAL, SLIDING)
+            t, ok = lay(t, ok, a_base, i[:, None], j[None, :], nq, nk, stride_ai, stride_aj, hide, ALLOWED)
+            t = tl.where(ok & counts[:, None], t - ell[:, None], -1e30)
+        else:
+            t = t - ell[:, None]
+            if PADDED:  # a row that is padding may hold anything, NaN too
+                t = tl.where(counts[:, None], t, -1e30)
         p = tl.exp2(t)
         mass += _fold(p, BLOCK_Q, BLOCK_K)
         if SQUARE:
@@ -112,7 +78,10 @@ def _walk(
             weight = tl.load(w_base + i, mask=i < nq, other=0.0)
             window += _fold(p * weight[:, None], BLOCK_Q, BLOCK_K)
         if PIVOT:
-            limit = MARGIN - tl.log2(tl.maximum(_visible(i, shift, nk, WINDOW, CAUSAL, SLIDING), 1).to(tl.float32))
+            count = visible(i, shift, nk, WINDOW, CAUSAL, SLIDING)
+            if ALLOWED != 0:
+                count = tl.load(c_base + i, mask=i < nq, other=1)
+            limit = MARGIN - tl.log2(tl.maximum(count, 1).to(tl.float32))
             pivot += _fold((t > limit[:, None]).to(tl.float32), BLOCK_Q, BLOCK_K)
         if ENTROPY:
             tl.atomic_add(e_base + i, tl.sum(p * t, axis=1) * -0.6931471805599453, mask=i < nq, sem="relaxed")
@@ -121,22 +90,27 @@ def _walk(
 
 @triton.jit
 def column_kernel(
-    q, k, lse, weight, mass_out, square_out, peak_out, window_out, pivot_out, entropy, stride_qb, stride_qh,
-    stride_qn, stride_kb, stride_kh, stride_kn, heads, group, nq, nk, first_query, scale, WINDOW, D: tl.constexpr,
-    DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
-    SQUARE: tl.constexpr, PEAK: tl.constexpr, SNAP: tl.constexpr, PIVOT: tl.constexpr, ENTROPY: tl.constexpr,
-    PADDED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, MARGIN: tl.constexpr,
+    q, k, allowed, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_ab, stride_ah, stride_ai,
+    stride_aj, heads, group, nq, nk, scale, cap, hide, WINDOW, lse, count, weight, mass_out, square_out,
+    peak_out, window_out, pivot_out, entropy, first_query, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr, ALLOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr, SQUARE: tl.constexpr, PEAK: tl.constexpr, SNAP: tl.constexpr, PIVOT: tl.constexpr,
+    ENTROPY: tl.constexpr, PADDED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    MARGIN: tl.constexpr,
 ):
-    block = tl.program_id(0)  # the first blocks are seen by most queries: heavy ones start first
+    """Sums over the rows that see one block of keys, and what those rows add to their entropy."""
     bh = tl.program_id(1).to(tl.int64)
     b = bh // heads
     h = bh % heads
-    first = block * BLOCK_K
+    first = tl.program_id(0) * BLOCK_K  # the first blocks are seen by most queries: heavy ones start first
     shift = nk - nq  # query i is the token of key i + shift
     j = first + tl.arange(0, BLOCK_K)
-    k_tile = _rows(k + b * stride_kb + (h // group) * stride_kh, j, stride_kn, nk, D, DP, UPCAST)
+    k_base = k + b * stride_kb + (h // group) * stride_kh
+    k_tile = load_rows(k_base, j, stride_kn, nk, D, DP, UPCAST)
     q_base = q + b * stride_qb + h * stride_qh
+    a_base = allowed + b * stride_ab + h * stride_ah
     l_base = lse + bh * nq
+    c_base = count + bh * nq
     w_base = weight + b * nq
     e_base = entropy + bh * nq
 
@@ -146,51 +120,61 @@ def column_kernel(
     window = tl.zeros((BLOCK_Q // 16, 8, BLOCK_K), tl.float32)
     pivot = tl.zeros((BLOCK_Q // 16, 8, BLOCK_K), tl.float32)
     peak = tl.full((BLOCK_Q // 16, 8, BLOCK_K), -1e30, tl.float32)
+    if ALLOWED != 0:  # every block is masked
+        mid = hi
     mass, square, peak, window, pivot = _walk(
-        mass, square, peak, window, pivot, k_tile, j, q_base, l_base, w_base, e_base, nq, nk, shift, stride_qn,
-        scale, WINDOW, lo, mid, D, DP, BLOCK_Q, BLOCK_K, True, CAUSAL, SLIDING, SQUARE, PEAK, SNAP, PIVOT, ENTROPY,
-        PADDED, UPCAST, PRECISION, MARGIN,
+        mass, square, peak, window, pivot, k_tile, j, q_base, a_base, l_base, c_base, w_base, e_base, nq, nk,
+        shift, stride_qn, stride_ai, stride_aj, scale, cap, hide, WINDOW, lo, mid, D, DP, BLOCK_Q, BLOCK_K, True,
+        CAUSAL, SLIDING, ALLOWED, SOFTCAP, SQUARE, PEAK, SNAP, PIVOT, ENTROPY, PADDED, UPCAST, PRECISION, MARGIN,
     )
-    mass, square, peak, window, pivot = _walk(
-        mass, square, peak, window, pivot, k_tile, j, q_base, l_base, w_base, e_base, nq, nk, shift, stride_qn,
-        scale, WINDOW, mid, end, D, DP, BLOCK_Q, BLOCK_K, False, CAUSAL, SLIDING, SQUARE, PEAK, SNAP, PIVOT, ENTROPY,
-        PADDED, UPCAST, PRECISION, MARGIN,
-    )
-    mass, square, peak, window, pivot = _walk(
-        mass, square, peak, window, pivot, k_tile, j, q_base, l_base, w_base, e_base, nq, nk, shift, stride_qn,
-        scale, WINDOW, end, hi, D, DP, BLOCK_Q, BLOCK_K, True, CAUSAL, SLIDING, SQUARE, PEAK, SNAP, PIVOT, ENTROPY,
-        PADDED, UPCAST, PRECISION, MARGIN,
-    )
+    if ALLOWED == 0:
+        mass, square, peak, window, pivot = _walk(
+            mass, square, peak, window, pivot, k_tile, j, q_base, a_base, l_base, c_base, w_base, e_base, nq, nk,
+            shift, stride_qn, stride_ai, stride_aj, scale, cap, hide, WINDOW, mid, end, D, DP, BLOCK_Q, BLOCK_K, False,
+            CAUSAL, SLIDING, ALLOWED, SOFTCAP, SQUARE, PEAK, SNAP, PIVOT, ENTROPY, PADDED, UPCAST, PRECISION, MARGIN,
+        )
+        mass, square, peak, window, pivot = _walk(
+            mass, square, peak, window, pivot, k_tile, j, q_base, a_base, l_base, c_base, w_base, e_base, nq, nk,
+            shift, stride_qn, stride_ai, stride_aj, scale, cap, hide, WINDOW, end, hi, D, DP, BLOCK_Q, BLOCK_K, True,
+            CAUSAL, SLIDING, ALLOWED, SOFTCAP, SQUARE, PEAK, SNAP, PIVOT, ENTROPY, PADDED, UPCAST, PRECISION, MARGIN,
+        )
 
-    out = bh * nk + j
-    tl.store(mass_out + out, tl.sum(tl.reshape(mass, (BLOCK_Q // 2, BLOCK_K)), axis=0), mask=j < nk)
+    at = bh * nk + j
+    tl.store(mass_out + at, tl.sum(tl.reshape(mass, (BLOCK_Q // 2, BLOCK_K)), axis=0), mask=j < nk)
     if SQUARE:
-        tl.store(square_out + out, tl.sum(tl.reshape(square, (BLOCK_Q // 2, BLOCK_K)), axis=0), mask=j < nk)
+        tl.store(square_out + at, tl.sum(tl.reshape(square, (BLOCK_Q // 2, BLOCK_K)), axis=0), mask=j < nk)
     if PEAK:
-        tl.store(peak_out + out, tl.exp2(tl.max(tl.reshape(peak, (BLOCK_Q // 2, BLOCK_K)), axis=0)), mask=j < nk)
+        tl.store(peak_out + at, tl.exp2(tl.max(tl.reshape(peak, (BLOCK_Q // 2, BLOCK_K)), axis=0)), mask=j < nk)
     if SNAP:
-        tl.store(window_out + out, tl.sum(tl.reshape(window, (BLOCK_Q // 2, BLOCK_K)), axis=0), mask=j < nk)
+        tl.store(window_out + at, tl.sum(tl.reshape(window, (BLOCK_Q // 2, BLOCK_K)), axis=0), mask=j < nk)
     if PIVOT:
-        tl.store(pivot_out + out, tl.sum(tl.reshape(pivot, (BLOCK_Q // 2, BLOCK_K)), axis=0), mask=j < nk)
+        tl.store(pivot_out + at, tl.sum(tl.reshape(pivot, (BLOCK_Q // 2, BLOCK_K)), axis=0), mask=j < nk)
 
 
 @triton.jit
 def lse_kernel(
-    q, k, live, lse, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, heads, group, nq, nk, scale,
-    WINDOW, D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
-    SLIDING: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, allowed, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_ab, stride_ah, stride_ai,
+    stride_aj, heads, group, nq, nk, scale, cap, hide, WINDOW, live, sink, lse, count, D: tl.constexpr,
+    DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
+    ALLOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Base-2 log-sum-exp of one block of rows; 1e30 for rows that are not live or see nothing."""
+    """Base-2 log-sum-exp of one block of rows; 1e30 for rows that are not live or see nothing. With `allowed` also how many
+    keys a row sees."""
     bh = tl.program_id(1).to(tl.int64)
     b = bh // heads
     h = bh % heads
     shift = nk - nq
     first = tl.program_id(0) * BLOCK_Q
     i = first + tl.arange(0, BLOCK_Q)
-    q_tile = _rows(q + b * stride_qb + h * stride_qh, i, stride_qn, nq, D, DP, UPCAST)
+    q_tile = load_rows(q + b * stride_qb + h * stride_qh, i, stride_qn, nq, D, DP, UPCAST)
     k_base = k + b * stride_kb + (h // group) * stride_kh
+    a_base = allowed + b * stride_ab + h * stride_ah
     m = tl.full((BLOCK_Q,), -1e30, tl.float32)
     z = tl.zeros((BLOCK_Q,), tl.float32)
+    if SINK:
+        m = tl.maximum(m, tl.load(sink + h))
+        z += 1.0
+    seen = tl.zeros((BLOCK_Q,), tl.int32)
     lo = 0
     hi = nk
     if CAUSAL:
@@ -201,22 +185,30 @@ def lse_kernel(
             hi = tl.minimum(nk, first + BLOCK_Q + shift + WINDOW - 1)
     for start in tl.range(lo, hi, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
-        k_tile = _rows(k_base, j, stride_kn, nk, D, DP, UPCAST)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        ok = _sees(i, j, shift, nq, nk, WINDOW, CAUSAL, SLIDING)
+        k_tile = load_rows(k_base, j, stride_kn, nk, D, DP, UPCAST)
+        s = logits(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, cap, SOFTCAP)
+        ok = sees(i[:, None], j[None, :], shift, nq, nk, WINDOW, CAUSAL, SLIDING)
+        s, ok = lay(s, ok, a_base, i[:, None], j[None, :], nq, nk, stride_ai, stride_aj, hide, ALLOWED)
         s = tl.where(ok, s, -1e30)
         greatest = tl.maximum(m, tl.max(s, axis=1))
         z = z * tl.exp2(m - greatest) + tl.sum(tl.where(ok, tl.exp2(s - greatest[:, None]), 0.0), axis=1)
         m = greatest
-    counted = (tl.load(live + b * nq + i, mask=i < nq, other=0) != 0) & (z > 0)
-    tl.store(lse + bh * nq + i, tl.where(counted, m + tl.log2(tl.where(z > 0, z, 1.0)), 1e30), mask=i < nq)
+        if ALLOWED != 0:
+            seen += tl.sum(ok.to(tl.int32), axis=1)
+    if ALLOWED != 0:
+        tl.store(count + bh * nq + i, seen, mask=i < nq)
+    else:
+        seen = visible(i, shift, nk, WINDOW, CAUSAL, SLIDING)
+    counted = (tl.load(live + b * nq + i, mask=i < nq, other=0) != 0) & (seen > 0)
+    tl.store(lse + bh * nq + i, tl.where(counted, m + tl.log2(tl.where(z == 0, 1.0, z)), 1e30), mask=i < nq)
 
 
 @triton.jit
 def band_kernel(
-    q, k, lse, first_key, sink_out, local_out, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    heads, group, nq, nk, scale, WINDOW, SINK, LOCAL, D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr, UPCAST: tl.constexpr,
+    q, k, allowed, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_ab, stride_ah, stride_ai,
+    stride_aj, heads, group, nq, nk, scale, cap, hide, WINDOW, lse, first_key, sink_out, local_out, SINK, LOCAL,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
+    SLIDING: tl.constexpr, ALLOWED: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Mass on the first keys and near the diagonal: visits only those blocks, so its cost is linear in the tokens."""
@@ -226,9 +218,10 @@ def band_kernel(
     shift = nk - nq
     first = tl.program_id(0) * BLOCK_Q
     i = first + tl.arange(0, BLOCK_Q)
-    q_tile = _rows(q + b * stride_qb + h * stride_qh, i, stride_qn, nq, D, DP, UPCAST)
+    q_tile = load_rows(q + b * stride_qb + h * stride_qh, i, stride_qn, nq, D, DP, UPCAST)
     ell = tl.load(lse + bh * nq + i, mask=i < nq, other=1e30)
     k_base = k + b * stride_kb + (h // group) * stride_kh
+    a_base = allowed + b * stride_ab + h * stride_ah
     sink_from = tl.load(first_key + b)
     sink = tl.zeros((BLOCK_Q,), tl.float32)
     local = tl.zeros((BLOCK_Q,), tl.float32)
@@ -241,10 +234,11 @@ def band_kernel(
         in_sink = step < sinks
         place = tl.where(in_sink, step + sink_lo, step - sinks + band_lo)
         j = place * BLOCK_K + tl.arange(0, BLOCK_K)
-        k_tile = _rows(k_base, j, stride_kn, nk, D, DP, UPCAST)
-        t = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale - ell[:, None]
-        ok = _sees(i, j, shift, nq, nk, WINDOW, CAUSAL, SLIDING) & (ell < 1e29)[:, None]
-        p = tl.exp2(tl.where(ok, t, -1e30))
+        k_tile = load_rows(k_base, j, stride_kn, nk, D, DP, UPCAST)
+        t = logits(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), scale, cap, SOFTCAP)
+        ok = sees(i[:, None], j[None, :], shift, nq, nk, WINDOW, CAUSAL, SLIDING)
+        t, ok = lay(t, ok, a_base, i[:, None], j[None, :], nq, nk, stride_ai, stride_aj, hide, ALLOWED)
+        p = tl.exp2(tl.where(ok & ((ell >= 1e29) == 0)[:, None], t - ell[:, None], -1e30))
         gap = i[:, None] + shift - j[None, :]
         of_sink = ((j >= sink_from) & (j < sink_from + SINK))[None, :]
         sink += tl.sum(tl.where(of_sink & in_sink, p, 0.0), axis=1)

@@ -112,9 +112,7 @@ def rows_kernel(
         live = live & (tl.load(keep + row, mask=here, other=0) != 0)
     bb = tl.zeros((ROWS, COLS), tl.float32)
     aa, dd, ab = bb, bb, bb  # of the whole
-    a0, d0, c0 = bb, bb, bb  # after a part, of what it wrote, and of that after with what it read
-    a1, d1, c1 = bb, bb, bb
-    a2, d2, c2 = bb, bb, bb
+    a0, d0, c0, a1, d1, c1, a2, d2, c2 = bb, bb, bb, bb, bb, bb, bb, bb, bb  # of each part, likewise
     for start in tl.range(0, features, COLS, num_stages=STAGES):
         column = start + tl.arange(0, COLS)
         ok = live[:, None] & (column < features)[None, :]

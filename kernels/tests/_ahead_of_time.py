@@ -12,6 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from bnviz_kernels.attention_stats import Pattern, attention_stats
+from bnviz_kernels.attention_stats import PAIRS, Pattern, attention_stats
+from bnviz_kernels.block_stats import stream_stats
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -65,6 +68,33 @@ def usage(compiled: Any) -> dict[str, Any]:
     }
 
 
+def attention_calls(target: str) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    """Calls of attention_stats: plain, with masks, with everything at once."""
+    padded = torch.ones(1, 8192, dtype=torch.bool)
+    partners = dict.fromkeys(PAIRS, torch.zeros(1, 8192, dtype=torch.int64))
+    seen, added = (torch.empty(1, 1, 8192, 8192, dtype=dtype) for dtype in (torch.bool, torch.bfloat16))
+    everything = Pattern(window=4096, allowed=added, softcap=50.0, sinks=torch.zeros(8))
+    cases: list[tuple[torch.dtype, int, Pattern, torch.Tensor | None]] = [
+        (torch.bfloat16, 128, Pattern(window=4096), padded),
+        (torch.bfloat16, 64, Pattern(), None),
+        *((torch.bfloat16, dim, Pattern(allowed=seen), padded) for dim in (64, 128)),
+        *((torch.bfloat16, dim, everything, padded) for dim in (64, 128)),
+        *([(torch.float32, 64, Pattern(causal=False), None)] if target == "sm_90" else []),
+    ]
+    for dtype, dim, pattern, valid in cases:
+        query, key = torch.empty(1, 8, 8192, dim, dtype=dtype), torch.empty(1, 2, 8192, dim, dtype=dtype)
+        call = partial(attention_stats, query, key, pattern=pattern, valid=valid, partners=partners)
+        yield {"dtype": str(dtype), "dim": dim}, call
+
+
+def block_calls() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    """Calls of block_stats: of a block alone and of one with parts, with and without padding."""
+    for dtype in (torch.bfloat16, torch.float32):
+        x, valid = torch.empty(4096, 2048, dtype=dtype), torch.ones(4096, dtype=torch.bool)
+        for parts, keep in ((0, valid), (2, None), (3, valid)):
+            yield {"dtype": str(dtype), "parts": parts}, partial(stream_stats, x, x, [x] * parts, valid=keep)
+
+
 def main(target: str) -> None:
     compiled: list[Any] = []
     launch = JITFunction.run
@@ -75,18 +105,11 @@ def main(target: str) -> None:
 
     JITFunction.run = compile_only
     driver.set_active(StandIn(GPUTarget("cuda", int(target.removeprefix("sm_")), 32)))
-    padded = torch.ones(1, 8192, dtype=torch.bool)
-    cases: list[tuple[torch.dtype, int, Pattern, torch.Tensor | None]] = [
-        (torch.bfloat16, 128, Pattern(window=4096), padded),
-        (torch.bfloat16, 64, Pattern(), None),
-        *([(torch.float32, 64, Pattern(causal=False), None)] if target == "sm_90" else []),
-    ]
-    for dtype, dim, pattern, valid in cases:
+    for case, call in (*attention_calls(target), *block_calls()):
         compiled.clear()
-        query, key = torch.empty(1, 8, 8192, dim, dtype=dtype), torch.empty(1, 2, 8192, dim, dtype=dtype)
-        attention_stats(query, key, pattern=pattern, valid=valid)
+        call()
         for kernel in compiled:
-            line = {"target": target, "dtype": str(dtype), "dim": dim, **usage(kernel)}
+            line = {"target": target, **case, **usage(kernel)}
             print(json.dumps({**line, "fits": line["shared"] <= SHARED_LIMIT[target]}), flush=True)
 
 

@@ -1,0 +1,223 @@
+"""One call of `attention_stats`: its tensors as the programs take them, block sizes, and a method a program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from ._attention_cells import pair_kernel, pooled_kernel, row_kernel
+from ._attention_programs import band_kernel, column_kernel, lse_kernel
+from ._mode import INTERPRETING
+
+LOG2E = 1.4426950408889634
+PIVOT_MARGIN = 1e-4  # as in the plain definition: rounding decides nothing about a uniform row
+DEAD = 1e29  # base-2 log-sum-exp of a row that does not count is beyond this
+SINGLES = 16  # rows or keys of a program that makes no tiles of pairs
+BY_KEY = ("mass", "mass_squared", "peak", "window_mass", "pivotal")
+
+# (BLOCK_Q, BLOCK_K, warps, stages) by head dimension and by whether elements have 16 bits. A table rather than
+# @triton.autotune, which asks for a GPU even where there is none; tests compile the 16-bit rows of 64 and 128 ahead of time.
+CONFIGS = {
+    (64, True): (64, 64, 4, 3),
+    (128, True): (64, 64, 4, 3),
+    (256, True): (64, 64, 8, 2),
+    (64, False): (64, 32, 4, 1),
+    (128, False): (64, 32, 4, 1),
+    (256, False): (64, 32, 8, 1),
+}
+# With `allowed`: a tile of it takes registers too, and at 64 keys the column kernel spills.
+MASKED_CONFIGS = {
+    (64, True): (64, 32, 4, 2),
+    (128, True): (64, 32, 4, 3),
+    (256, True): (64, 32, 8, 2),
+    (64, False): (64, 32, 4, 1),
+    (128, False): (64, 32, 8, 1),
+    (256, False): (64, 32, 8, 1),
+}
+
+
+class Call:
+    """One call's tensors and launch arguments.
+
+    Parameters
+    ----------
+    query : Tensor (batch, heads, queries, dim)
+    key : Tensor (batch, kv_heads, keys, dim)
+    pattern : Pattern
+    rows : Tensor (batch, queries) bool, optional
+        Rows that are not padding; None: all.
+
+    Attributes
+    ----------
+    lse : Tensor (batch, heads, queries)
+        Base 2; 1e30 for rows that are padding or see nothing. Made by `normalise`, before all else.
+    """
+
+    lse: torch.Tensor
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, pattern: Any, rows: torch.Tensor | None) -> None:
+        query = query if query.stride(-1) == 1 else query.contiguous()
+        key = key if key.stride(-1) == 1 else key.contiguous()
+        self.query, self.pattern = query, pattern
+        self.batch, self.heads, self.queries, dim = query.shape
+        self.keys = key.shape[2]
+        self.rows = None if rows is None else rows.contiguous()
+        width = 64 if dim <= 64 else 128 if dim <= 128 else 256
+        table = CONFIGS if pattern.allowed is None else MASKED_CONFIGS
+        blocks = (64, 64, 4, 1) if INTERPRETING else table[width, query.dtype.itemsize == 2]
+        self.block_q, self.block_k, warps, stages = blocks
+        scale = dim**-0.5 if pattern.scale is None else pattern.scale
+        cap = pattern.softcap
+        allowed, kind, hide = self._allowed()
+        self.common = (
+            query, key, allowed, *query.stride()[:3], *key.stride()[:3], *(allowed.stride() if kind else (0, 0, 0, 0)),
+            self.heads, self.heads // key.shape[1], self.queries, self.keys,
+            scale * LOG2E if cap is None else scale / cap, 1.0 if cap is None else cap * LOG2E, hide,
+            pattern.window or 0,
+        )  # fmt: skip
+        self.singles = {
+            "D": dim,
+            "DP": max(16, triton.next_power_of_2(dim)),
+            "CAUSAL": bool(pattern.causal),
+            "SLIDING": pattern.window is not None,
+            "ALLOWED": kind,
+            "SOFTCAP": cap is not None,
+            "UPCAST": INTERPRETING,
+        }
+        precision = "ieee" if INTERPRETING or query.dtype != torch.float32 else "tf32x3"
+        self.meta = {
+            **self.singles,
+            "BLOCK_Q": self.block_q,
+            "BLOCK_K": self.block_k,
+            "PRECISION": precision,
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+
+    def _allowed(self) -> tuple[torch.Tensor, int, float]:
+        """(batch, heads, queries, keys) of any strides, how the programs are to read it, and at or below what it hides."""
+        allowed = self.pattern.allowed
+        if allowed is None:
+            return self.query, 0, 0.0
+        if allowed.dtype == torch.float64:
+            allowed = allowed.float()
+        whole = allowed.expand(self.batch, self.heads, self.queries, self.keys)
+        if allowed.dtype == torch.bool:
+            return whole.view(torch.uint8), 1, 0.0
+        return whole, 2, torch.finfo(allowed.dtype).min / 2
+
+    def new(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=self.query.device)
+
+    @property
+    def by_rows(self) -> tuple[int, int]:
+        return triton.cdiv(self.queries, self.block_q), self.batch * self.heads
+
+    def normalise(self, lse: torch.Tensor | None, *, counted: bool) -> None:
+        """Take a natural log-sum-exp, or make it where there is none or where it does not tell all that is needed.
+
+        `counted`: the number of keys that a row sees is wanted.
+        """
+        masked, sinks = self.pattern.allowed is not None, self.pattern.sinks is not None
+        untold = sinks and (masked or self.queries > self.keys)  # a row that sees nothing has a finite one too
+        if lse is None or untold or (masked and counted):
+            self._sweep()
+        else:
+            dead = torch.isinf(lse)
+            if self.rows is not None:
+                dead = dead | ~self.rows[:, None]
+            self.lse = torch.where(dead, 1e30, lse.float() * LOG2E).contiguous()
+            self.count = self.lse
+
+    def _sweep(self) -> None:
+        self.lse = self.new(self.batch, self.heads, self.queries)
+        self.count = self.lse
+        if self.pattern.allowed is not None:
+            self.count = torch.empty_like(self.lse, dtype=torch.int32)
+        sinks = self.pattern.sinks
+        logits = self.lse if sinks is None else (sinks.float() * LOG2E).contiguous()
+        lse_kernel[self.by_rows](
+            *self.common, self._live().to(torch.int8), logits, self.lse, self.count, SINK=sinks is not None,
+            **self.meta,
+        )  # fmt: skip
+
+    def _live(self) -> torch.Tensor:
+        """(batch, queries) bool."""
+        if self.rows is not None:
+            return self.rows
+        return torch.ones(self.batch, self.queries, dtype=torch.bool, device=self.query.device)
+
+    def band(self, statistics: Any, keys_valid: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """sink_mass and local_mass."""
+        sink, local = (self.new(self.batch, self.heads, self.queries) for _ in range(2))
+        if keys_valid is None:
+            first = torch.zeros(self.batch, dtype=torch.int32, device=self.query.device)
+        else:
+            first = keys_valid.int().argmax(-1).to(torch.int32)
+        band_kernel[self.by_rows](
+            *self.common, self.lse, first, sink, local, statistics.sink, statistics.local, **self.meta
+        )
+        return {"sink_mass": sink, "local_mass": local}
+
+    def columns(self, names: tuple[str, ...], statistics: Any) -> dict[str, torch.Tensor]:
+        """Those of `BY_KEY` that are among `names`, and entropy."""
+        out = {name: self.new(self.batch, self.heads, self.keys) for name in BY_KEY if name in names}
+        mass = out["mass"] if "mass" in out else self.new(self.batch, self.heads, self.keys)
+        entropy = self.new(self.batch, self.heads, self.queries)
+        none = mass[:0]
+        weight = self._last_rows(statistics.snap) if "window_mass" in out else none
+        first_query = 0
+        if set(out) <= {"window_mass"} and "entropy" not in names and self.rows is None:
+            first_query = max(0, self.queries - statistics.snap)
+        column_kernel[triton.cdiv(self.keys, self.block_k), self.batch * self.heads](
+            *self.common, self.lse, self.count, weight, mass, *(out.get(name, none) for name in BY_KEY[1:]), entropy, first_query,
+            SQUARE="mass_squared" in out, PEAK="peak" in out, SNAP="window_mass" in out, PIVOT="pivotal" in out,
+            ENTROPY="entropy" in names, PADDED=self.rows is not None,
+            MARGIN=PIVOT_MARGIN * LOG2E, **self.meta,
+        )  # fmt: skip
+        return {**out, "entropy": entropy}
+
+    def _last_rows(self, count: int) -> torch.Tensor:
+        """(batch, queries): 1 for the last `count` valid rows."""
+        rows = self._live()
+        valid_from_here = rows.flip(-1).cumsum(-1).flip(-1)
+        return torch.where(rows, valid_from_here <= count, False).float()
+
+    def last_row(self) -> torch.Tensor:
+        """(batch, heads, keys): shares of the last valid row, 0 where there is none."""
+        at = torch.arange(self.queries, dtype=torch.int32, device=self.query.device)
+        last = torch.where(self._live(), at, -1).amax(-1)
+        out = self.new(self.batch, self.heads, self.keys)
+        grid = (triton.cdiv(self.keys, SINGLES), self.batch * self.heads)
+        row_kernel[grid](*self.common, self.lse, last, out, BLOCK_K=SINGLES, **self.singles)
+        return out
+
+    def pooled(self, bins: int) -> torch.Tensor:
+        """(batch, heads, bins, bins), NaN beyond the last bin that holds a token."""
+        tall, wide = (max(1, -(-count // bins)) for count in (self.queries, self.keys))
+        of_rows = min(self.block_q, triton.next_power_of_2(tall))  # rows of a tile that one bin takes
+        of_keys = min(self.block_k, triton.next_power_of_2(wide))
+        chunks = triton.cdiv(tall, self.block_q)
+        groups = triton.cdiv(triton.cdiv(self.queries, tall), self.block_q // of_rows)
+        parts = self.new(self.batch, self.heads, chunks, bins, bins)
+        pooled_kernel[groups * chunks, self.batch * self.heads](
+            *self.common, self.lse, parts, tall, wide, bins, chunks, TALL=of_rows, WIDE=of_keys, **self.meta
+        )
+        out = parts[:, :, 0] if chunks == 1 else parts.sum(2)
+        out[..., -(-self.queries // tall) :, :] = float("nan")
+        out[..., -(-self.keys // wide) :] = float("nan")
+        return out
+
+    def pairs(self, partners: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """(batch, heads, queries) of each: the share of the key (batch | 1, queries) that is named; NaN where that is -1."""
+        if not partners:
+            return {}
+        widest = max(which.shape[0] for which in partners.values())
+        which = torch.stack([one.expand(widest, -1) for one in partners.values()])
+        out = self.new(len(partners), self.batch, self.heads, self.queries)
+        grid = (triton.cdiv(self.queries, SINGLES), self.batch * self.heads, len(partners))
+        strides = (which.stride(0), 0 if widest == 1 else which.stride(1))
+        pair_kernel[grid](*self.common, self.lse, which, out, *strides, BLOCK_Q=SINGLES, **self.singles)
+        return dict(zip(partners, out.unbind(0), strict=True))
