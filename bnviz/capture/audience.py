@@ -12,7 +12,7 @@ from bnviz.observation import AttentionSeen, BlockSeen
 
 from .calm import Calm
 from .joined import Joined
-from .modes import without_modes
+from .modes import WithoutGradients, without_modes
 from .portions import Portion, apart
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from .clock import Clock
     from .shelf import Shelf
+
+
+_nothing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class Audience:
@@ -60,7 +63,7 @@ class Audience:
         """Show an observation, and those of its parts, to every probe that looks at their kind of site."""
         if self._inside or self._clock.stopped:
             return
-        with without_modes(), torch.no_grad():
+        with without_modes(), WithoutGradients():
             if not self._calm.take(seen):
                 self._take(seen)
 
@@ -73,7 +76,7 @@ class Audience:
         now = self._clock.now
         if now is None or self._inside:
             return
-        with without_modes(), torch.no_grad():
+        with without_modes(), WithoutGradients():
             found = self._calm.settled(now.call)
             for seen in found if not self._clock.stopped else ():
                 self._take(seen)
@@ -100,7 +103,7 @@ class Audience:
             return
         self._inside = True
         try:
-            with without_modes(), torch.no_grad():
+            with without_modes(), WithoutGradients():
                 self._joined.flush(apart=apart)
         finally:
             self._inside = False
@@ -149,4 +152,4 @@ def _plain_arithmetic(seen: Any) -> Any:
         t for name in ("written", "input", "query", "weights") if (t := getattr(seen, name, None)) is not None
     )
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _nothing
