@@ -3,7 +3,8 @@
 Between two layers a model's weights have just filled the caches: an operation there takes ten times what it takes after a dozen
 like it. So what the blocks of a decode step show is only noted down, and read at the end of the forward, all in a row. The
 first steps are read at once and compared with copies when their forward has ended; a place whose tensors were written into by
-then stays one that is read at once. Later versions tell; tensors of inference mode have none and are always read at once.
+then stays one that is read at once. Later versions tell; tensors of inference mode have none and are always read at once, and so
+are those of a GPU, which is not asked whether two are equal, and gains nothing by what a CPU's caches hold.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnviz.capture import arrival
 from bnviz.observation import BlockSeen, Site
 
 STEPS = 2  # in which a place has to be calm before it is read later
@@ -43,7 +45,7 @@ class Calm:
             self._noted.clear()  # an interrupt left them
         calm = self._steps.get((seen.site.kind, seen.site.path), 0)
         tensors = _tensors(seen) if calm >= 0 else []
-        if not tensors or any(one.is_inference() for one in tensors):
+        if not tensors or arrival.late(tensors[0]) or any(one.is_inference() for one in tensors):
             return False
         later = calm >= STEPS
         copies = [] if later else [one.detach().clone() for one in tensors]

@@ -216,12 +216,17 @@ class Stories:
         for index in story.moves:
             before, story.batch = story.batch, len(index)
             if story.ids is not None:
-                story.ids = story.ids.index_select(0, index.to(story.ids.device))
+                story.ids = story.ids.index_select(0, _on(story.ids.device, index))
             if story.real is not None:
-                story.real = story.real.index_select(0, index.to(story.real.device))
+                story.real = story.real.index_select(0, _on(story.real.device, index))
             if self._follower is not None:
                 self._follower.move(frozenset(story.steps), before, index)
         story.moves.clear()
+
+
+def _on(device: torch.device, index: Tensor) -> Tensor:
+    """Without waiting for a device; the host has to wait for what it is to read."""
+    return index.to(device, non_blocking=device.type != "cpu")
 
 
 def _weakly(value: Any, gone: Callable[[Any], Any]) -> Callable[[], Any]:

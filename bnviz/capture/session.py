@@ -25,8 +25,10 @@ from bnviz.quantities import counted
 from bnviz.run import Run
 
 from .around import around, gated
+from .arrival import Pending
 from .attention.tap import tap_attention
 from .audience import Audience
+from .beside import beside
 from .blocks.tap import follow_blocks, tap_blocks
 from .census import Census
 from .clock import Clock
@@ -95,6 +97,7 @@ class Session:
         self.started = time.perf_counter()
         self._stack = contextlib.ExitStack()
         self._gradients: GradientTap | None = None
+        self._late: Pending | None = None
 
     def _facts(self) -> dict[str, Any]:
         options: dict[str, Any] = {"probes": list(self._probes), "budget": str(self.options.budget)}
@@ -146,12 +149,13 @@ class Session:
         told = (self._failed, self.census.saw, self._lost, self._changed)
         audience = Audience(self._probes, self.clock, self.shelf, *told)
         self.shelf.complete = self._completing(audience)
-        watch = Watch(self.clock, self._layers, audience.emit, self._instruments.own, trouble=self._trouble)
+        emit = beside(self.model, audience.emit)
+        watch = Watch(self.clock, self._layers, emit, self._instruments.own, trouble=self._trouble)
         if "gradient" in wanted:
             watch = self._watch_gradients(plan, watch, stack)
         if wanted & {"block", "sublayer", "gradient"}:
             taps = tap_blocks(plan, watch, stack, inside=bool(wanted & {"sublayer", "gradient"}))
-            self._closing.writers = taps
+            self._closing.writers, self._late = taps, taps.late
             if "sublayer" in wanted:
                 self._closing.undivided = taps.notes
         elif wanted:
@@ -218,6 +222,8 @@ class Session:
     def abandon(self) -> Path | None:
         """Nobody will ask for the run: what waits goes to the disk, where one was given; the folder that holds it."""
         with contextlib.suppress(Exception):
+            if self._gradients is not None:
+                self._gradients.read(end=True)
             self.shelf.complete(False)
             self._drain()
         return self._closing.abandon()
@@ -248,6 +254,8 @@ class Session:
             return
         if self._gradients is not None:
             self._gradients.between()
+        if self._late:  # of a forward that was interrupted
+            self._late.finish()
         stream = self._closing.stream
         if self.shelf.crowded() or (stream is not None and self.shelf.waiting and stream.due):
             self._drain()

@@ -319,6 +319,8 @@ def _past(context: Context, valid: Mapping[str, np.ndarray], held: np.ndarray | 
 def to_host(given: Sequence[Tensor | np.ndarray]) -> list[np.ndarray]:
     """Tensors as NumPy, those of one device and type in one copy; bf16, fp16 and fp8 become float32, which holds each value."""
     values = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in given]
+    for device in {value.device for value in values if value.is_cuda}:  # also what was made on another stream
+        torch.cuda.synchronize(device)
     floats = [
         v.float() if v.is_floating_point() and v.dtype not in (torch.float32, torch.float64) else v for v in values
     ]

@@ -86,8 +86,11 @@ class Projection:
     def _pool(self, device: torch.device) -> Tensor:
         if device not in self._signs:
             size = POOL if device.type == "cpu" else LARGE_POOL
-            bits = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(self._seed), dtype=torch.int8)
-            self._signs[device] = bits.mul_(2).sub_(1).to(device).float()
+            own = torch.Generator().manual_seed(self._seed)  # a CPU's on every device: all have the same signs
+            bits = torch.randint(0, 2, (size,), generator=own, dtype=torch.int8, device="cpu").mul_(2).sub_(1)
+            pinned = device.type == "cuda"  # no backward pass waits for the copy
+            bits = bits.pin_memory() if pinned else bits
+            self._signs[device] = bits.to(device, non_blocking=pinned).float()
         return self._signs[device]
 
     def _pass(self, row: Tensor, signs: Tensor, place: int) -> Tensor:

@@ -172,8 +172,10 @@ def test_nothing_waits_for_the_device_inside_a_pass() -> None:
         for x in micro:
             out = model(x)
             torch.cuda.set_sync_debug_mode("error")
-            loss_of(out).backward()
-            optimizer.step()
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                loss_of(out).backward()
+                optimizer.step()
+            finally:  # else every later test would run under it
+                torch.cuda.set_sync_debug_mode("default")
 
     assert watched(model, act, updates=True)["gradient_norm"].sizes["step"] == 3

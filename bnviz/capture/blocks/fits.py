@@ -20,6 +20,8 @@ ENOUGH = 8  # tokens (or channels) a factor must fit to be believed
 TOLERANCE = 1e-3  # of what was added; a stream in 16 bits rounds what is added to it, and is judged with 1e-2
 MOST_TERMS = 4
 MOST_SETS = 5000
+WAYS = 4  # random sums of all tokens
+AT_ONCE = 1 << 22  # values that are made wide at a time
 
 _IN_NUMPY = (torch.float16, torch.float32, torch.float64)
 
@@ -48,6 +50,38 @@ def _fast(state: Tensor) -> bool:
 def _thin(state: Tensor, rows: int) -> Tensor:
     some = state.detach()[_every(tuple(state.shape), rows)]
     return some.reshape(some.shape[0], -1, state.shape[-1]).to(torch.float64, copy=True)
+
+
+def few_of(state: Tensor, rows: int = ROWS) -> Tensor:
+    """The tokens that `thin` takes, in their own type and on their device: what is copied to the host is not made wide before."""
+    some = state.detach()[_every(tuple(state.shape), rows)].clone(memory_format=torch.contiguous_format)
+    return some.view(some.shape[0], -1, state.shape[-1])
+
+
+def signs(rows: int, device: torch.device) -> Tensor:
+    """(WAYS, rows) of +1 and -1 in float64, the same on every device of a kind; no other random number moves."""
+    own = torch.Generator(device).manual_seed(0)
+    drawn = torch.randint(0, 2, (WAYS, rows), generator=own, device=device, dtype=torch.int8)
+    return drawn.double().mul_(2).sub_(1)
+
+
+def sums_of(state: Tensor, by: Tensor, minus: Tensor | None = None) -> Tensor:
+    """(WAYS, features): all tokens of (batch, ..., features), less `minus`, added up with the signs `by`.
+
+    What holds for all tokens holds for these sums; and where it does not, they miss it by the square root of WAYS times what
+    all tokens together miss it by: the square of a sum with random signs is on average the sum of the squares.
+    """
+    features = state.shape[-1]
+    rows, less = (None if x is None else x.detach().reshape(-1, features) for x in (state, minus))
+    assert rows is not None
+    total = torch.zeros(WAYS, features, dtype=torch.float64, device=state.device)
+    height = max(1, AT_ONCE // max(1, features))
+    for start in range(0, len(rows), height):
+        part = rows[start : start + height].double()  # not in float32, whose products a GPU may round to ten bits
+        if less is not None:
+            part = part - less[start : start + height]
+        total += by[:, start : start + height] @ part
+    return total
 
 
 @lru_cache(256)

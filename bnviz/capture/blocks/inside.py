@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from bnviz.capture import arrival
 from bnviz.capture.modes import without_modes
 
 from .axes import features_axis
-from .fits import FEW, allowed, thin_arrays
-from .search import Search, features_last
+from .fits import FEW, allowed, few_of, thin_arrays
+from .later import Later, features_last, version
+from .search import Search
 from .stream import Place, fetch, fetch_given
 from .writers import Call, Unsolved, Writers
 
@@ -30,6 +33,9 @@ class Known:
     def __init__(self) -> None:
         self._numbers: dict[Any, int] = {}
         self.found: dict[tuple[int, bool], Writers | Unsolved] = {}
+        self.written_into: dict[
+            int, set[str]
+        ] = {}  # by kind, before anything is found: modules of which copies are held
 
     def kind(self, block: nn.Module) -> int:
         """The number of all blocks like this one."""
@@ -65,6 +71,28 @@ class Written:
     parallel: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the parts of a block wrote, as soon as the device tells.
+
+    Parameters
+    ----------
+    asked : list of Tensor
+        Small, on their device.
+    held : list of Tensor
+        Until it is answered.
+    answer : callable
+        Given what was asked, on the host, and the stream after the block, as it was and in the graph: what the parts wrote.
+    now : bool
+        It has to be answered before the next block begins.
+    """
+
+    asked: list[Tensor]
+    held: list[Tensor]
+    answer: Callable[[list[Tensor], Tensor, Tensor], list[Written]]
+    now: bool = False
+
+
 class Inside:
     """The writers of one block.
 
@@ -92,7 +120,9 @@ class Inside:
     @property
     def verdict(self) -> Writers | Unsolved | None:
         """What is known of the block as it is now; None: nothing yet."""
-        training = self._block.training
+        return self._verdict(self._block.training)
+
+    def _verdict(self, training: bool) -> Writers | Unsolved | None:
         return self._own.get(training) or self._known.found.get((self._kind, training))
 
     @property
@@ -109,7 +139,7 @@ class Inside:
             self._tries += 1
             self._unhook()
             axes = {tuple(x.shape): self._axis_of(x) for x in given.values()}
-            self._search = Search(self._block, axes)
+            self._search = Search(self._block, axes, self._known.written_into.get(self._kind, ()))
         elif isinstance(verdict, Writers):
             if verdict is not self._hooked:
                 self._hook(verdict)
@@ -144,12 +174,15 @@ class Inside:
 
         return keep
 
-    def finish(self, before: Tensor, after: Tensor, axis: int) -> list[Written]:
+    def finish(self, before: Tensor, after: Tensor, axis: int) -> list[Written] | Question:
         """What the parts wrote; empty where that is not known. `before` is the stream as it was when the block began, `axis` the
-        one of its features.
+        one of its features. Where a device would have to be waited for, a question.
         """
         training = self._block.training
         if self._search is not None:
+            if before.shape == after.shape and arrival.late(after):
+                search, self._search = self._search, None
+                return self._searching(search, search.ask(before, after), training)
             verdict, events = self._search.found(before, after)
             self._learn(training, verdict)
             self._kept = {e.call: (e.value.detach(), e.value) for e in events}
@@ -160,13 +193,23 @@ class Inside:
             return []
         if any(call not in self._kept or self._kept[call][0].shape != after.shape for call in found.watched):
             return []
+        again = self._again(training)
+        if again and not found.read:
+            if arrival.late(after):
+                return self._verifying(found, (before, after), axis, training)
+            if not self._fits(found, before, after, axis):
+                self._unlearn(training)
+                return []
+        return list(self._written(found, self._kept, after, after))
+
+    def _again(self, training: bool) -> bool:
+        """Whether this use is one that is verified: the first, the second, the fourth, ..."""
         self._uses[training] += 1
         uses = self._uses[training]
-        again = uses.bit_count() == 1 or uses % EVERY == 0  # its first use, the second, the fourth, ...
-        if again and not (found.read or self._fits(found, before, after, axis)):
-            self._own[training], self._tries = Unsolved(final=False), 0  # not like its sisters, or not as it was
-            return []
-        return list(self._written(found, after))
+        return uses.bit_count() == 1 or uses % EVERY == 0
+
+    def _unlearn(self, training: bool) -> None:
+        self._own[training], self._tries = Unsolved(final=False), 0  # not like its sisters, or not as it was
 
     def _learn(self, training: bool, verdict: Writers | Unsolved) -> None:
         self._uses[training] = 0
@@ -175,23 +218,85 @@ class Inside:
         else:
             self._known.found[self._kind, training] = verdict
 
-    def _written(self, found: Writers, after: Tensor) -> Iterator[Written]:
-        seen = [self._kept[call] for call in found.watched]
+    def _written(
+        self, found: Writers, kept: Mapping[Call, tuple[Tensor, Tensor | None]], after: Tensor, traced: Tensor
+    ) -> Iterator[Written]:
+        seen = [kept[call] for call in found.watched]
         if found.read:
-            seen.append((after.detach(), after))
-        for path, part, (value, traced), factor in zip(found.paths, found.parts, seen, found.factors, strict=True):
-            yield Written(path, part, found.evidence, value, factor, found.read, traced, found.parallel)
+            seen.append((after.detach(), traced))
+        for path, part, (value, origin), factor in zip(found.paths, found.parts, seen, found.factors, strict=True):
+            yield Written(path, part, found.evidence, value, factor, found.read, origin, found.parallel)
 
     def _fits(self, found: Writers, before: Tensor, after: Tensor, axis: int) -> bool:
         """Whether what was found in another block of its kind holds for this one."""
         seen = [after, before, *(self._kept[call][0] for call in found.watched)]
-        last, first, *terms = thin_arrays([features_last(value, axis) for value in seen], FEW)
+        few = thin_arrays([features_last(value, axis) for value in seen], FEW)
+        return self._fit(found, few, after.dtype)
+
+    def _fit(self, found: Writers, few: list[np.ndarray], dtype: torch.dtype) -> bool:
+        """The same, of a few tokens after, before and of what each writer gave."""
+        last, first, *terms = few
         change = last - first
         left = change.copy()
         for term, factor in zip(terms, found.factors, strict=True):
             left -= term * (factor.double().cpu().numpy() if isinstance(factor, Tensor) else factor)
         change_size, size, rest = (math.sqrt(float(np.vdot(one, one))) for one in (change, last, left))
-        return rest <= 3 * allowed(change_size, size, after.dtype)
+        return rest <= 3 * allowed(change_size, size, dtype)
+
+    # ------------------------------------------------------------------ where a device is not waited for
+
+    def _searching(self, search: Search, later: Later, training: bool) -> Question:
+        """The block's first call, or that of a sister before anything is known of the first.
+
+        Sisters are told where copies are needed. In inference mode nobody counts what is written into a tensor: there the device
+        is waited for, once.
+        """
+        uncounted = any(event.value.is_inference() for event in later.called(read=False).values())
+        self._known.written_into.setdefault(self._kind, set()).update(later.written_into())
+
+        def answer(told: list[Tensor], after: Tensor, traced: Tensor) -> list[Written]:
+            later.tell(told)
+            verdict = self._verdict(training)
+            if verdict is None or (isinstance(verdict, Unsolved) and not verdict.final):
+                self._learn(training, search.answer(later)[0])
+            else:  # found in a sister meanwhile: this was no try
+                self._tries = max(0, self._tries - 1)
+            found = self._verdict(training)
+            if not isinstance(found, Writers):
+                return []
+            events = later.called(found.read)
+            some = {call: events[call].shown for call in found.watched if call in events}
+            seen = {call: one for call, one in some.items() if one is not None}
+            if any(call not in seen or seen[call][0].shape != after.shape for call in found.watched):
+                return []
+            few = [later.last, later.first, *(events[call].few for call in found.watched)]
+            again = self._again(training) and not found.read
+            if again and not self._fit(found, [one.numpy() for one in few], after.dtype):
+                self._unlearn(training)
+                return []
+            return list(self._written(found, seen, after, traced))
+
+        return Question(later.asked, later.hold(), answer, now=uncounted)
+
+    def _verifying(self, found: Writers, states: tuple[Tensor, Tensor], axis: int, training: bool) -> Question:
+        """A later call, in which what is known is verified."""
+        seen = [*states[::-1], *(self._kept[call][0] for call in found.watched)]
+        few = [few_of(features_last(value, axis), FEW) for value in seen]
+        kept = {
+            call: (value.clone(), traced) if value.is_inference() and traced is not None else (value, traced)
+            for call, (value, traced) in self._kept.items()
+        }
+        left = {call: version(value) for call, (value, _) in kept.items()}
+
+        def answer(told: list[Tensor], after: Tensor, traced: Tensor) -> list[Written]:
+            if not self._fit(found, [one.double().numpy() for one in told], after.dtype):
+                self._unlearn(training)
+                return []
+            if any(left[call] != version(kept[call][0]) for call in found.watched):
+                return []
+            return list(self._written(found, kept, after, traced))
+
+        return Question(few, [value for value, _ in kept.values()], answer)
 
     def _axis_of(self, value: Tensor) -> int:
         shape = tuple(value.shape)

@@ -10,18 +10,20 @@ import contextlib
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from bnviz.capture import arrival
 from bnviz.capture.around import around
 from bnviz.capture.watch import Watch
-from bnviz.observation import BlockSeen, Site
+from bnviz.observation import BlockSeen, Context, Site
 
 from .axes import features_axis, tokens_first
 from .find import Block
-from .fits import thin, tolerance
+from .fits import few_of, thin, tolerance
 from .guard import Guard
+from .later import features_last, version
 from .parts import parts_of
-from .search import features_last
 from .stream import called_with, floats
 
 
@@ -34,12 +36,15 @@ class OutsideTap:
     block : Block
         With `parts`.
     watch : Watch
+    late : Pending
+        Takes what a device has not told yet.
     parts : bool
         Also show each part.
     """
 
-    def __init__(self, site: Site, block: Block, watch: Watch, *, parts: bool) -> None:
-        self._site, self.block, self._watch, self._parts = site, block, watch, parts
+    def __init__(self, site: Site, block: Block, watch: Watch, late: arrival.Pending, *, parts: bool) -> None:
+        self._site, self.block, self._watch, self._late, self._parts = site, block, watch, late, parts
+        self._guard = Guard(watch, site.path, self._drop)
         self._at: Site | None = None
         self._states: list[Tensor] = []
         self._written: list[Tensor] = []
@@ -49,9 +54,8 @@ class OutsideTap:
 
     def attach(self, stack: contextlib.ExitStack) -> None:
         """Put the hooks on; the stack takes them off."""
-        guard = Guard(self._watch, self._site.path, self._drop)
         for at, member in enumerate(self.block.members):
-            begin, end = guard.around(self._beginning(at)), guard.around(self._ending(at))
+            begin, end = self._guard.around(self._beginning(at)), self._guard.around(self._ending(at))
             stack.enter_context(around(member, begin, end))
         stack.callback(self._drop)
 
@@ -84,14 +88,33 @@ class OutsideTap:
         return end
 
     def _show(self, block: Site) -> None:
-        if self._adds is None:
-            self._adds = self._verified()
         axis = features_axis(self.block.members, self._states[0])
         states = [tokens_first(x, axis) for x in self._states]
         written = [tokens_first(y, axis) for y in self._written]
         context = self._watch.clock.seen(states[0].shape[1])
+        if self._adds is None and not arrival.late(self._states[0]):
+            self._adds = self._verified(
+                [thin(features_last(x, axis)) for x in (*self._states, *self._written)], states[0].dtype
+            )
         if context is None:
             return
+        if self._adds is not None:
+            self._tell(block, context, states, written)
+            return
+        # as they are now; of what is written into until the device has told, this one call is not shown
+        versions = [version(x) for x in (*states, *written)]
+
+        def decide(few: list[Tensor]) -> None:
+            if self._adds is None:
+                self._adds = self._verified([one.double() for one in few], states[0].dtype)
+            if versions == [version(x) for x in (*states, *written)]:
+                with self._watch.own():
+                    self._tell(block, context, states, written)
+
+        few = [few_of(features_last(x, axis)) for x in (*self._states, *self._written)]
+        self._late.put(few, arrival.bytes_of([*states, *written]), self._guard.around(decide))
+
+    def _tell(self, block: Site, context: Context, states: list[Tensor], written: list[Tensor]) -> None:
         last = states[-1] + written[-1] if self._adds else written[-1]
         self._watch.emit(BlockSeen(block, context, states[0], last))
         if not (self._adds and self._parts):
@@ -100,14 +123,12 @@ class OutsideTap:
             site = Site("sublayer", f"{self._site.path}.{path}", block.layer, name, "added outside, verified")
             self._watch.emit(BlockSeen(site, context, reads, written=adds))
 
-    def _verified(self) -> bool:
-        """What a part is given is what the part before was given plus what that gave."""
-        axis = features_axis(self.block.members, self._states[0])
-        few = [thin(features_last(x, axis)) for x in self._states]
-        gave = [thin(features_last(y, axis)) for y in self._written]
+    def _verified(self, few: list[Tensor], dtype: torch.dtype) -> bool:
+        """What a part is given is what the part before was given plus what that gave: by a few tokens of all, in that order."""
+        given, gave = few[: len(few) // 2], few[len(few) // 2 :]
         return all(
-            float((few[at + 1] - few[at] - gave[at]).norm()) <= tolerance(gave[at], few[at + 1], self._states[at].dtype)
-            for at in range(len(few) - 1)
+            float((given[at + 1] - given[at] - gave[at]).norm()) <= tolerance(gave[at], given[at + 1], dtype)
+            for at in range(len(given) - 1)
         )
 
     def _drop(self) -> None:

@@ -11,17 +11,18 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bnviz.capture import arrival
 from bnviz.capture.modes import without_modes
 from bnviz.capture.values import nbytes_of
 
-from .fits import Scale, by_channel, gate, sets, thin, tolerance
+from .fits import Scale, by_channel, few_of, gate, sets, thin, tolerance
+from .later import Event, Found, Later, features_last, version
 from .parts import holds_both, parts_of
 from .stream import TURNED, called_with, floats
 from .writers import Call, Unsolved, Writers, fused_below
@@ -29,27 +30,6 @@ from .writers import Call, Unsolved, Writers, fused_below
 _NORM = re.compile(r"norm", re.IGNORECASE)
 ROUNDED = 4  # a change of less than so many roundings of the stream cannot be told apart
 CANDIDATES = 24  # outputs that are tried; of more, the last ones
-
-
-@dataclass(slots=True)
-class Event:
-    """A tensor of the stream's shape that a module of the block took or gave.
-
-    Parameters
-    ----------
-    call : tuple
-    when : int
-        Its place among all events of the block.
-    value : Tensor
-        As it is in the graph.
-    few : Tensor
-        A few of its tokens, copied when it was seen.
-    """
-
-    call: Call
-    when: int
-    value: Tensor
-    few: Tensor
 
 
 class Search:
@@ -60,11 +40,16 @@ class Search:
     block : nn.Module
     axes : mapping of shape to axis
         Shapes the block's stream may have, and where the features are in them: only tensors of these shapes are held, and only
-        until the block ends.
+        until the block ends, or the search that is put off is over.
+    written_into : collection of str
+        Modules of which copies are held: the block writes into what they took or gave.
     """
 
-    def __init__(self, block: nn.Module, axes: Mapping[tuple[int, ...], int]) -> None:
-        self._block, self._axes = block, dict(axes)
+    def __init__(
+        self, block: nn.Module, axes: Mapping[tuple[int, ...], int], written_into: Collection[str] = ()
+    ) -> None:
+        self._block, self._axes, self._copied = block, dict(axes), written_into
+        self._known: dict[Any, Tensor] = {}
         self._clock = 0
         self._thread = threading.get_ident()
         self._calls = Counter[str]()
@@ -106,21 +91,45 @@ class Search:
             if not value.numel():  # a table of no columns (rotary of nothing) has no token to keep
                 continue
             if shape in self._axes:
-                events.append(Event((*at, place), self._clock, value, self._few(value)))
+                events.append(self._event((*at, place), value))
             elif len(shape) == 3 and (shape[0], shape[2], shape[1]) in self._axes:  # an MLP over tokens, a convolution
                 turned = value.transpose(1, 2)
-                events.append(Event((*at, (*place, TURNED)), self._clock, turned, self._few(turned)))
+                events.append(self._event((*at, (*place, TURNED)), turned))
         return events
 
     @torch.no_grad()
+    def _event(self, call: Call, value: Tensor) -> Event:
+        if not arrival.late(value):
+            return Event(call, self._clock, value, self._few(value))
+        event = Event(call, self._clock, value, self._few_there(value), version(value))
+        event.copy = value.detach().clone() if call[0] in self._copied else None
+        return event
+
     def _few(self, value: Tensor) -> Tensor:
-        return thin(features_last(value, self._axes[tuple(value.shape)]))
+        return thin(self._laid(value))
+
+    def _few_there(self, value: Tensor) -> Tensor:
+        """On its device, once where several modules take one tensor; it is held, so that its place is no other's."""
+        place = value.data_ptr(), value.shape, value.stride(), value.dtype, version(value)
+        if place[-1] < 0:
+            return few_of(self._laid(value))
+        if place not in self._known:
+            self._known[place] = few_of(self._laid(value))
+        return self._known[place]
+
+    def _laid(self, value: Tensor) -> Tensor:
+        return features_last(value, self._axes[tuple(value.shape)])
+
+    def unhook(self) -> None:
+        """Take the hooks back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def close(self) -> None:
         """Take the hooks back and let the tensors go."""
-        for handle in self._handles:
-            handle.remove()
-        for held in (self._handles, self._took, self._gave, self._ended, self._running):
+        self.unhook()
+        for held in (self._took, self._gave, self._ended, self._running, self._known):
             held.clear()
 
     # ------------------------------------------------------------------ after the block
@@ -141,18 +150,47 @@ class Search:
             event.few = event.few.cpu()
         with torch.autocast(before.device.type, enabled=False):
             first, last = (thin(features_last(state, axis)).cpu() for state in (before, after))
-            delta, dtype = last - first, after.dtype
-            if not float(delta.norm()) > 0:
-                return Unsolved("added nothing to their input", final=False), []
-            if float(delta.norm()) < ROUNDED * torch.finfo(dtype).eps * float(last.norm()):
-                return Unsolved("add hardly more than rounding errors to their input", final=False), []
-            error = tolerance(delta, last, dtype)
-            outputs = self._distinct(first, last)
-            for solve in (self._plain, self._scaled, self._gated, self._by_channel):
-                found = solve(first, last, outputs, error)
-                if found is not None and self._whole(found, before, after, axis, error):
-                    return self._named(found), list(found.states if found.read else found.chosen)
-        return Unsolved(self._why(after)), []
+
+            def whole(found: Found, error: float) -> bool:
+                return self._whole(found, before, after, axis, error)
+
+            return self._solved(first, last, after.dtype, whole, lambda: self._ends(after))
+
+    @torch.no_grad()
+    def ask(self, before: Tensor, after: Tensor) -> Later:
+        """The same, put off: what `answer` needs to know, as it is now. The hooks come off."""
+        self.unhook()
+        axis = self._axes.get(tuple(before.shape), -1)
+        states = [features_last(state, axis) for state in (before, after)]
+        with torch.autocast(before.device.type, enabled=False):
+            return Later(self._took, self._gave, states, self._laid, self._ends(after))
+
+    @torch.no_grad()
+    def answer(self, told: Later) -> tuple[Writers | Unsolved, list[Event]]:
+        """What `found` gives, once it is told what was asked."""
+        return self._solved(told.first, told.last, told.dtype, told.whole, lambda: told.ends)
+
+    def _solved(
+        self,
+        first: Tensor,
+        last: Tensor,
+        dtype: torch.dtype,
+        whole: Callable[[Found, float], bool],
+        ends: Callable[[], list[Event]],
+    ) -> tuple[Writers | Unsolved, list[Event]]:
+        """From a few tokens before and after; `whole` says whether a sum holds for all, `ends` what the block ends with."""
+        delta = last - first
+        if not float(delta.norm()) > 0:
+            return Unsolved("added nothing to their input", final=False), []
+        if float(delta.norm()) < ROUNDED * torch.finfo(dtype).eps * float(last.norm()):
+            return Unsolved("add hardly more than rounding errors to their input", final=False), []
+        error = tolerance(delta, last, dtype)
+        outputs = self._distinct(first, last)
+        for solve in (self._plain, self._scaled, self._gated, self._by_channel):
+            found = solve(first, last, outputs, error)
+            if found is not None and whole(found, error):
+                return self._named(found), list(found.states if found.read else found.chosen)
+        return Unsolved(self._why(ends())), []
 
     def _distinct(self, first: Tensor, last: Tensor) -> list[Event]:
         """Outputs but the stream itself, equal ones once: of the last to end, the outermost; of one called once, where there is
@@ -170,25 +208,25 @@ class Search:
                 kept[kept.index(known)] = event
         return kept[-CANDIDATES:]
 
-    def _plain(self, first: Tensor, last: Tensor, outputs: list[Event], error: float) -> _Found | None:
+    def _plain(self, first: Tensor, last: Tensor, outputs: list[Event], error: float) -> Found | None:
         return self._of_sets(first, last, outputs, error, scaled=False)
 
-    def _scaled(self, first: Tensor, last: Tensor, outputs: list[Event], error: float) -> _Found | None:
+    def _scaled(self, first: Tensor, last: Tensor, outputs: list[Event], error: float) -> Found | None:
         return self._of_sets(first, last, outputs, error, scaled=True)
 
     def _of_sets(
         self, first: Tensor, last: Tensor, outputs: list[Event], error: float, *, scaled: bool
-    ) -> _Found | None:
+    ) -> Found | None:
         for chosen, factors in sets(last - first, [e.few for e in outputs], error, scaled=scaled):
             events = [outputs[at] for at in chosen]
             parallel = self._parallel(first, events, factors, error)
-            return _Found(events, factors, (), parallel, "scaled sum" if scaled else "sum")
+            return Found(events, factors, (), parallel, "scaled sum" if scaled else "sum")
         return None
 
-    def _by_channel(self, first: Tensor, last: Tensor, outputs: list[Event], error: float) -> _Found | None:
+    def _by_channel(self, first: Tensor, last: Tensor, outputs: list[Event], error: float) -> Found | None:
         for chosen, factors in by_channel(last - first, [e.few for e in outputs], error):
             events = [outputs[at] for at in chosen]
-            return _Found(
+            return Found(
                 events, factors, (), self._parallel(first, events, factors, error), "sum with a factor a channel"
             )
         return None
@@ -206,7 +244,7 @@ class Search:
             for event in self._took
         )
 
-    def _gated(self, first: Tensor, last: Tensor, outputs: list[Event], error: float) -> _Found | None:
+    def _gated(self, first: Tensor, last: Tensor, outputs: list[Event], error: float) -> Found | None:
         """The longest way from the block's input to its output through streams its modules are given, by one writer each."""
         nodes: list[_Node] = [(0, first, None), *self._states(first), (self._clock + 1, last, None)]
         best: dict[int, tuple[list[tuple[Event, str]], list[Event]]] = {0: ([], [])}
@@ -223,7 +261,7 @@ class Search:
             return None
         steps, states = best[len(nodes) - 1]
         kinds = ", ".join(dict.fromkeys(kind for _, kind in steps))
-        return _Found(
+        return Found(
             [e for e, _ in steps], (1.0,) * len(steps), tuple(states), False, f"sum with a factor a {kinds}", read=True
         )
 
@@ -236,7 +274,7 @@ class Search:
                 kept.append(event)
         return [(e.when, e.few, e) for e in kept]
 
-    def _whole(self, found: _Found, before: Tensor, after: Tensor, axis: int, error: float) -> bool:
+    def _whole(self, found: Found, before: Tensor, after: Tensor, axis: int, error: float) -> bool:
         """A sum that holds for a few tokens holds for all."""
         if found.read or any(self._changed(e) for e in found.chosen):
             return True
@@ -253,9 +291,9 @@ class Search:
 
     def _changed(self, event: Event) -> bool:
         """The block wrote into a tensor after it was seen."""
-        return not torch.equal(self._few(event.value).cpu(), event.few)
+        return not event.same if event.same is not None else not torch.equal(self._few(event.value).cpu(), event.few)
 
-    def _named(self, found: _Found) -> Writers | Unsolved:
+    def _named(self, found: Found) -> Writers | Unsolved:
         chosen = sorted(found.chosen, key=lambda e: e.when)
         order = [found.chosen.index(e) for e in chosen]
         factors = [found.factors[at] for at in order]
@@ -295,9 +333,11 @@ class Search:
                     sizes[part] += nbytes_of(parameter)
         return tuple(sizes), tuple(map(tuple, modules))
 
-    def _why(self, after: Tensor) -> str:
+    def _ends(self, after: Tensor) -> list[Event]:
+        return [e for e in self._gave if e.value.data_ptr() == after.data_ptr() and e.value.shape == after.shape]
+
+    def _why(self, ends: list[Event]) -> str:
         """Why there are no writers: in words that follow "they"."""
-        ends = [e for e in self._gave if e.value.data_ptr() == after.data_ptr() and e.value.shape == after.shape]
         last = {event.call[0]: self._block.get_submodule(event.call[0]) for event in reversed(ends)}
         for path, module in last.items():
             if _NORM.search(type(module).__name__) or _NORM.search(path.rpartition(".")[2]):
@@ -308,16 +348,6 @@ class Search:
                     f"end with {type(module).__name__} ({path}) after the sum, and what it makes of the sum is no sum"
                 )
         return "add what is no sum of outputs of their modules" if holds_both(self._block) else ""
-
-
-@dataclass(slots=True)
-class _Found:
-    chosen: list[Event]
-    factors: tuple[Scale, ...]
-    states: tuple[Event, ...]
-    parallel: bool
-    evidence: str
-    read: bool = False
 
 
 def _along(one: Tensor, other: Tensor) -> bool:
@@ -344,9 +374,3 @@ def _step(one: _Node, other: _Node, outputs: list[Event], error: float) -> tuple
             if kind is not None:
                 return event, kind
     return None
-
-
-def features_last(value: Tensor, axis: int) -> Tensor:
-    """(batch, ..., features) of a stream, a view."""
-    value = value if axis == -1 else value.movedim(axis, -1)
-    return value[:, None, :] if value.dim() == 2 else value

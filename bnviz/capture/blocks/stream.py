@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from bnviz.capture.arrival import Pending
+
 DEPTH = 3  # of nested tuples and dicts that are looked into
 
 Place = tuple[Any, ...]
@@ -139,6 +141,7 @@ class Links:
         self._told: list[Callable[[], None]] = []
         self.cells = 0  # calls of recurrent cells so far
         self.known: dict[type, Route] = {}  # of blocks of a class, once one of them was told
+        self.late = Pending()  # what a device has not told yet
 
     def wait(self, found: list[Route], made: Mapping[Place, Tensor], decide: Callable[[Route], None]) -> None:
         """Call `decide` with one of the routes when the next block begins, or the forward ends."""
@@ -153,12 +156,15 @@ class Links:
         """A block begins."""
         if self._waiting:
             self._decide(called_with(args, kwargs))
+        if self.late:
+            self.late.poll()
 
     def ends(self) -> None:
         """The forward ends."""
         self._decide({})
         for told in self._told:
             told()
+        self.late.finish()
 
     def _decide(self, then: Mapping[Place, Tensor]) -> None:
         waiting, self._waiting = self._waiting, []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bnviz.capture import arrival
 from bnviz.capture.around import around
 from bnviz.capture.native import LAYERS, hidden_state, real_tokens
 from bnviz.capture.watch import Watch
@@ -19,7 +20,8 @@ from .axes import batch_axis, features_axis, tokens_first
 from .cells import Cell, first_input
 from .find import Block, matrices
 from .guard import Guard
-from .inside import Inside, Known, Written
+from .inside import Inside, Known, Question, Written
+from .later import version as version_of
 from .notes import sentences
 from .outside import OutsideTap
 from .stream import Links, Place, Route, called_with, fetch, fetch_given, floats, routes
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 class Taps:
     """The taps of all blocks; called, they tell the writers of each."""
 
-    def __init__(self, taps: list[BlockTap | OutsideTap], fused: list[str]) -> None:
-        self._taps, self._fused = taps, fused
+    def __init__(self, taps: list[BlockTap | OutsideTap], fused: list[str], late: arrival.Pending) -> None:
+        self._taps, self._fused, self.late = taps, fused, late
 
     def __call__(self) -> list[Writers | None]:
         return [one if isinstance(one, Writers) else None for one in map(_last, self._taps)]
@@ -57,7 +59,7 @@ def tap_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack, *, inside:
     fused: list[str] = []
     for site, block in plan.blocks:
         if block.parts:
-            taps.append(OutsideTap(site, block, watch, parts=inside))
+            taps.append(OutsideTap(site, block, watch, links.late, parts=inside))
             taps[-1].attach(stack)
             continue
         whole = block.first is not block.last or matrices(block.first) < 2
@@ -67,7 +69,8 @@ def tap_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack, *, inside:
         taps[-1].attach(stack)
     watch.clock.ending.append(links.ends)
     stack.callback(watch.clock.ending.remove, links.ends)
-    return Taps(taps, fused)
+    stack.callback(links.late.leave)
+    return Taps(taps, fused, links.late)
 
 
 def follow_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None:
@@ -109,12 +112,12 @@ class BlockTap:
         self._copy, self._forward = False, -1
         self._call = _Call(site)
         self._held: list[Callable[[], None]] = []
+        self._guard = Guard(watch, site.path, self._drop)
 
     def attach(self, stack: contextlib.ExitStack) -> None:
         """Put the hooks on; the stack takes them off."""
         first, last = self.block.first, self.block.last
-        guard = Guard(self._watch, self._site.path, self._drop)
-        begin, finish = guard.around(self._begin), guard.around(self._finish)
+        begin, finish = self._guard.around(self._begin), self._guard.around(self._finish)
         stack.enter_context(around(first, begin, None, quiet=isinstance(first, nn.TransformerEncoderLayer)))
         stack.enter_context(around(last, None, finish, quiet=isinstance(last, nn.TransformerEncoderLayer)))
         if self._cell.over_time:
@@ -148,7 +151,7 @@ class BlockTap:
         if call.site is None or not call.given:
             call.given = {}
             return
-        call.versions = {place: _version(x) for place, x in call.given.items()}
+        call.versions = {place: version_of(x) for place, x in call.given.items()}
         if self._copy or (self._route is None and not self._native):
             some = next(iter(call.given.values())).shape
             call.copies = {place: x.detach().clone() for place, x in call.given.items() if x.shape == some}
@@ -190,11 +193,11 @@ class BlockTap:
             self._links.wait(found, made, self._decider(call, context, made))
 
     def _decider(self, call: _Call, context: Context, made: dict[Place, Tensor]) -> Callable[[Route], None]:
-        versions = {place: _version(x) for place, x in made.items()}
+        versions = {place: version_of(x) for place, x in made.items()}
 
         def decide(route: Route) -> None:
             self._links.known[type(self.block.first)] = route
-            if versions[route.made] == _version(made[route.made]):
+            if versions[route.made] == version_of(made[route.made]):
                 self._settle(route, call, context, made)
             else:
                 self._route = route
@@ -223,13 +226,25 @@ class BlockTap:
             if copied is None:
                 return
         with self._watch.own():
-            self._show(call.site, call, context, before if copied is None else copied, after)
+            before = before if copied is None else copied
+            if before.device != after.device:  # of a model that is split, hooks on a block move what it is given
+                before = before.detach().to(after.device, non_blocking=after.is_cuda)
+            self._show(call.site, call, context, before, after)
 
     def _wrote_into(self, before: Tensor, copied: Tensor | None, version: int) -> bool:
         """The block wrote into its own input; where torch keeps no count of that, its first call is compared."""
-        if before.is_inference():
-            return copied is not None and not self._copy and not torch.equal(before, copied)
-        return _version(before) != version
+        if not before.is_inference():
+            return version_of(before) != version
+        if copied is None or self._copy:
+            return False
+        if not arrival.late(before):
+            return not torch.equal(before, copied)
+
+        def told(same: list[Tensor]) -> None:
+            self._copy = not bool(same[0])
+
+        self._links.late.put([(before == copied).all()], 0, told)
+        return True  # until that is told
 
     def _show(self, site: Site, call: _Call, context: Context, before: Tensor, after: Tensor) -> None:
         if not self._native and (self._layout is None or min(before.dim(), after.dim()) != self._layout[2]):
@@ -244,17 +259,46 @@ class BlockTap:
             return
         context = self._clock.seen(last.shape[1]) or context
         context = context if call.real is None else replace(context, valid=call.real)
-        whole, flow = BlockSeen(site, context, first, last), self._watch.flow
-        written = []
+        if self._watch.flow is not None:
+            self._watch.flow(site, after, 1.0)
+        written: list[Written] | Question = []
         if self.inside is not None:
             written = self.inside.finish(before, after, -1 if self._layout is None else self._layout[0])
-        whole.parts = tuple(self._parts(written, site, context, first, call))
-        self._watch.emit(whole)
-        if flow is None:
+        if isinstance(written, Question):
+            self._put_off(written, BlockSeen(site, context, first, last), call, after)
+        else:
+            self._tell(BlockSeen(site, context, first, last), written, call)
+
+    def _put_off(self, question: Question, seen: BlockSeen, call: _Call, after: Tensor) -> None:
+        """Show a block when it is told what its parts wrote. It is held as copies: others may write into the stream meanwhile."""
+        copy = after.detach().clone()
+        whole = BlockSeen(seen.site, seen.context, seen.input.clone(), self._state(copy, 1, call))
+
+        def decide(told: list[Tensor]) -> None:
+            cancelled = self._clock.stopped  # since: it had been seen before
+            if cancelled:
+                self._clock.stopped = False
+            try:
+                with self._watch.own():
+                    self._tell(whole, question.answer(told, copy, after), call)
+            finally:
+                if cancelled:
+                    self._clock.stopped = True
+
+        if self._clock.stopped:
             return
-        flow(site, after, 1.0)
-        for part, seen in zip(written, whole.parts, strict=True):
-            if part.traced is not None and isinstance(part.factor, float):
+        held = [*question.held, whole.input, copy]
+        self._links.late.put(question.asked, arrival.bytes_of(held), self._guard.around(decide))
+        if question.now:
+            self._links.late.finish()
+
+    def _tell(self, whole: BlockSeen, written: list[Written], call: _Call) -> None:
+        """Show a block and its parts."""
+        whole.parts = tuple(self._parts(written, whole.site, whole.context, whole.input, call))
+        self._watch.emit(whole)
+        flow = self._watch.flow
+        for part, seen in zip(written, whole.parts, strict=True) if flow is not None else ():
+            if flow is not None and part.traced is not None and isinstance(part.factor, float):
                 flow(seen.site, part.traced, part.factor)
 
     def _parts(
@@ -268,7 +312,10 @@ class BlockTap:
             if part.whole:
                 shown = BlockSeen(site, context, reads, value)
             else:
-                added = value if isinstance(part.factor, float) and part.factor == 1.0 else part.factor * value
+                factor = part.factor
+                if isinstance(factor, Tensor) and factor.device != value.device:  # it was found on the host
+                    factor = factor.to(value.device, non_blocking=True)
+                added = value if isinstance(factor, float) and factor == 1.0 else factor * value
                 shown = BlockSeen(site, context, reads, written=added)
             yield shown
 
@@ -333,7 +380,3 @@ class _Call:
         self.copies: dict[Place, Tensor] = {}
         self.versions: dict[Place, int] = {}
         self.real: Tensor | None = None
-
-
-def _version(value: Tensor) -> int:
-    return -1 if value.is_inference() else value._version

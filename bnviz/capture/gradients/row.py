@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from bnviz.capture import arrival
+from bnviz.capture.arrival import Arrival
 from bnviz.observation import Context, GradientSeen, Site
 from bnviz.reduce.gradient_stats import gradient_stats
 
@@ -90,8 +92,42 @@ class Told:
     scale: float
 
 
-def read(row: Row) -> Told:
-    """The numbers of a row: one copy from each device."""
+class Reading:
+    """Steps that are over, whose numbers are on their way to the host: one copy from each device, which nobody waits for.
+
+    Parameters
+    ----------
+    rows : list of Row
+    """
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows, self._asked = rows, [_asked(row) for row in rows]
+        values = [value for by in self._asked for value in by.values()]
+        values += [value for row in rows for value in row.projections.values()]
+        self._arrival = Arrival(values) if any(map(arrival.late, values)) else None
+
+    def here(self) -> bool:
+        """They can be read without waiting."""
+        return self._arrival is None or self._arrival.here()
+
+    @property
+    def nbytes(self) -> int:
+        """What the rows hold besides single numbers."""
+        return sum(row.nbytes for row in self.rows)
+
+    def told(self) -> list[Told]:
+        """The numbers of each row; waits for them."""
+        if self._arrival is not None:
+            values = iter(self._arrival.values())
+            self._asked = [{key: next(values) for key in by} for by in self._asked]
+            for row in self.rows:
+                row.projections = {at: next(values) for at in row.projections}
+        return known_scales(
+            self.rows, [_told(row, on_host(by)) for row, by in zip(self.rows, self._asked, strict=True)]
+        )
+
+
+def _asked(row: Row) -> dict[tuple[str, int], Tensor]:
     by: dict[tuple[str, int], Tensor] = {}
     for name, some in (
         ("added", row.added), ("weights", row.weights), ("total", row.total), ("changes", row.changes), ("lost", row.lost),
@@ -102,7 +138,11 @@ def read(row: Row) -> Told:
         by |= {(f"mean {layer}", index): value for index, value in some.items()}
     if isinstance(row.scale, Tensor):
         by["scale", 0] = row.scale
-    host = on_host(by)
+    return by
+
+
+def _told(row: Row, host: Mapping[tuple[str, int], float]) -> Told:
+    means = row.means or {}
     scale = host["scale", 0] if isinstance(row.scale, Tensor) else math.nan if row.scale is None else float(row.scale)
 
     def of(name: str, some: Iterable[int]) -> dict[int, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from bnviz.reduce.projection import Projection
 from .find import Places
 from .means import Means
 from .outputs import Outputs, task
-from .row import Row, known_scales, read, show
+from .row import Reading, Row, show
 from .scaling import Scaling
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from bnviz.capture.plan import Plan
 
 HOLD, HOLD_BYTES = 64, 8 << 20  # steps that wait for an optimizer to say whether their loss was scaled
+LATE = 8  # times that numbers were asked of a device which has not told them
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class GradientTap:
         self._kept: dict[int, Tensor] = {}
         self._fired: set[int] = set()
         self._last: Row | None = None
+        self._readings: deque[Reading] = deque()
         self._latest: Context | None = None
         self._by_task: tuple[int, Context | None] = (-1, None)
         self._ended = self._broken = self._seen = False
@@ -266,12 +269,9 @@ class GradientTap:
         over += self._overdue([step for step in self._rows if step not in over])
         rows = [self._rows.pop(step) for step in sorted(over)]
         self._last = self._last if any(row is self._last for row in self._rows.values()) else None
-        told = [read(row) for row in rows]
-        sites = self._places.sites() if rows else {}
-        for row, numbers in zip(rows, known_scales(rows, told), strict=True):
-            for seen in show(row, numbers, self._places, sites):
-                self._seen = True
-                self._watch.emit(seen)
+        if rows:
+            self._readings.append(Reading(rows))
+        self.read(end=end)
         if end and not self._seen:
             self._needs.notes.append(
                 "gradients: no backward pass reached a trained parameter or the output of a block: call loss.backward() inside "
@@ -280,6 +280,19 @@ class GradientTap:
         if not end:
             self._outputs.forget()
             self._hook_parameters()
+
+    def read(self, *, end: bool) -> None:
+        """Show the steps whose numbers have come; at the end, and where too many wait, they are waited for."""
+        while self._readings:
+            many = len(self._readings) > LATE or sum(one.nbytes for one in self._readings) > HOLD_BYTES
+            if not (end or many or self._readings[0].here()):
+                return
+            reading = self._readings.popleft()
+            sites = self._places.sites()
+            for row, numbers in zip(reading.rows, reading.told(), strict=True):
+                for seen in show(row, numbers, self._places, sites):
+                    self._seen = True
+                    self._watch.emit(seen)
 
     def _overdue(self, waiting: list[int]) -> list[int]:
         """The oldest of the steps that wait for an optimizer, when they are too many or too large."""

@@ -30,7 +30,7 @@ def kind_of(scores: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     at = ids.long().clamp(0, scores.shape[-1] - 1)
     error = torch.stack([_misfit(_of(kind, wide).gather(-1, at).where(kept, 0.0), used, kept) for kind in _MADE])
     best = error.argmin()
-    found = torch.where(error[best] < CLOSE, best + 1, 0)
+    found = torch.where(error.amin() < CLOSE, best + 1, 0)  # an index by a tensor would wait for the device
     given = (wide >= 0).all() & ((wide.sum(-1) - 1).abs() < 1e-3).all()
     return torch.where(given, KINDS.index("probabilities"), found)
 

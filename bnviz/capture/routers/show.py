@@ -109,7 +109,7 @@ class Kind:
     def __init__(self, code: Tensor) -> None:
         self._code = code
         pinned = code.device.type == "cuda"
-        self._host = torch.full((), -1, dtype=torch.int64, pin_memory=pinned)
+        self._host = torch.full((), -1, dtype=torch.int64, device="cpu", pin_memory=pinned)
         self._host.copy_(code, non_blocking=pinned)
 
     @property
