@@ -103,6 +103,7 @@ class Attention:
                 raise SchemaError(f"Probe {self.spec.name}: {name} is {value}, expected 1 or more.")
         self.window, self.sinks, self.local, self.bins = window, sinks, local, bins
         self._known: tuple[weakref.ref[Tensor], tuple[int, int], dict[str, Tensor]] | None = None
+        self._rows: tuple[tuple[object, ...], Tensor] | None = None
         from bnviz.reduce._native import library
 
         library("attention_strip")  # compiled now, not in the middle of a forward
@@ -137,8 +138,18 @@ class Attention:
             for name, blank in self._ambiguous(seen, seen.token_ids).items():
                 if name in kept:
                     kept[name].masked_fill_(blank, torch.nan)
-        kept["visible"] = _visible(seen)
+        kept["visible"] = self._visible(seen)
         return kept
+
+    def _visible(self, seen: AttentionSeen) -> Tensor:
+        """As `_visible`, which is one for layers whose rows see alike."""
+        if seen.allowed is not None or seen.context.valid is not None:
+            return _visible(seen)
+        batch, _, rows, _ = seen.query.shape
+        key = (batch, rows, seen.key.shape[-2], seen.window, seen.causal, seen.query.device)
+        if self._rows is None or self._rows[0] != key:
+            self._rows = key, _visible(seen).contiguous()
+        return self._rows[1]
 
     def _ambiguous(self, seen: AttentionSeen, ids: Tensor) -> dict[str, Tensor]:
         """As `_ambiguous`, which is one for all layers of a forward that read the same ids."""
@@ -165,6 +176,8 @@ def _over_batch(pooled: Tensor) -> Tensor:
     """(batch, head, bin, bin) summed over the batch; NaN only where every sequence is."""
     import torch
 
+    if len(pooled) == 1:
+        return pooled[0]
     absent = pooled.isnan().all(0)
     return torch.where(absent, torch.nan, pooled.nan_to_num(0.0).sum(0))
 

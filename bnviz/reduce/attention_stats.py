@@ -14,7 +14,7 @@ from . import _attention_native, _attention_row, _dispatch
 from ._alone import alone
 from ._attention_gather import gather
 from ._attention_marks import bin_size
-from ._attention_pairs import PAIRS, partners
+from ._attention_pairs import PAIRS, partners_again
 from ._attention_pattern import BY_KEY, BY_QUERY, STATISTICS, Pattern, Statistics
 from ._attention_sight import Tokens, tokens
 from ._attention_strips import strips
@@ -151,7 +151,7 @@ def _run(
     out: dict[str, Tensor] = {}
     twin = _dispatch.twin("attention_stats", query, pattern) if of.keys else None
     if twin is not None:
-        of_rows = {"lse": lse, "partners": partners(names, of, token_ids, query.device)}
+        of_rows = {"lse": lse, "partners": partners_again(names, of, token_ids, query.device)}
         try:
             out = twin(query, key, pattern=pattern, statistics=sizes, valid=(of.rows, of.keys_valid), **of_rows)
         except Exception as error:  # a kernel that does not compile here must not cost the capture

@@ -13,9 +13,9 @@ from ._mode import INTERPRETING
 
 LOG2E = 1.4426950408889634
 PIVOT_MARGIN = 1e-4  # as in the plain definition: rounding decides nothing about a uniform row
-DEAD = 1e29  # base-2 log-sum-exp of a row that does not count is beyond this
 SINGLES = 16  # rows or keys of a program that makes no tiles of pairs
 BY_KEY = ("mass", "mass_squared", "peak", "window_mass", "pivotal")
+PAIRS = ("previous_mass", "echo_mass", "induction_mass")
 
 # (BLOCK_Q, BLOCK_K, warps, stages) by head dimension and by whether elements have 16 bits. A table rather than
 # @triton.autotune, which asks for a GPU even where there is none; tests compile the 16-bit rows of 64 and 128 ahead of time.
@@ -51,11 +51,15 @@ class Call:
 
     Attributes
     ----------
-    lse : Tensor (batch, heads, queries)
-        Base 2; 1e30 for rows that are padding or see nothing. Made by `normalise`, before all else.
+    lse, natural : Tensor (batch, heads, queries)
+        Base 2, 1e30 for rows that are padding or see nothing; and natural, -inf for those. Made by `normalise`, before all else.
+    entropy : Tensor (batch, heads, queries), optional
+        Where it is wanted: 0 yet, or NaN for those rows.
     """
 
     lse: torch.Tensor
+    natural: torch.Tensor
+    entropy: torch.Tensor | None = None
 
     def __init__(self, query: torch.Tensor, key: torch.Tensor, pattern: Any, rows: torch.Tensor | None) -> None:
         query = query if query.stride(-1) == 1 else query.contiguous()
@@ -109,53 +113,47 @@ class Call:
         return whole, 2, torch.finfo(allowed.dtype).min / 2
 
     def new(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=self.query.device)
+        """Written by a program throughout."""
+        return torch.empty(shape, dtype=torch.float32, device=self.query.device)
+
+    def of_rows(self) -> torch.Tensor:
+        return self.new(self.batch, self.heads, self.queries)
 
     @property
     def by_rows(self) -> tuple[int, int]:
         return triton.cdiv(self.queries, self.block_q), self.batch * self.heads
 
-    def normalise(self, lse: torch.Tensor | None, *, counted: bool) -> None:
-        """Take a natural log-sum-exp, or make it where there is none or where it does not tell all that is needed.
-
-        `counted`: the number of keys that a row sees is wanted.
-        """
+    def normalise(self, lse: torch.Tensor | None, names: tuple[str, ...]) -> None:
+        """Take a natural log-sum-exp, or make it where there is none or where it does not tell all that `names` need."""
         masked, sinks = self.pattern.allowed is not None, self.pattern.sinks is not None
         untold = sinks and (masked or self.queries > self.keys)  # a row that sees nothing has a finite one too
-        if lse is None or untold or (masked and counted):
-            self._sweep()
-        else:
-            dead = torch.isinf(lse)
-            if self.rows is not None:
-                dead = dead | ~self.rows[:, None]
-            self.lse = torch.where(dead, 1e30, lse.float() * LOG2E).contiguous()
-            self.count = self.lse
+        wanted = "entropy" in names
+        if lse is None or untold or (masked and "pivotal" in names):
+            self._sweep(wanted)
+            return
+        dead = torch.isinf(lse)
+        if self.rows is not None:
+            dead = dead | ~self.rows[:, None]
+        self.lse = torch.where(dead, 1e30, lse.float() * LOG2E).contiguous()
+        self.natural, self.count = torch.where(dead, float("-inf"), lse.float()), self.lse
+        self.entropy = torch.where(dead, float("nan"), 0.0).contiguous() if wanted else None
 
-    def _sweep(self) -> None:
-        self.lse = self.new(self.batch, self.heads, self.queries)
-        self.count = self.lse
+    def _sweep(self, entropy: bool) -> None:
+        self.lse, self.natural = self.of_rows(), self.of_rows()
+        self.entropy, self.count = self.of_rows() if entropy else None, self.lse
         if self.pattern.allowed is not None:
             self.count = torch.empty_like(self.lse, dtype=torch.int32)
         sinks = self.pattern.sinks
-        logits = self.lse if sinks is None else (sinks.float() * LOG2E).contiguous()
+        logits = None if sinks is None else (sinks.float() * LOG2E).contiguous()
+        live = None if self.rows is None else self.rows.view(torch.uint8)
         lse_kernel[self.by_rows](
-            *self.common, self._live().to(torch.int8), logits, self.lse, self.count, SINK=sinks is not None,
-            **self.meta,
-        )  # fmt: skip
-
-    def _live(self) -> torch.Tensor:
-        """(batch, queries) bool."""
-        if self.rows is not None:
-            return self.rows
-        return torch.ones(self.batch, self.queries, dtype=torch.bool, device=self.query.device)
+            *self.common, live, logits, self.lse, self.natural, self.entropy, self.count, **self.meta
+        )
 
     def band(self, statistics: Any, keys_valid: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """sink_mass and local_mass."""
-        sink, local = (self.new(self.batch, self.heads, self.queries) for _ in range(2))
-        if keys_valid is None:
-            first = torch.zeros(self.batch, dtype=torch.int32, device=self.query.device)
-        else:
-            first = keys_valid.int().argmax(-1).to(torch.int32)
+        sink, local = self.of_rows(), self.of_rows()
+        first = None if keys_valid is None else keys_valid.int().argmax(-1).to(torch.int32)
         band_kernel[self.by_rows](
             *self.common, self.lse, first, sink, local, statistics.sink, statistics.local, **self.meta
         )
@@ -165,30 +163,32 @@ class Call:
         """Those of `BY_KEY` that are among `names`, and entropy."""
         out = {name: self.new(self.batch, self.heads, self.keys) for name in BY_KEY if name in names}
         mass = out["mass"] if "mass" in out else self.new(self.batch, self.heads, self.keys)
-        entropy = self.new(self.batch, self.heads, self.queries)
-        none = mass[:0]
-        weight = self._last_rows(statistics.snap) if "window_mass" in out else none
+        padded, none = self.rows is not None, mass[:0]
+        weight = self._last_rows(statistics.snap) if padded and "window_mass" in out else none
         first_query = 0
-        if set(out) <= {"window_mass"} and "entropy" not in names and self.rows is None:
+        if set(out) <= {"window_mass"} and self.entropy is None and not padded:
             first_query = max(0, self.queries - statistics.snap)
         column_kernel[triton.cdiv(self.keys, self.block_k), self.batch * self.heads](
-            *self.common, self.lse, self.count, weight, mass, *(out.get(name, none) for name in BY_KEY[1:]), entropy, first_query,
+            *self.common, self.lse, self.count, weight, mass, *(out.get(name, none) for name in BY_KEY[1:]),
+            none if self.entropy is None else self.entropy, first_query, statistics.snap,
             SQUARE="mass_squared" in out, PEAK="peak" in out, SNAP="window_mass" in out, PIVOT="pivotal" in out,
-            ENTROPY="entropy" in names, PADDED=self.rows is not None,
-            MARGIN=PIVOT_MARGIN * LOG2E, **self.meta,
+            ENTROPY=self.entropy is not None, PADDED=padded, MARGIN=PIVOT_MARGIN * LOG2E, **self.meta,
         )  # fmt: skip
-        return {**out, "entropy": entropy}
+        return out if self.entropy is None else {**out, "entropy": self.entropy}
 
     def _last_rows(self, count: int) -> torch.Tensor:
         """(batch, queries): 1 for the last `count` valid rows."""
-        rows = self._live()
+        rows = self.rows
+        assert rows is not None
         valid_from_here = rows.flip(-1).cumsum(-1).flip(-1)
         return torch.where(rows, valid_from_here <= count, False).float()
 
     def last_row(self) -> torch.Tensor:
         """(batch, heads, keys): shares of the last valid row, 0 where there is none."""
-        at = torch.arange(self.queries, dtype=torch.int32, device=self.query.device)
-        last = torch.where(self._live(), at, -1).amax(-1)
+        last = None
+        if self.rows is not None:
+            at = torch.arange(self.queries, dtype=torch.int32, device=self.query.device)
+            last = torch.where(self.rows, at, -1).amax(-1)
         out = self.new(self.batch, self.heads, self.keys)
         grid = (triton.cdiv(self.keys, SINGLES), self.batch * self.heads)
         row_kernel[grid](*self.common, self.lse, last, out, BLOCK_K=SINGLES, **self.singles)
@@ -201,13 +201,17 @@ class Call:
         of_keys = min(self.block_k, triton.next_power_of_2(wide))
         chunks = triton.cdiv(tall, self.block_q)
         groups = triton.cdiv(triton.cdiv(self.queries, tall), self.block_q // of_rows)
-        parts = self.new(self.batch, self.heads, chunks, bins, bins)
+        shape = (self.batch, self.heads, bins, bins)
+        whole = shape if chunks == 1 else (*shape[:2], chunks, bins, bins)
+        parts = torch.zeros(whole, dtype=torch.float32, device=self.query.device)
         pooled_kernel[groups * chunks, self.batch * self.heads](
             *self.common, self.lse, parts, tall, wide, bins, chunks, TALL=of_rows, WIDE=of_keys, **self.meta
         )
-        out = parts[:, :, 0] if chunks == 1 else parts.sum(2)
-        out[..., -(-self.queries // tall) :, :] = float("nan")
-        out[..., -(-self.keys // wide) :] = float("nan")
+        out = parts if chunks == 1 else parts.sum(2)
+        used = triton.cdiv(self.queries, tall), triton.cdiv(self.keys, wide)
+        if used != (bins, bins):
+            out[..., used[0] :, :] = float("nan")
+            out[..., used[1] :] = float("nan")
         return out
 
     def pairs(self, partners: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -216,8 +220,9 @@ class Call:
             return {}
         widest = max(which.shape[0] for which in partners.values())
         which = torch.stack([one.expand(widest, -1) for one in partners.values()])
-        out = self.new(len(partners), self.batch, self.heads, self.queries)
+        out = {name: self.of_rows() for name in partners}
+        places = [*out.values(), *[None] * (len(PAIRS) - len(out))]
         grid = (triton.cdiv(self.queries, SINGLES), self.batch * self.heads, len(partners))
         strides = (which.stride(0), 0 if widest == 1 else which.stride(1))
-        pair_kernel[grid](*self.common, self.lse, which, out, *strides, BLOCK_Q=SINGLES, **self.singles)
-        return dict(zip(partners, out.unbind(0), strict=True))
+        pair_kernel[grid](*self.common, self.lse, which, *places, *strides, BLOCK_Q=SINGLES, **self.singles)
+        return out

@@ -79,7 +79,8 @@ def pooled_kernel(
 @triton.jit
 def pair_kernel(
     q, k, allowed, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_ab, stride_ah, stride_ai,
-    stride_aj, heads, group, nq, nk, scale, cap, hide, WINDOW, lse, partner, out, stride_pn, stride_pb,
+    stride_aj, heads, group, nq, nk, scale, cap, hide, WINDOW, lse, partner, out_0, out_1, out_2, stride_pn,
+    stride_pb,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
     ALLOWED: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):
@@ -87,7 +88,7 @@ def pair_kernel(
     bh = tl.program_id(1).to(tl.int64)
     b = bh // heads
     h = bh % heads
-    number = tl.program_id(2).to(tl.int64)
+    number = tl.program_id(2)
     i = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     found = tl.load(partner + number * stride_pn + b * stride_pb + i, mask=i < nq, other=-1)
     j = tl.where(found < 0, nk, found)
@@ -99,7 +100,12 @@ def pair_kernel(
     t, ok = lay(t, ok, allowed + b * stride_ab + h * stride_ah, i, j, nq, nk, stride_ai, stride_aj, hide, ALLOWED)
     p = tl.exp2(tl.where(ok, t - ell, -1e30))
     p = tl.where((found < 0) | (ell >= 1e29), float("nan"), p)
-    tl.store(out + (number * tl.num_programs(1) + bh) * nq + i, p, mask=i < nq)
+    if number == 0:
+        tl.store(out_0 + bh * nq + i, p, mask=i < nq)
+    elif number == 1:
+        tl.store(out_1 + bh * nq + i, p, mask=i < nq)
+    else:
+        tl.store(out_2 + bh * nq + i, p, mask=i < nq)
 
 
 @triton.jit
@@ -114,7 +120,9 @@ def row_kernel(
     b = bh // heads
     h = bh % heads
     j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    found = tl.load(row + b)
+    found = nq - 1
+    if row is not None:
+        found = tl.load(row + b)
     i = tl.where(found < 0, nq, found) + tl.zeros((1,), tl.int32)
     ell = tl.load(lse + bh * nq + i, mask=i < nq, other=1e30)
     q_tile = load_rows(q + b * stride_qb + h * stride_qh, i, stride_qn, nq, D, DP, UPCAST).to(tl.float32)

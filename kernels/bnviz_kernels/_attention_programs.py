@@ -47,7 +47,7 @@ def _edges(
 @triton.jit
 def _walk(
     mass, square, peak, window, pivot, k_tile, j, q_base, a_base, l_base, c_base, w_base, e_base, nq, nk, shift,
-    stride_qn, stride_ai, stride_aj, scale, cap, hide, WINDOW, lo, hi, D: tl.constexpr, DP: tl.constexpr,
+    stride_qn, stride_ai, stride_aj, scale, cap, hide, WINDOW, LAST, lo, hi, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
     ALLOWED: tl.constexpr, SOFTCAP: tl.constexpr, SQUARE: tl.constexpr, PEAK: tl.constexpr, SNAP: tl.constexpr,
     PIVOT: tl.constexpr, ENTROPY: tl.constexpr, PADDED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -75,7 +75,9 @@ def _walk(
         if PEAK:
             peak = tl.maximum(peak, tl.max(tl.reshape(t, (BLOCK_Q // 16, 2, 8, BLOCK_K)), axis=1))
         if SNAP:
-            weight = tl.load(w_base + i, mask=i < nq, other=0.0)
+            weight = (i >= nq - LAST).to(tl.float32)
+            if PADDED:
+                weight = tl.load(w_base + i, mask=i < nq, other=0.0)
             window += _fold(p * weight[:, None], BLOCK_Q, BLOCK_K)
         if PIVOT:
             count = visible(i, shift, nk, WINDOW, CAUSAL, SLIDING)
@@ -92,7 +94,7 @@ def _walk(
 def column_kernel(
     q, k, allowed, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_ab, stride_ah, stride_ai,
     stride_aj, heads, group, nq, nk, scale, cap, hide, WINDOW, lse, count, weight, mass_out, square_out,
-    peak_out, window_out, pivot_out, entropy, first_query, D: tl.constexpr, DP: tl.constexpr,
+    peak_out, window_out, pivot_out, entropy, first_query, LAST, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr, ALLOWED: tl.constexpr,
     SOFTCAP: tl.constexpr, SQUARE: tl.constexpr, PEAK: tl.constexpr, SNAP: tl.constexpr, PIVOT: tl.constexpr,
     ENTROPY: tl.constexpr, PADDED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -124,18 +126,18 @@ def column_kernel(
         mid = hi
     mass, square, peak, window, pivot = _walk(
         mass, square, peak, window, pivot, k_tile, j, q_base, a_base, l_base, c_base, w_base, e_base, nq, nk,
-        shift, stride_qn, stride_ai, stride_aj, scale, cap, hide, WINDOW, lo, mid, D, DP, BLOCK_Q, BLOCK_K, True,
+        shift, stride_qn, stride_ai, stride_aj, scale, cap, hide, WINDOW, LAST, lo, mid, D, DP, BLOCK_Q, BLOCK_K, True,
         CAUSAL, SLIDING, ALLOWED, SOFTCAP, SQUARE, PEAK, SNAP, PIVOT, ENTROPY, PADDED, UPCAST, PRECISION, MARGIN,
     )
     if ALLOWED == 0:
         mass, square, peak, window, pivot = _walk(
             mass, square, peak, window, pivot, k_tile, j, q_base, a_base, l_base, c_base, w_base, e_base, nq, nk,
-            shift, stride_qn, stride_ai, stride_aj, scale, cap, hide, WINDOW, mid, end, D, DP, BLOCK_Q, BLOCK_K, False,
+            shift, stride_qn, stride_ai, stride_aj, scale, cap, hide, WINDOW, LAST, mid, end, D, DP, BLOCK_Q, BLOCK_K, False,
             CAUSAL, SLIDING, ALLOWED, SOFTCAP, SQUARE, PEAK, SNAP, PIVOT, ENTROPY, PADDED, UPCAST, PRECISION, MARGIN,
         )
         mass, square, peak, window, pivot = _walk(
             mass, square, peak, window, pivot, k_tile, j, q_base, a_base, l_base, c_base, w_base, e_base, nq, nk,
-            shift, stride_qn, stride_ai, stride_aj, scale, cap, hide, WINDOW, end, hi, D, DP, BLOCK_Q, BLOCK_K, True,
+            shift, stride_qn, stride_ai, stride_aj, scale, cap, hide, WINDOW, LAST, end, hi, D, DP, BLOCK_Q, BLOCK_K, True,
             CAUSAL, SLIDING, ALLOWED, SOFTCAP, SQUARE, PEAK, SNAP, PIVOT, ENTROPY, PADDED, UPCAST, PRECISION, MARGIN,
         )
 
@@ -154,12 +156,12 @@ def column_kernel(
 @triton.jit
 def lse_kernel(
     q, k, allowed, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_ab, stride_ah, stride_ai,
-    stride_aj, heads, group, nq, nk, scale, cap, hide, WINDOW, live, sink, lse, count, D: tl.constexpr,
+    stride_aj, heads, group, nq, nk, scale, cap, hide, WINDOW, live, sink, lse, natural, entropy, count, D: tl.constexpr,
     DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, SLIDING: tl.constexpr,
-    ALLOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    ALLOWED: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Base-2 log-sum-exp of one block of rows; 1e30 for rows that are not live or see nothing. With `allowed` also how many
-    keys a row sees."""
+    """Log-sum-exp of one block of rows, base 2 and natural; 1e30 and -inf for rows that are not live or see nothing. Where their
+    entropy is to be added up it begins at 0, or NaN; with `allowed` also how many keys a row sees."""
     bh = tl.program_id(1).to(tl.int64)
     b = bh // heads
     h = bh % heads
@@ -171,7 +173,7 @@ def lse_kernel(
     a_base = allowed + b * stride_ab + h * stride_ah
     m = tl.full((BLOCK_Q,), -1e30, tl.float32)
     z = tl.zeros((BLOCK_Q,), tl.float32)
-    if SINK:
+    if sink is not None:
         m = tl.maximum(m, tl.load(sink + h))
         z += 1.0
     seen = tl.zeros((BLOCK_Q,), tl.int32)
@@ -199,8 +201,14 @@ def lse_kernel(
         tl.store(count + bh * nq + i, seen, mask=i < nq)
     else:
         seen = visible(i, shift, nk, WINDOW, CAUSAL, SLIDING)
-    counted = (tl.load(live + b * nq + i, mask=i < nq, other=0) != 0) & (seen > 0)
-    tl.store(lse + bh * nq + i, tl.where(counted, m + tl.log2(tl.where(z == 0, 1.0, z)), 1e30), mask=i < nq)
+    counted = seen > 0
+    if live is not None:
+        counted = counted & (tl.load(live + b * nq + i, mask=i < nq, other=0) != 0)
+    ell = m + tl.log2(tl.where(z == 0, 1.0, z))
+    tl.store(lse + bh * nq + i, tl.where(counted, ell, 1e30), mask=i < nq)
+    tl.store(natural + bh * nq + i, tl.where(counted, ell * 0.6931471805599453, float("-inf")), mask=i < nq)
+    if entropy is not None:
+        tl.store(entropy + bh * nq + i, tl.where(counted, 0.0, float("nan")), mask=i < nq)
 
 
 @triton.jit
@@ -222,7 +230,9 @@ def band_kernel(
     ell = tl.load(lse + bh * nq + i, mask=i < nq, other=1e30)
     k_base = k + b * stride_kb + (h // group) * stride_kh
     a_base = allowed + b * stride_ab + h * stride_ah
-    sink_from = tl.load(first_key + b)
+    sink_from = 0
+    if first_key is not None:
+        sink_from = tl.load(first_key + b)
     sink = tl.zeros((BLOCK_Q,), tl.float32)
     local = tl.zeros((BLOCK_Q,), tl.float32)
     sink_lo = sink_from // BLOCK_K
@@ -243,5 +253,6 @@ def band_kernel(
         of_sink = ((j >= sink_from) & (j < sink_from + SINK))[None, :]
         sink += tl.sum(tl.where(of_sink & in_sink, p, 0.0), axis=1)
         local += tl.sum(tl.where((gap < LOCAL) & (gap > -LOCAL) & (step >= sinks), p, 0.0), axis=1)
-    tl.store(sink_out + bh * nq + i, sink, mask=i < nq)
-    tl.store(local_out + bh * nq + i, local, mask=i < nq)
+    nan = float("nan")
+    tl.store(sink_out + bh * nq + i, tl.where(ell >= 1e29, nan, sink), mask=i < nq)
+    tl.store(local_out + bh * nq + i, tl.where(ell >= 1e29, nan, local), mask=i < nq)

@@ -39,9 +39,8 @@ from typing import Any
 
 import torch
 
-from ._attention_call import BY_KEY, DEAD, LOG2E, Call
+from ._attention_call import BY_KEY, PAIRS, Call
 
-PAIRS = ("previous_mass", "echo_mass", "induction_mass")
 BY_QUERY = ("entropy", "sink_mass", "local_mass", *PAIRS)
 STATISTICS = (*BY_KEY, "last_row", *BY_QUERY, "pooled")
 
@@ -130,7 +129,7 @@ def attention_stats(
     rows, keys_valid = valid if isinstance(valid, tuple) else (valid, None)
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         call = Call(query, key, pattern, rows)
-        call.normalise(lse, counted="pivotal" in names)
+        call.normalise(lse, names)
         out = call.pairs({name: partners[name] for name in names if name in PAIRS})
         if {"sink_mass", "local_mass"} & set(names):
             out |= call.band(statistics, keys_valid)
@@ -140,7 +139,4 @@ def attention_stats(
             out["last_row"] = call.last_row()
         if "pooled" in names:
             out["pooled"] = call.pooled(statistics.bins)
-        dead = call.lse >= DEAD
-        result = {n: out[n].masked_fill(dead, float("nan")) if n in BY_QUERY else out[n] for n in names}
-        result["lse"] = torch.where(dead, float("-inf"), call.lse / LOG2E)
-    return result
+    return {name: out[name] for name in names} | {"lse": call.natural}
