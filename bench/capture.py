@@ -84,7 +84,7 @@ def _machine(device: str) -> str:
     return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _device_memory(model: Any, ids: torch.Tensor) -> None:
+def _device_memory(model: Any, ids: torch.Tensor, cases: list[str]) -> None:
     """Print the peak of the GPU's memory over a plain forward and over watched ones."""
 
     def most(act: Any) -> int:
@@ -96,8 +96,8 @@ def _device_memory(model: Any, ids: torch.Tensor) -> None:
 
     with torch.no_grad():
         plain = most(lambda: model(ids))
-        for label, probes in CASES.items():
-            watched = most(Watched(model, ids, probes).first)
+        for label in cases:
+            watched = most(Watched(model, ids, CASES[label]).first)
             print(f"peak memory of the GPU, {label}: {watched / plain:.2f} x {quantities.size(plain)}")
 
 
@@ -106,6 +106,7 @@ def main() -> None:
     for name, value in (("layers", 12), ("hidden", 512), ("tokens", 1024), ("rounds", 7), ("threads", 1)):
         ask.add_argument(f"--{name}", type=int, default=value)
     ask.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    ask.add_argument("--case", nargs="*", choices=CASES, default=list(CASES), help="which rows; all if left out")
     given = ask.parse_args()
     torch.set_num_threads(given.threads)
     model, ids = build(given.layers, given.hidden, given.tokens, given.device)
@@ -113,8 +114,8 @@ def main() -> None:
     print(f"{_clock(given)} time over the plain model's · torch {torch.__version__}, {_machine(given.device)}")
     print(f"{'probes':<38}{'first forward':>21}{'later forward':>21}{'decode step':>21}{'records':>12}")
     with torch.no_grad():
-        for label, probes in CASES.items():
-            watched = Watched(model, ids, probes)
+        for label in given.case:
+            watched = Watched(model, ids, CASES[label])
             ratios = [
                 paired(lambda: seconds(lambda: model(ids)), which, given.rounds)
                 for which in (watched.first, watched.later)
@@ -122,7 +123,7 @@ def main() -> None:
             ratios.append(paired(lambda: steps(model, ids), watched.step, max(3, given.rounds // 2)))
             print(_row(label, ratios, watched.nbytes), flush=True)
     if given.device != "cpu":
-        _device_memory(model, ids)
+        _device_memory(model, ids, given.case)
         return
     size = (given.layers, given.hidden, given.tokens)
     plain = peak("", *size)

@@ -19,7 +19,8 @@ PAIRS = ("previous_mass", "echo_mass", "induction_mass")
 
 # (BLOCK_Q, BLOCK_K, warps, stages) by head dimension and by whether elements have 16 bits. A table rather than
 # @triton.autotune, which asks for a GPU even where there is none; tests compile the 16-bit rows of 64 and 128 ahead of time.
-CONFIGS = {
+_Blocks = dict[tuple[int, bool], tuple[int, int, int, int]]
+BLOCKS: _Blocks = {
     (64, True): (64, 64, 4, 3),
     (128, True): (64, 64, 4, 3),
     (256, True): (64, 64, 8, 2),
@@ -28,7 +29,7 @@ CONFIGS = {
     (256, False): (64, 32, 8, 1),
 }
 # With `allowed`: a tile of it takes registers too, and at 64 keys the column kernel spills.
-MASKED_CONFIGS = {
+MASKED: _Blocks = {
     (64, True): (64, 32, 4, 2),
     (128, True): (64, 32, 4, 3),
     (256, True): (64, 32, 8, 2),
@@ -36,6 +37,7 @@ MASKED_CONFIGS = {
     (128, False): (64, 32, 8, 1),
     (256, False): (64, 32, 8, 1),
 }
+OWN: dict[str, _Blocks] = {"lse": {}, "band": {}, "column": {}, "pooled": {}}  # of one program, without `allowed`
 
 
 class Call:
@@ -68,10 +70,7 @@ class Call:
         self.batch, self.heads, self.queries, dim = query.shape
         self.keys = key.shape[2]
         self.rows = None if rows is None else rows.contiguous()
-        width = 64 if dim <= 64 else 128 if dim <= 128 else 256
-        table = CONFIGS if pattern.allowed is None else MASKED_CONFIGS
-        blocks = (64, 64, 4, 1) if INTERPRETING else table[width, query.dtype.itemsize == 2]
-        self.block_q, self.block_k, warps, stages = blocks
+        self._kind = (64 if dim <= 64 else 128 if dim <= 128 else 256), query.dtype.itemsize == 2
         scale = dim**-0.5 if pattern.scale is None else pattern.scale
         cap = pattern.softcap
         allowed, kind, hide = self._allowed()
@@ -90,15 +89,16 @@ class Call:
             "SOFTCAP": cap is not None,
             "UPCAST": INTERPRETING,
         }
-        precision = "ieee" if INTERPRETING or query.dtype != torch.float32 else "tf32x3"
-        self.meta = {
-            **self.singles,
-            "BLOCK_Q": self.block_q,
-            "BLOCK_K": self.block_k,
-            "PRECISION": precision,
-            "num_warps": warps,
-            "num_stages": stages,
-        }
+        self._precision = "ieee" if INTERPRETING or query.dtype != torch.float32 else "tf32x3"
+
+    def blocks(self, program: str) -> dict[str, Any]:
+        """What a program of blocks of rows and keys is compiled for."""
+        found = BLOCKS[self._kind] if self.pattern.allowed is None else MASKED[self._kind]
+        if self.pattern.allowed is None:
+            found = OWN[program].get(self._kind, found)
+        rows, keys, warps, stages = (64, 64, 4, 1) if INTERPRETING else found
+        sizes = {"BLOCK_Q": rows, "BLOCK_K": keys, "num_warps": warps, "num_stages": stages}
+        return {**self.singles, **sizes, "PRECISION": self._precision}
 
     def _allowed(self) -> tuple[torch.Tensor, int, float]:
         """(batch, heads, queries, keys) of any strides, how the programs are to read it, and at or below what it hides."""
@@ -119,9 +119,8 @@ class Call:
     def of_rows(self) -> torch.Tensor:
         return self.new(self.batch, self.heads, self.queries)
 
-    @property
-    def by_rows(self) -> tuple[int, int]:
-        return triton.cdiv(self.queries, self.block_q), self.batch * self.heads
+    def _grid(self, count: int, block: int) -> tuple[int, int]:
+        return triton.cdiv(count, block), self.batch * self.heads
 
     def normalise(self, lse: torch.Tensor | None, names: tuple[str, ...]) -> None:
         """Take a natural log-sum-exp, or make it where there is none or where it does not tell all that `names` need."""
@@ -146,16 +145,18 @@ class Call:
         sinks = self.pattern.sinks
         logits = None if sinks is None else (sinks.float() * LOG2E).contiguous()
         live = None if self.rows is None else self.rows.view(torch.uint8)
-        lse_kernel[self.by_rows](
-            *self.common, live, logits, self.lse, self.natural, self.entropy, self.count, **self.meta
+        meta = self.blocks("lse")
+        lse_kernel[self._grid(self.queries, meta["BLOCK_Q"])](
+            *self.common, live, logits, self.lse, self.natural, self.entropy, self.count, **meta
         )
 
     def band(self, statistics: Any, keys_valid: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """sink_mass and local_mass."""
         sink, local = self.of_rows(), self.of_rows()
         first = None if keys_valid is None else keys_valid.int().argmax(-1).to(torch.int32)
-        band_kernel[self.by_rows](
-            *self.common, self.lse, first, sink, local, statistics.sink, statistics.local, **self.meta
+        meta = self.blocks("band")
+        band_kernel[self._grid(self.queries, meta["BLOCK_Q"])](
+            *self.common, self.lse, first, sink, local, statistics.sink, statistics.local, **meta
         )
         return {"sink_mass": sink, "local_mass": local}
 
@@ -168,11 +169,12 @@ class Call:
         first_query = 0
         if set(out) <= {"window_mass"} and self.entropy is None and not padded:
             first_query = max(0, self.queries - statistics.snap)
-        column_kernel[triton.cdiv(self.keys, self.block_k), self.batch * self.heads](
+        meta = self.blocks("column")
+        column_kernel[self._grid(self.keys, meta["BLOCK_K"])](
             *self.common, self.lse, self.count, weight, mass, *(out.get(name, none) for name in BY_KEY[1:]),
             none if self.entropy is None else self.entropy, first_query, statistics.snap,
             SQUARE="mass_squared" in out, PEAK="peak" in out, SNAP="window_mass" in out, PIVOT="pivotal" in out,
-            ENTROPY=self.entropy is not None, PADDED=padded, MARGIN=PIVOT_MARGIN * LOG2E, **self.meta,
+            ENTROPY=self.entropy is not None, PADDED=padded, MARGIN=PIVOT_MARGIN * LOG2E, **meta,
         )  # fmt: skip
         return out if self.entropy is None else {**out, "entropy": self.entropy}
 
@@ -190,22 +192,22 @@ class Call:
             at = torch.arange(self.queries, dtype=torch.int32, device=self.query.device)
             last = torch.where(self.rows, at, -1).amax(-1)
         out = self.new(self.batch, self.heads, self.keys)
-        grid = (triton.cdiv(self.keys, SINGLES), self.batch * self.heads)
-        row_kernel[grid](*self.common, self.lse, last, out, BLOCK_K=SINGLES, **self.singles)
+        row_kernel[self._grid(self.keys, SINGLES)](*self.common, self.lse, last, out, BLOCK_K=SINGLES, **self.singles)
         return out
 
     def pooled(self, bins: int) -> torch.Tensor:
         """(batch, heads, bins, bins), NaN beyond the last bin that holds a token."""
         tall, wide = (max(1, -(-count // bins)) for count in (self.queries, self.keys))
-        of_rows = min(self.block_q, triton.next_power_of_2(tall))  # rows of a tile that one bin takes
-        of_keys = min(self.block_k, triton.next_power_of_2(wide))
-        chunks = triton.cdiv(tall, self.block_q)
-        groups = triton.cdiv(triton.cdiv(self.queries, tall), self.block_q // of_rows)
+        meta = self.blocks("pooled")
+        of_rows = min(meta["BLOCK_Q"], triton.next_power_of_2(tall))  # rows of a tile that one bin takes
+        of_keys = min(meta["BLOCK_K"], triton.next_power_of_2(wide))
+        chunks = triton.cdiv(tall, meta["BLOCK_Q"])
+        groups = triton.cdiv(triton.cdiv(self.queries, tall), meta["BLOCK_Q"] // of_rows)
         shape = (self.batch, self.heads, bins, bins)
         whole = shape if chunks == 1 else (*shape[:2], chunks, bins, bins)
         parts = torch.zeros(whole, dtype=torch.float32, device=self.query.device)
         pooled_kernel[groups * chunks, self.batch * self.heads](
-            *self.common, self.lse, parts, tall, wide, bins, chunks, TALL=of_rows, WIDE=of_keys, **self.meta
+            *self.common, self.lse, parts, tall, wide, bins, chunks, TALL=of_rows, WIDE=of_keys, **meta
         )
         out = parts if chunks == 1 else parts.sum(2)
         used = triton.cdiv(self.queries, tall), triton.cdiv(self.keys, wide)
@@ -222,7 +224,7 @@ class Call:
         which = torch.stack([one.expand(widest, -1) for one in partners.values()])
         out = {name: self.of_rows() for name in partners}
         places = [*out.values(), *[None] * (len(PAIRS) - len(out))]
-        grid = (triton.cdiv(self.queries, SINGLES), self.batch * self.heads, len(partners))
+        grid = (*self._grid(self.queries, SINGLES), len(partners))
         strides = (which.stride(0), 0 if widest == 1 else which.stride(1))
         pair_kernel[grid](*self.common, self.lse, which, *places, *strides, BLOCK_Q=SINGLES, **self.singles)
         return out
