@@ -86,7 +86,7 @@ class Projection:
     def _pool(self, device: torch.device) -> Tensor:
         if device not in self._signs:
             size = POOL if device.type == "cpu" else LARGE_POOL
-            own = torch.Generator().manual_seed(self._seed)  # a CPU's on every device: all have the same signs
+            own = torch.Generator().manual_seed(self._seed)  # a CPU's on every device: all have the same pool
             bits = torch.randint(0, 2, (size,), generator=own, dtype=torch.int8, device="cpu").mul_(2).sub_(1)
             pinned = device.type == "cuda"  # no backward pass waits for the copy
             bits = bits.pin_memory() if pinned else bits

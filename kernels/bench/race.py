@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 PEERS = ("floor", "naive", "plain")
+WAIT = 4_000_000  # cycles, about two milliseconds
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -44,9 +45,13 @@ class Row:
 
 
 def once(function: Callable[[], object]) -> float:
-    """Seconds of one call: of the GPU between two events, or of the CPU by all threads of this process."""
+    """Seconds of one call: of the GPU between two events, or of the CPU by all threads of this process.
+
+    The GPU is kept busy before, so that the call is launched by the time it begins: what launching takes is not in it.
+    """
     if DEVICE == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(WAIT)
         start.record()
         function()
         stop.record()

@@ -35,10 +35,10 @@ BY_ROW = ("norm_in", "norm_out", "cosine", "relative_change")
 BY_CHANNEL = ("mean", "variance", "max_abs", "kurtosis", "zero_fraction", "outlier_fraction")
 OUTLIER = 6.0
 MOST_PARTS = 3
-TILE = 1024  # values of a tile: 8 in each thread of 4 warps
-COLS = 256  # of it: a warp has whole rows
-WARPS, STAGES = 4, 3
-PER_SM = 8  # programs for each multiprocessor
+TILE = 512  # values of a tile: 8 in each thread of 2 warps
+COLS = 128  # of it: a warp has whole rows
+WARPS, STAGES = 2, 4
+PER_SM = 16  # programs for each multiprocessor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -85,6 +85,8 @@ def attention_calls(target: str) -> Iterator[tuple[dict[str, Any], Callable[[], 
         query, key = torch.empty(1, 8, 8192, dim, dtype=dtype), torch.empty(1, 2, 8192, dim, dtype=dtype)
         call = partial(attention_stats, query, key, pattern=pattern, valid=valid, partners=partners)
         yield {"dtype": str(dtype), "dim": dim}, call
+    one = {"previous_mass": partners["previous_mass"]}  # as without token ids
+    yield {"dtype": str(query.dtype), "dim": dim}, partial(attention_stats, query, key, partners=one)
 
 
 def block_calls() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:

@@ -133,6 +133,8 @@ def check_close(got: Any, want: Any) -> None:
     for name in got.kinds:
         assert set(got[name].variables) == set(want[name].variables)
         for variable, one in want[name].variables.items():
+            if (name, variable) == ("gradients", "cosine"):  # an estimate, by random signs that lie otherwise on a GPU
+                continue
             other = got[name][variable]
             assert (other.dims, other.shape) == (one.dims, one.shape), (name, variable)
             if one.dtype.kind == "f":
@@ -248,8 +250,9 @@ def test_a_model_that_is_moved_as_it_runs() -> None:
         return [model(x).cpu() for _ in range(3)]
 
     want = run_of(model, called, "cpu", "activations", "attention")
-    for block in model.blocks:  # no hook moves what the model is given: the first block is given it on the host
-        accelerate.cpu_offload(block, execution_device="cuda")
+    for block in model.blocks:
+        hook = accelerate.hooks.AlignDevicesHook("cuda", io_same_device=True, place_submodules=True)
+        accelerate.hooks.add_hook_to_module(block, hook)  # moves what a block is given, inside its forward, and back
     check_close(run_of(model, called, "cpu", "activations", "attention"), want)
 
 
