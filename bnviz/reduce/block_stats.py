@@ -85,8 +85,9 @@ def block_stats(
     Channels are sums of (y - c)**p, p = 1 to 4, about a pivot c (the channel's mean over the first 64 valid rows),
     added in float64. At a mean of 100 standard deviations kurtosis from raw float32 moments is off by 2,700 %, about the pivot by
     less than 1e-5. Outliers are counted in a second read of the output, only of channels that can have any: one beyond 6
-    standard deviations needs max |y - mean| > 6 sd. Where something is not finite, or its square is not, and on a GPU, all
-    is in float64.
+    standard deviations needs max |y - mean| > 6 sd. Where something is not finite, or its square is not, all is in float64.
+    On a GPU the Triton twin makes them (`BNVIZ_KERNELS`), from one read of every tensor and one more of the output; without it
+    torch does, in float64.
 
     Relative change and cosine are those of block influence (ShortGPT, arXiv 2403.03853) and of LLM-Drop (2406.15786).
 
