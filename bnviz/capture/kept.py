@@ -22,7 +22,7 @@ _room, _used = np.empty(0, np.uint8), 0
 
 
 class Kept:
-    """Copies of some arrays, by name: their memory goes back to the system when nothing kept beside it is left.
+    """Copies of some arrays, by name, side by side: their memory goes back to the system when nothing kept beside it is left.
 
     Parameters
     ----------
@@ -35,28 +35,29 @@ class Kept:
     ([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], True)
     """
 
-    __slots__ = ("_copies",)
+    __slots__ = ("_bytes", "_places")
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self._copies = [
-            (name, one.tobytes(), one.dtype, one.shape) if one.nbytes <= SMALL else (name, _apart(one), None, ())
-            for name, one in arrays.items()
-        ]
+        total, places = 0, []
+        for name, one in arrays.items():
+            places.append((name, one.shape, one.dtype, total, total + one.nbytes))
+            total += -(-one.nbytes // ALIGNED) * ALIGNED
+        self._places = places
+        if len(places) == 1 and total <= SMALL:
+            self._bytes: np.ndarray | bytes = one.tobytes()
+            return
+        self._bytes = room = _take(total)
+        for (_, shape, dtype, start, stop), one in zip(places, arrays.values(), strict=True):
+            room[start:stop].view(dtype).reshape(shape)[...] = one
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The copies."""
+        if isinstance(self._bytes, bytes):
+            ((name, shape, dtype, _, _),) = self._places
+            return {name: np.frombuffer(self._bytes, dtype).reshape(shape).copy()}
         return {
-            name: np.frombuffer(one, dtype).reshape(shape).copy() if isinstance(one, bytes) else one
-            for name, one, dtype, shape in self._copies
+            name: self._bytes[start:stop].view(dtype).reshape(shape) for name, shape, dtype, start, stop in self._places
         }
-
-
-def _apart(one: np.ndarray) -> np.ndarray:
-    """A copy of a larger array."""
-    room = _take(-(-one.nbytes // ALIGNED) * ALIGNED)
-    copy: np.ndarray = room[: one.nbytes].view(one.dtype).reshape(one.shape)
-    copy[...] = one
-    return copy
 
 
 def _take(size: int) -> np.ndarray:
