@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .shelf import Shelf
 
 
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _nothing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
@@ -148,6 +149,8 @@ class Audience:
 
 def _plain_arithmetic(seen: Any) -> Any:
     """Autocast off while probes compute: their float32 sums must stay float32."""
+    if not _any_autocast():
+        return _nothing
     tensor = next(
         t for name in ("written", "input", "query", "weights") if (t := getattr(seen, name, None)) is not None
     )

@@ -34,6 +34,7 @@ class Census:
         self._layer: dict[tuple[str, str], int] = {}
         self._ran: dict[tuple[str, str], list[int]] = {}
         self._kinds: Collection[str] = ()
+        self._settled: list[SiteCount] = []
         self._doubtful = {
             (a.site.kind, a.site.path) for a in plan.attention if a.doubtful
         }  # perhaps no attention at all
@@ -99,6 +100,12 @@ class Census:
             if at not in found:
                 found[at] = self._count(at, "", final.get(self._layer[at], self._layer[at]))
         return list(found.values())
+
+    def settled(self, layers: Layers) -> list[SiteCount]:
+        """The same, of whole forwards: in the middle of one, those before it."""
+        if not self._clock.running:
+            self._settled = self.counts(layers)
+        return self._settled
 
     def _count(self, at: tuple[str, str], mechanism: str, layer: int) -> SiteCount:
         observations, forwards, _, decoded = self._seen.get(at, (0, 0, -1, 0))

@@ -79,12 +79,14 @@ class Closing:
         self.writers: Callable[[], list[Writers | None]] = list
         self.undivided: Callable[[], list[str]] = list
         self.remarks: Callable[[], list[str]] = list
+        self.counts: Callable[[], list[SiteCount]] = list
         self.stream = None if options.path is None else Stream(options.path, self._header)
 
     def _header(self) -> dict[str, Any]:
         """What recovery needs besides the rows, as far as it is known now."""
+        seen = [one.to_json() for one in self.counts()]
         return {
-            "provenance": {**self._facts, "notes": list(self._notes)},
+            "provenance": {**self._facts, "notes": list(self._notes), "sites": seen},
             "variables": as_json(self._declared),
             "layers": {record: {str(n): at for n, at in self._numbers(record).items()} for record in self._declared},
             "paths": {record: self._paths_of(record) for record in self._declared},

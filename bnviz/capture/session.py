@@ -89,6 +89,7 @@ class Session:
         self.census = Census(self._plan, self.clock)
         self._instruments = Instruments(self._probes, self._failed, notes)
         self._closing = Closing(model, self._plan, self._facts(), specs, options, self._layers, notes)
+        self._closing.counts = partial(self.census.settled, self._layers)
         self.shelf.make_room = self._drain
         self._torn = Torn()
         self.progress = Progress(options.progress, self.state)

@@ -59,8 +59,10 @@ def test_what_was_cut_short_has_its_positions(load_model: Any, tmp_path: Path) -
         )
     recorder._session.shelf.complete(False)
     recorder._session._drain()
-    cut = bnviz.open(path)["attention"]
+    cut_short = bnviz.open(path)
+    cut = cut_short["attention"]
     run = recorder.detach()
+    assert cut_short.sites == run.sites  # how often each place was seen
     assert cut.query_position.isel(step=1).values[:8].tolist() == [5, 6, 7, 8, 8, 9, 10, 11]
     assert cut.equals(run["attention"])
 

@@ -327,11 +327,9 @@ class BlockTap:
             return state
         assert self._layout is not None
         batch = self._batch if value.dim() == 3 and self._layout[side] == -1 else 0
-        alike = self._clock.rows(value.shape[0] * value.shape[1]) == tuple(value.shape[:2])
-        if (
-            batch and alike and not isinstance(self.block.first, nn.RNNBase)
-        ):  # it turns around what it gives its attention
-            batch = 0
+        if batch and not isinstance(self.block.first, nn.RNNBase):  # which turns around what it gives its attention
+            alike = self._clock.rows(value.shape[0] * value.shape[1]) == tuple(value.shape[:2])
+            batch = 0 if alike else batch
         return tokens_first(value.detach(), self._layout[side], batch)
 
     # ------------------------------------------------------------------ ends
