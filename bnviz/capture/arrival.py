@@ -85,11 +85,17 @@ class Arrival:
 
 
 class Pending:
-    """What is decided when its values have come, in the order in which they were asked for."""
+    """What is decided when its values have come, in the order in which they were asked for.
 
-    def __init__(self) -> None:
-        self._jobs: deque[tuple[Arrival, Callable[[list[Tensor]], None], int]] = deque()
-        self._bytes = 0
+    Parameters
+    ----------
+    lend : callable, optional
+        Counts so many bytes, below zero fewer, to what the capture may hold; False where there is no room: then all is decided.
+    """
+
+    def __init__(self, lend: Callable[[int], bool] = lambda size: True) -> None:
+        self._jobs: deque[tuple[Arrival, Callable[[list[Tensor]], None], int, int]] = deque()
+        self._bytes, self._lend = 0, lend
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
@@ -106,9 +112,10 @@ class Pending:
         """
         arrival = Arrival(asked)
         size = held + 2 * arrival.nbytes
-        self._jobs.append((arrival, decide, size))
+        lent = size if self._lend(size) else 0
+        self._jobs.append((arrival, decide, size, lent))
         self._bytes += size
-        while self._bytes > CEILING and self._jobs:
+        while self._jobs and (self._bytes > CEILING or not lent):
             self._next()
 
     def poll(self) -> None:
@@ -123,6 +130,7 @@ class Pending:
 
     def clear(self) -> None:
         """Let all go undecided."""
+        self._lend(-sum(lent for *_, lent in self._jobs))
         self._jobs.clear()
         self._bytes = 0
 
@@ -133,8 +141,9 @@ class Pending:
             self.finish()
 
     def _next(self) -> None:
-        arrival, decide, size = self._jobs.popleft()
+        arrival, decide, size, lent = self._jobs.popleft()
         self._bytes -= size
+        self._lend(-lent)
         with without_modes(), torch.no_grad(), arrival.stream():
             decide(arrival.values())
 

@@ -155,7 +155,7 @@ class Session:
         if "gradient" in wanted:
             watch = self._watch_gradients(plan, watch, stack)
         if wanted & {"block", "sublayer", "gradient"}:
-            taps = tap_blocks(plan, watch, stack, inside=bool(wanted & {"sublayer", "gradient"}))
+            taps = tap_blocks(plan, watch, stack, self.shelf.lend, inside=bool(wanted & {"sublayer", "gradient"}))
             self._closing.writers, self._late = taps, taps.late
             if "sublayer" in wanted:
                 self._closing.undivided = taps.notes

@@ -298,6 +298,27 @@ def test_what_is_held_has_a_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
         check_equal(run_of(model, lambda: model(x)), want)
 
 
+def test_what_is_held_counts_against_the_budget() -> None:
+    lent, told = [0], []
+
+    def lend(size: int) -> bool:
+        if size > 0 and lent[0] + size > 100:
+            return False
+        lent[0] += size
+        return True
+
+    with put_off():
+        pending = Pending(lend)
+        for number in range(3):
+            pending.put([torch.zeros(1)], 32, lambda _, number=number: told.append(number))
+            assert told == ([] if number < 2 else [0, 1, 2]), number
+        assert lent == [0]
+        pending.put([torch.zeros(1)], 32, told.append)
+        assert lent == [40]
+        pending.clear()
+    assert lent == [0]
+
+
 def test_copies_of_several_types_come_in_their_order() -> None:
     one, two = torch.randn(3, 4), torch.tensor(True)
     given = [one, torch.arange(5), two, one, torch.empty(0, 2), one.double()]

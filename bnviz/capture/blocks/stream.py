@@ -134,14 +134,20 @@ def continued(found: list[Route], made: Mapping[Place, Tensor], then: Mapping[Pl
 
 
 class Links:
-    """Blocks that could not yet say which way their stream goes: the next block that begins tells."""
+    """Blocks that could not yet say which way their stream goes: the next block that begins tells.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    lend : callable
+        As `Pending` has it.
+    """
+
+    def __init__(self, lend: Callable[[int], bool]) -> None:
         self._waiting: list[tuple[list[Route], Mapping[Place, Tensor], Callable[[Route], None]]] = []
         self._told: list[Callable[[], None]] = []
         self.cells = 0  # calls of recurrent cells so far
         self.known: dict[type, Route] = {}  # of blocks of a class, once one of them was told
-        self.late = Pending()  # what a device has not told yet
+        self.late = Pending(lend)  # what a device has not told yet
 
     def wait(self, found: list[Route], made: Mapping[Place, Tensor], decide: Callable[[Route], None]) -> None:
         """Call `decide` with one of the routes when the next block begins, or the forward ends."""

@@ -51,10 +51,12 @@ class Taps:
         return sentences(unsolved, len(self._taps))
 
 
-def tap_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack, *, inside: bool) -> Taps:
-    """Show every block, and its verified residual writers when `inside`."""
+def tap_blocks(
+    plan: Plan, watch: Watch, stack: contextlib.ExitStack, lend: Callable[[int], bool], *, inside: bool
+) -> Taps:
+    """Show every block, and its verified residual writers when `inside`. What is held for later is counted by `lend`."""
     known = Known()
-    links = Links()
+    links = Links(lend)
     taps: list[BlockTap | OutsideTap] = []
     fused: list[str] = []
     for site, block in plan.blocks:
