@@ -23,9 +23,6 @@ REASONS = (
     ("a second name for the number beside it", (
         "clap* *num_hidden_layers", "janus* *vision_config.depth", "janus_vision_model depth", "xlstm num_blocks",
     )),
-    ("a list of one layer is not taken for a list of blocks", (
-        "d_fine encoder_layers", "deimv2 encoder_layers", "pp_doclayout_v* encoder_layers", "rt_detr* encoder_layers",
-    )),
     ("counts stages of convolutions: the convolutions in them are the blocks", (
         "d_fine *depths", "deimv2 *depths", "hgnet_v2 *", "pp_doclayout_v* *depths", "pp_ocrv* *", "janus* *num_hidden_layers",
     )),

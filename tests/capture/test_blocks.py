@@ -365,6 +365,28 @@ def test_what_has_no_weights_has_no_blocks_and_look_up_tables_are_none() -> None
     assert [b.path for b in find_blocks(model)] == ["rnn", "head"]
 
 
+def test_a_list_of_one_small_layer_is_a_body_where_it_has_an_attention_and_an_mlp() -> None:
+    class Hybrid(nn.Module):
+        """Convolutions with one layer of attention on top, as a detector has it."""
+
+        def __init__(self, top: nn.Module) -> None:
+            super().__init__()
+            self.stem = nn.ModuleList(nn.Sequential(nn.Linear(16, 512), nn.Linear(512, 16)) for _ in range(3))
+            self.top = nn.ModuleList([top])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.stem:
+                x = layer(x)
+            for layer in self.top:
+                x = layer(x)
+            return x
+
+    found = [block.path for block in find_blocks(Hybrid(PreNorm()))]
+    assert found[-1] == "top.0"
+    small = nn.ModuleDict({"down": nn.Linear(16, 4), "up": nn.Linear(4, 16)})
+    assert not [block for block in find_blocks(Hybrid(small)) if block.path.startswith("top")]
+
+
 def test_weights_of_a_flat_block_are_those_of_all_it_holds() -> None:
     blocks = find_blocks(zoo.vgg())
     assert blocks[0].nbytes == 4 * (8 * 3 * 9 + 8 + 2 * 8)  # convolution, bias, batch norm

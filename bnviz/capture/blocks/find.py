@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from bnviz.capture.values import nbytes_of
 
 from .code import in_a_row
+from .parts import holds_both
 
 SHARE = 0.05  # of the parameters: below it a list of plain layers is a detail (a head, a stem), not the body
 HEAD = 0.2  # of the parameters: below it a list of plain layers beside lists of blocks is a head or a stem
@@ -99,7 +100,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
         return []
     lists = [_List("", model, True, model)] if _is_list(model) else list(_outermost("", model, ()))
     chosen = [one for one in lists if one.row is not False]
-    bodies = [one for one in chosen if one.composite and (len(one.items) > 1 or size_of(one.module) >= SHARE * total)]
+    bodies = [one for one in chosen if one.composite and (_several(one) or size_of(one.module) >= SHARE * total)]
     classes = {type(c) for one in bodies for _, c in one.items}
     bodies += [one for one in chosen if one not in bodies and classes & {type(c) for _, c in one.items}]
     bodies += _plain_lists([one for one in chosen if one not in bodies], (HEAD if bodies else SHARE) * total)
@@ -108,6 +109,11 @@ def find_blocks(model: nn.Module) -> list[Block]:
         return _branches(beside) if beside else _children(model)
     paths = {one.path: one for one in bodies}
     return [b for path, item in _in_order(model, paths) for b in (_expand(paths[path]) if item is None else [item])]
+
+
+def _several(one: _List) -> bool:
+    """More items than one, or one that is a layer or holds one: something in it has an attention and an MLP."""
+    return len(one.items) > 1 or any(holds_both(module) for module in one.module.modules())
 
 
 def _plain_lists(lists: list[_List], least: float) -> list[_List]:
