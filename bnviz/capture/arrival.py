@@ -91,11 +91,17 @@ class Pending:
     ----------
     lend : callable, optional
         Counts so many bytes, below zero fewer, to what the capture may hold; False where there is no room: then all is decided.
+    own : callable, optional
+        A context in which operators stay out of the profile.
     """
 
-    def __init__(self, lend: Callable[[int], bool] = lambda size: True) -> None:
+    def __init__(
+        self,
+        lend: Callable[[int], bool] = lambda size: True,
+        own: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
         self._jobs: deque[tuple[Arrival, Callable[[list[Tensor]], None], int, int]] = deque()
-        self._bytes, self._lend = 0, lend
+        self._bytes, self._lend, self._own = 0, lend, own
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
@@ -144,7 +150,7 @@ class Pending:
         arrival, decide, size, lent = self._jobs.popleft()
         self._bytes -= size
         self._lend(-lent)
-        with without_modes(), torch.no_grad(), arrival.stream():
+        with self._own(), without_modes(), torch.no_grad(), arrival.stream():
             decide(arrival.values())
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bnviz.observation import AttentionSeen, BlockSeen
+from bnviz.reduce._attention_pairs import forget
 
 from .calm import Calm
 from .joined import Joined
@@ -70,10 +71,12 @@ class Audience:
 
     def release(self) -> None:
         """The capture is over: hold nothing of a forward that did not end."""
+        forget()
         self._calm.forget()
 
     def settle(self) -> None:
         """The forward ends: show what waited for that."""
+        forget()
         now = self._clock.now
         if now is None or self._inside:
             return

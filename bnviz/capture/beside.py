@@ -54,4 +54,4 @@ def _moment(context: Context, device: torch.device) -> Context:
 
 
 def _on(value: Tensor, device: torch.device) -> Tensor:
-    return value.to(device, non_blocking=device.type != "cpu")
+    return value.to(device, non_blocking=device.type == "cuda")

@@ -5,11 +5,12 @@ Positions are counted here: a static cache would answer with a live tensor, and 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,6 +123,15 @@ class Clock:
     def advance(self) -> None:
         """End a manual step."""
         self._step, self._row_calls = self._step + 1, 0
+
+    @contextlib.contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """What was seen before a cancel may be shown after it."""
+        stopped, self.stopped = self.stopped, False
+        try:
+            yield
+        finally:
+            self.stopped = stopped or self.stopped
 
     def skip(self, model: nn.Module) -> None:
         """A forward begins that cannot be watched."""

@@ -225,8 +225,8 @@ class Stories:
 
 
 def _on(device: torch.device, index: Tensor) -> Tensor:
-    """Without waiting for a device; the host has to wait for what it is to read."""
-    return index.to(device, non_blocking=device.type != "cpu")
+    """Without waiting for a GPU; elsewhere a copy that nobody waits for may be read, or its source go, before it is made."""
+    return index.to(device, non_blocking=device.type == "cuda")
 
 
 def _weakly(value: Any, gone: Callable[[Any], Any]) -> Callable[[], Any]:

@@ -36,5 +36,5 @@ class WithoutGradients:
             torch._C._set_grad_enabled(False)
 
     def __exit__(self, *_: object) -> None:
-        if self._on:
-            torch._C._set_grad_enabled(True)
+        if self._on or torch.is_grad_enabled():  # or a probe has left it on
+            torch._C._set_grad_enabled(self._on)

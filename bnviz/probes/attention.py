@@ -147,9 +147,10 @@ class Attention:
             return _visible(seen)
         batch, _, rows, _ = seen.query.shape
         key = (batch, rows, seen.key.shape[-2], seen.window, seen.causal, seen.query.device)
-        if self._rows is None or self._rows[0] != key:
-            self._rows = key, _visible(seen).contiguous()
-        return self._rows[1]
+        known = self._rows
+        if known is None or known[0] != key:
+            self._rows = known = key, _visible(seen).contiguous()
+        return known[1]
 
     def _ambiguous(self, seen: AttentionSeen, ids: Tensor) -> dict[str, Tensor]:
         """As `_ambiguous`, which is one for all layers of a forward that read the same ids."""

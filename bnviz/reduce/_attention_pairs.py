@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 
 import torch
@@ -48,40 +47,30 @@ def partners(names: tuple[str, ...], of: Tokens, token_ids: Tensor | None, devic
     return found
 
 
-class _Latest:
-    """What was made last, as long as the ids it was made of are there: the layers of a forward ask one after the other."""
-
-    def __init__(self) -> None:
-        self._ids: weakref.ref[Tensor] | None = None
-        self._key: tuple[object, ...] = ()
-        self._found: dict[str, Tensor] = {}
-
-    def get(self, ids: Tensor, key: tuple[object, ...]) -> dict[str, Tensor] | None:
-        known = self._ids is not None and self._ids() is ids and self._key == key
-        return self._found if known else None
-
-    def put(self, ids: Tensor, key: tuple[object, ...], found: dict[str, Tensor]) -> None:
-        self._ids, self._key, self._found = weakref.ref(ids, lambda _: self._found.clear()), key, found
-
-
-_latest = threading.local()
+_Made = tuple[weakref.ref[Tensor], tuple[object, ...], dict[str, Tensor]]
+_latest: dict[str, _Made] = {}  # one entry; replaced whole, so that threads see it so
 
 
 def partners_again(
     names: tuple[str, ...], of: Tokens, token_ids: Tensor | None, device: torch.device
 ) -> dict[str, Tensor]:
-    """`partners`, made once for calls that follow one another with the same ids; for a GPU, where each operation is a launch."""
+    """`partners`, made once for calls that follow one another with the same ids; for a GPU, where each operation is a launch.
+
+    Kept until `forget`, which a capture calls when a forward ends.
+    """
     if token_ids is None or of.keys_valid is not None or token_ids.is_inference():
         return partners(names, of, token_ids, device)
-    latest: _Latest | None = getattr(_latest, "one", None)
-    if latest is None:
-        latest = _latest.one = _Latest()
     key = (names, of.queries, of.keys, token_ids._version, device)
-    found = latest.get(token_ids, key)
-    if found is None:
-        found = partners(names, of, token_ids, device)
-        latest.put(token_ids, key, found)
-    return dict(found)
+    latest = _latest.get("")
+    if latest is None or latest[0]() is not token_ids or latest[1] != key:
+        latest = weakref.ref(token_ids), key, partners(names, of, token_ids, device)
+        _latest[""] = latest
+    return dict(latest[2])
+
+
+def forget() -> None:
+    """Let go what `partners_again` keeps."""
+    _latest.clear()
 
 
 def _of_queries(of_key: Tensor, of: Tokens) -> Tensor:

@@ -175,7 +175,7 @@ def _of_stream(sides: tuple[Any, ...], parallel: bool, valid: Any, channels: boo
 def _twin(given: list[Any], parallel: bool, valid: Tensor | None, channels: bool) -> list[BlockStats] | None:
     """What the Triton twin makes of it, where it runs."""
     before, after, *written = given
-    if before.is_cpu and os.environ.get("BNVIZ_KERNELS") != "interpret":
+    if before.is_cpu and os.environ.get("BNVIZ_KERNELS", "").strip().lower() != "interpret":
         return None
     others = [side for side in given[1:] if side is not None]
     function = _dispatch.twin("block_stats", before, others, function="stream_stats")

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -299,7 +300,10 @@ def test_what_is_held_has_a_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_held_counts_against_the_budget() -> None:
-    lent, told = [0], []
+    lent, told = [0], list[Any]()
+
+    def noted(number: int, _: Any) -> None:
+        told.append(number)
 
     def lend(size: int) -> bool:
         if size > 0 and lent[0] + size > 100:
@@ -310,7 +314,7 @@ def test_what_is_held_counts_against_the_budget() -> None:
     with put_off():
         pending = Pending(lend)
         for number in range(3):
-            pending.put([torch.zeros(1)], 32, lambda _, number=number: told.append(number))
+            pending.put([torch.zeros(1)], 32, partial(noted, number))
             assert told == ([] if number < 2 else [0, 1, 2]), number
         assert lent == [0]
         pending.put([torch.zeros(1)], 32, told.append)

@@ -293,7 +293,7 @@ def _laid_out(
     for n in (*(n for n in range(len(shape)) if n not in (axes[0], weights.root.axis)), axes[0]):
         place.mul_(shape[n]).add_(_coordinate(taken, shape, n))
     place.mul_(values.root.shape[axes[1]]).add_(_coordinate(of_values, values.root.shape, axes[1]))
-    there = device.type != "cpu"
+    there = device.type == "cuda"
     return taken.to(device, non_blocking=there), place.to(device, non_blocking=there)
 
 

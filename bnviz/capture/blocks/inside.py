@@ -82,14 +82,15 @@ class Question:
     held : list of Tensor
         Until it is answered.
     answer : callable
-        Given what was asked, on the host, and the stream after the block, as it was and in the graph: what the parts wrote.
+        Given what was asked, on the host, and the stream after the block, as it was and, unless written into since, in the
+        graph: what the parts wrote.
     now : bool
         It has to be answered before the next block begins.
     """
 
     asked: list[Tensor]
     held: list[Tensor]
-    answer: Callable[[list[Tensor], Tensor, Tensor], list[Written]]
+    answer: Callable[[list[Tensor], Tensor, Tensor | None], list[Written]]
     now: bool = False
 
 
@@ -219,7 +220,7 @@ class Inside:
             self._known.found[self._kind, training] = verdict
 
     def _written(
-        self, found: Writers, kept: Mapping[Call, tuple[Tensor, Tensor | None]], after: Tensor, traced: Tensor
+        self, found: Writers, kept: Mapping[Call, tuple[Tensor, Tensor | None]], after: Tensor, traced: Tensor | None
     ) -> Iterator[Written]:
         seen = [kept[call] for call in found.watched]
         if found.read:
@@ -254,7 +255,7 @@ class Inside:
         uncounted = any(event.value.is_inference() for event in later.called(read=False).values())
         self._known.written_into.setdefault(self._kind, set()).update(later.written_into())
 
-        def answer(told: list[Tensor], after: Tensor, traced: Tensor) -> list[Written]:
+        def answer(told: list[Tensor], after: Tensor, traced: Tensor | None) -> list[Written]:
             later.tell(told)
             verdict = self._verdict(training)
             if verdict is None or (isinstance(verdict, Unsolved) and not verdict.final):
@@ -288,7 +289,7 @@ class Inside:
         }
         left = {call: version(value) for call, (value, _) in kept.items()}
 
-        def answer(told: list[Tensor], after: Tensor, traced: Tensor) -> list[Written]:
+        def answer(told: list[Tensor], after: Tensor, traced: Tensor | None) -> list[Written]:
             if not self._fit(found, [one.double().numpy() for one in told], after.dtype):
                 self._unlearn(training)
                 return []

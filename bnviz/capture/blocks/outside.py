@@ -22,7 +22,7 @@ from .axes import features_axis, tokens_first
 from .find import Block
 from .fits import few_of, thin, tolerance
 from .guard import Guard
-from .later import features_last, version
+from .later import features_last
 from .parts import parts_of
 from .stream import called_with, floats
 
@@ -96,20 +96,19 @@ class OutsideTap:
             self._adds = self._verified(
                 [thin(features_last(x, axis)) for x in (*self._states, *self._written)], states[0].dtype
             )
-        if context is None:
+        if context is None or self._watch.clock.stopped:
             return
         if self._adds is not None:
             self._tell(block, context, states, written)
             return
-        # as they are now; of what is written into until the device has told, this one call is not shown
-        versions = [version(x) for x in (*states, *written)]
+        # as they are now: the model may write into them until the device has told
+        states, written = ([x.clone() for x in some] for some in (states, written))
 
         def decide(few: list[Tensor]) -> None:
             if self._adds is None:
                 self._adds = self._verified([one.double() for one in few], states[0].dtype)
-            if versions == [version(x) for x in (*states, *written)]:
-                with self._watch.own():
-                    self._tell(block, context, states, written)
+            with self._watch.clock.as_it_was(), self._watch.own():
+                self._tell(block, context, states, written)
 
         few = [few_of(features_last(x, axis)) for x in (*self._states, *self._written)]
         self._late.put(few, arrival.bytes_of([*states, *written]), self._guard.around(decide))

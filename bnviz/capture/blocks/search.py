@@ -49,7 +49,6 @@ class Search:
         self, block: nn.Module, axes: Mapping[tuple[int, ...], int], written_into: Collection[str] = ()
     ) -> None:
         self._block, self._axes, self._copied = block, dict(axes), written_into
-        self._known: dict[Any, Tensor] = {}
         self._clock = 0
         self._thread = threading.get_ident()
         self._calls = Counter[str]()
@@ -101,21 +100,12 @@ class Search:
     def _event(self, call: Call, value: Tensor) -> Event:
         if not arrival.late(value):
             return Event(call, self._clock, value, self._few(value))
-        event = Event(call, self._clock, value, self._few_there(value), version(value))
+        event = Event(call, self._clock, value, few_of(self._laid(value)), version(value))
         event.copy = value.detach().clone() if call[0] in self._copied else None
         return event
 
     def _few(self, value: Tensor) -> Tensor:
         return thin(self._laid(value))
-
-    def _few_there(self, value: Tensor) -> Tensor:
-        """On its device, once where several modules take one tensor; it is held, so that its place is no other's."""
-        place = value.data_ptr(), value.shape, value.stride(), value.dtype, version(value)
-        if place[-1] < 0:
-            return few_of(self._laid(value))
-        if place not in self._known:
-            self._known[place] = few_of(self._laid(value))
-        return self._known[place]
 
     def _laid(self, value: Tensor) -> Tensor:
         return features_last(value, self._axes[tuple(value.shape)])
@@ -129,7 +119,7 @@ class Search:
     def close(self) -> None:
         """Take the hooks back and let the tensors go."""
         self.unhook()
-        for held in (self._took, self._gave, self._ended, self._running, self._known):
+        for held in (self._took, self._gave, self._ended, self._running):
             held.clear()
 
     # ------------------------------------------------------------------ after the block

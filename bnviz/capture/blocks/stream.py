@@ -6,6 +6,7 @@ output of one shape the pair is taken whose output the next block gets where thi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -138,16 +139,16 @@ class Links:
 
     Parameters
     ----------
-    lend : callable
-        As `Pending` has it.
+    lend, own : callable
+        As `Pending` has them.
     """
 
-    def __init__(self, lend: Callable[[int], bool]) -> None:
+    def __init__(self, lend: Callable[[int], bool], own: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
         self._waiting: list[tuple[list[Route], Mapping[Place, Tensor], Callable[[Route], None]]] = []
         self._told: list[Callable[[], None]] = []
         self.cells = 0  # calls of recurrent cells so far
         self.known: dict[type, Route] = {}  # of blocks of a class, once one of them was told
-        self.late = Pending(lend)  # what a device has not told yet
+        self.late = Pending(lend, own)  # what a device has not told yet
 
     def wait(self, found: list[Route], made: Mapping[Place, Tensor], decide: Callable[[Route], None]) -> None:
         """Call `decide` with one of the routes when the next block begins, or the forward ends."""

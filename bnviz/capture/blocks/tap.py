@@ -56,7 +56,7 @@ def tap_blocks(
 ) -> Taps:
     """Show every block, and its verified residual writers when `inside`. What is held for later is counted by `lend`."""
     known = Known()
-    links = Links(lend)
+    links = Links(lend, watch.own)
     taps: list[BlockTap | OutsideTap] = []
     fused: list[str] = []
     for site, block in plan.blocks:
@@ -276,16 +276,13 @@ class BlockTap:
         copy = after.detach().clone()
         whole = BlockSeen(seen.site, seen.context, seen.input.clone(), self._state(copy, 1, call))
 
-        def decide(told: list[Tensor]) -> None:
-            cancelled = self._clock.stopped  # since: it had been seen before
-            if cancelled:
-                self._clock.stopped = False
-            try:
-                with self._watch.own():
-                    self._tell(whole, question.answer(told, copy, after), call)
-            finally:
-                if cancelled:
-                    self._clock.stopped = True
+        call, origin = call.bare(), after if after.requires_grad else None
+        left = version_of(after)
+
+        def decide(told: list[Tensor]) -> None:  # of what is written into since, the node is another's
+            traced = origin if origin is not None and left == version_of(origin) else None
+            with self._clock.as_it_was(), self._watch.own():
+                self._tell(whole, question.answer(told, copy, traced), call)
 
         if self._clock.stopped:
             return
@@ -380,3 +377,9 @@ class _Call:
         self.copies: dict[Place, Tensor] = {}
         self.versions: dict[Place, int] = {}
         self.real: Tensor | None = None
+
+    def bare(self) -> _Call:
+        """The same without what the block was given."""
+        found = _Call(self.site)
+        found.real = self.real
+        return found
