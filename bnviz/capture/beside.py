@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from bnviz.observation import BlockSeen, Context
 
+from .values import on
+
 
 def beside(model: nn.Module, emit: Callable[[Any], None]) -> Callable[[Any], None]:
     """`emit`, given observations on one device; itself where the model lies on one, and nothing moves what it computes."""
@@ -43,15 +45,11 @@ def together(seen: Any) -> Any:
     if not tensors:
         return seen
     device = next(iter(tensors.values())).device
-    apart = {name: _on(value, device) for name, value in tensors.items() if value.device != device}
+    apart = {name: on(device, value) for name, value in tensors.items() if value.device != device}
     return replace(seen, context=_moment(seen.context, device), **apart)
 
 
 def _moment(context: Context, device: torch.device) -> Context:
     if context.valid is None or context.valid.device == device:
         return context
-    return replace(context, valid=_on(context.valid, device))
-
-
-def _on(value: Tensor, device: torch.device) -> Tensor:
-    return value.to(device, non_blocking=device.type == "cuda")
+    return replace(context, valid=on(device, context.valid))

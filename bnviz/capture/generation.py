@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .caches import caches, length_of
+from .values import on
 
 APART = 32  # tokens of one call that are shown each on its own, so that those taken back can be left out
 LEGACY = 0  # the key of the text whose cache is a new tuple in every call
@@ -216,17 +217,12 @@ class Stories:
         for index in story.moves:
             before, story.batch = story.batch, len(index)
             if story.ids is not None:
-                story.ids = story.ids.index_select(0, _on(story.ids.device, index))
+                story.ids = story.ids.index_select(0, on(story.ids.device, index))
             if story.real is not None:
-                story.real = story.real.index_select(0, _on(story.real.device, index))
+                story.real = story.real.index_select(0, on(story.real.device, index))
             if self._follower is not None:
                 self._follower.move(frozenset(story.steps), before, index)
         story.moves.clear()
-
-
-def _on(device: torch.device, index: Tensor) -> Tensor:
-    """Without waiting for a GPU; elsewhere a copy that nobody waits for may be read, or its source go, before it is made."""
-    return index.to(device, non_blocking=device.type == "cuda")
 
 
 def _weakly(value: Any, gone: Callable[[Any], Any]) -> Callable[[], Any]:

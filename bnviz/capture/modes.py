@@ -26,7 +26,7 @@ def without_modes() -> contextlib.AbstractContextManager[Any]:
 
 
 class WithoutGradients:
-    """As `torch.no_grad()`, in a fifth of its time: it is entered once an observation."""
+    """As `torch.no_grad()`, in a third of its time: it is entered once an observation."""
 
     __slots__ = ("_on",)
 

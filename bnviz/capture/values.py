@@ -1,12 +1,13 @@
-"""A model's weights: whether they have values, how many bytes they take, where they lie.
+"""A model's weights: whether they have values, how many bytes they take, where they lie; and the writes and place of any tensor.
 
-On the meta device they have no values, unless something fetches them for each call.
+On the meta device weights have no values, unless something fetches them for each call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from bnviz.errors import CaptureError
@@ -43,6 +44,16 @@ def nbytes_of(value: Tensor) -> int:
     """Bytes of a tensor's values; of a quantised one, which stands for more than it holds, of what it holds."""
     inner = () if hasattr(value, "to_local") else getattr(value, "__tensor_flatten__", lambda: ((), None))()[0]
     return sum(nbytes_of(getattr(value, name)) for name in inner) or value.numel() * value.element_size()
+
+
+def version(value: Tensor) -> int:
+    """How often torch has seen it written into; -1 where it does not count (inference mode)."""
+    return -1 if value.is_inference() else value._version
+
+
+def on(device: torch.device, value: Tensor) -> Tensor:
+    """On a device, without waiting for a GPU; elsewhere a copy that nobody waits for may be read, or its source go, too early."""
+    return value.to(device, non_blocking=device.type == "cuda")
 
 
 def device_of(model: nn.Module) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -163,19 +162,19 @@ def _of_stream(sides: tuple[Any, ...], parallel: bool, valid: Any, channels: boo
             raise SchemaError(f"valid must be (...) = {tuple(shape)}; found {tuple(keep.shape)}.")
         keep = keep.bool()
     with _quiet(first.device.type):
-        if (found := _twin(given, parallel, keep, channels)) is not None:
-            return found
-        keep = None if keep is None else keep.reshape(-1)
-        flat = [None if side is None else side.resolve_neg().reshape(-1, first.shape[-1]) for side in given]
-        stream = Stream(flat[0], flat[1], tuple(flat[2:]), parallel, keep)  # type: ignore[arg-type]
-        stats = _stats_of(stream, channels, shape)
+        stats = _twin(given, parallel, keep, channels)
+        if stats is None:
+            keep = None if keep is None else keep.reshape(-1)
+            flat = [None if side is None else side.resolve_neg().reshape(-1, first.shape[-1]) for side in given]
+            stream = Stream(flat[0], flat[1], tuple(flat[2:]), parallel, keep)  # type: ignore[arg-type]
+            stats = _stats_of(stream, channels, shape)
     return [_arrays(one) for one in stats] if isinstance(sides[0], np.ndarray) else stats
 
 
 def _twin(given: list[Any], parallel: bool, valid: Tensor | None, channels: bool) -> list[BlockStats] | None:
     """What the Triton twin makes of it, where it runs."""
     before, after, *written = given
-    if before.is_cpu and os.environ.get("BNVIZ_KERNELS", "").strip().lower() != "interpret":
+    if before.is_cpu and _dispatch.mode() != "interpret":
         return None
     others = [side for side in given[1:] if side is not None]
     function = _dispatch.twin("block_stats", before, others, function="stream_stats")

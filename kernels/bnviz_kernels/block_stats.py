@@ -13,8 +13,8 @@ outlier_fraction          beyond 6 standard deviations                          
 ========================  ==========================================================  =====================================
 
 Rows and channels are added up by programs of their own, so `a` is read twice: a program that has both needs a reduction across
-threads for every row of every tile, and took twice as long on an H200. No value is asked whether it is finite: sums tell, and
-what they tell of is read again in float64.
+threads for every row of every tile, and took half as long again on an H200. No value is asked whether it is finite: sums tell,
+and what they tell of is read again in float64.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class _Call:
 
 def _flat(side: torch.Tensor, features: int) -> torch.Tensor:
     """(rows, features), with features side by side."""
-    rows = side.reshape(-1, features)
+    rows = side.resolve_neg().reshape(-1, features)
     return rows if features == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 

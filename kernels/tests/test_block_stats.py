@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -165,6 +166,9 @@ def test_rows_that_lie_apart_and_dtypes_that_differ() -> None:
     check([x, x + w, w])
     turned = torch.randn(16, 30, generator=generator).T
     check([turned, turned * 2])
+    minus = torch.randn(6, 5, dtype=torch.complex64, generator=generator).conj().imag  # its sign is not in its values
+    assert minus.is_neg()
+    check([minus, minus + x[0, 0, 0]])
 
 
 def test_what_it_does_not_serve_is_refused() -> None:
@@ -198,6 +202,8 @@ def test_the_public_reduction_runs_the_kernel_when_asked(monkeypatch: pytest.Mon
     names = ("norm_in", "norm_out", "cosine", "relative_change", "nonfinite")
     agree([{name: getattr(one, name) for name in names} for one in got], want)
     assert got[1].mean is None
+    monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
+    assert isinstance(stream_stats(x.numpy(), (x + w).numpy())[0].norm_in, np.ndarray)
     torch.testing.assert_close(got[0].mean.double(), want[0].mean, rtol=1e-5, atol=1e-6)
 
 

@@ -10,10 +10,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from bnviz.capture.values import version
+
 from .axes import Atom, Axis, Layout, arranged, extent, root
 from .call import Call
 from .heads import Shape, batch_and_heads
-from .products import version
 from .trail import Mixed, Soft
 
 FAR = 1000.0  # a logit so far below its row's largest gives a weight of exactly 0, in float64 too: it was masked

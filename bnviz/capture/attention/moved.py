@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnviz.capture.values import on
 from bnviz.errors import CaptureError
 
 from .axes import arranged, root
@@ -293,8 +294,7 @@ def _laid_out(
     for n in (*(n for n in range(len(shape)) if n not in (axes[0], weights.root.axis)), axes[0]):
         place.mul_(shape[n]).add_(_coordinate(taken, shape, n))
     place.mul_(values.root.shape[axes[1]]).add_(_coordinate(of_values, values.root.shape, axes[1]))
-    there = device.type == "cuda"
-    return taken.to(device, non_blocking=there), place.to(device, non_blocking=there)
+    return on(device, taken), on(device, place)
 
 
 def _coordinate(places: Tensor, shape: Sequence[int], axis: int) -> Tensor:

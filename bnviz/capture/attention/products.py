@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from bnviz.capture.values import version
+
 
 @dataclass(frozen=True, slots=True)
 class Product:
@@ -38,11 +40,6 @@ def product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prod
     reader = _READERS.get(name)
     found = None if reader is None else reader(args, kwargs)
     return None if found is None else replace(found, versions=(version(found.left), version(found.right)))
-
-
-def version(tensor: Tensor) -> int:
-    """Counts in-place changes; 0 where torch does not count (inference mode)."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _matmul(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnviz.capture.values import version
+
 from .axes import Axis, Layout, cut, extent, reshaped, root
-from .products import Product, product, version
+from .products import Product, product
 
 SOFTMAX = frozenset({"softmax", "special_softmax", "_softmax"})
 VIEWS = frozenset(

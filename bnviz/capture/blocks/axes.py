@@ -92,3 +92,9 @@ def tokens_of(modules: Sequence[nn.Module], value: Tensor) -> Tensor:
     """
     axis = features_axis(modules, value)
     return tokens_first(value, axis, batch_axis(modules) if value.dim() == 3 and axis == -1 else 0)
+
+
+def features_last(value: Tensor, axis: int) -> Tensor:
+    """(batch, ..., features) of a stream, a view."""
+    value = value if axis == -1 else value.movedim(axis, -1)
+    return value[:, None, :] if value.dim() == 2 else value

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from bnviz.capture import arrival
 from bnviz.capture.modes import without_modes
+from bnviz.capture.values import version
 
-from .axes import features_axis
+from .axes import features_axis, features_last
 from .fits import FEW, allowed, few_of, thin_arrays
-from .later import Later, features_last, version
+from .later import Later
 from .search import Search
 from .stream import Place, fetch, fetch_given
 from .writers import Call, Unsolved, Writers

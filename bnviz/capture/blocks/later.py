@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnviz.capture.values import version
+
 from .fits import Scale, few_of, signs, sums_of
 from .writers import Call
 
@@ -153,14 +155,3 @@ class Later:
         norm, whole = (float(one.norm()) / math.sqrt(len(one)) for one in (left, self._change))
         few = float((self.last - self.first).norm())
         return norm <= 3 * error * max(1.0, whole / few if few else 1.0)
-
-
-def version(value: Tensor) -> int:
-    """How often torch has seen it written into; -1 where it does not count."""
-    return -1 if value.is_inference() else value._version
-
-
-def features_last(value: Tensor, axis: int) -> Tensor:
-    """(batch, ..., features) of a stream, a view."""
-    value = value if axis == -1 else value.movedim(axis, -1)
-    return value[:, None, :] if value.dim() == 2 else value

@@ -18,11 +18,10 @@ from bnviz.capture.around import around
 from bnviz.capture.watch import Watch
 from bnviz.observation import BlockSeen, Context, Site
 
-from .axes import features_axis, tokens_first
+from .axes import features_axis, features_last, tokens_first
 from .find import Block
 from .fits import few_of, thin, tolerance
 from .guard import Guard
-from .later import features_last
 from .parts import parts_of
 from .stream import called_with, floats
 

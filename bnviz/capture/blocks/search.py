@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from bnviz.capture import arrival
 from bnviz.capture.modes import without_modes
-from bnviz.capture.values import nbytes_of
+from bnviz.capture.values import nbytes_of, version
 
+from .axes import features_last
 from .fits import Scale, by_channel, few_of, gate, sets, thin, tolerance
-from .later import Event, Found, Later, features_last, version
+from .later import Event, Found, Later
 from .parts import holds_both, parts_of
 from .stream import TURNED, called_with, floats
 from .writers import Call, Unsolved, Writers, fused_below

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from bnviz.capture import arrival
 from bnviz.capture.around import around
 from bnviz.capture.native import LAYERS, hidden_state, real_tokens
+from bnviz.capture.values import on
+from bnviz.capture.values import version as version_of
 from bnviz.capture.watch import Watch
 from bnviz.observation import BlockSeen, Context, Site
 
@@ -21,7 +23,6 @@ from .cells import Cell, first_input
 from .find import Block, matrices
 from .guard import Guard
 from .inside import Inside, Known, Question, Written
-from .later import version as version_of
 from .notes import sentences
 from .outside import OutsideTap
 from .stream import Links, Place, Route, called_with, fetch, fetch_given, floats, routes
@@ -230,7 +231,7 @@ class BlockTap:
         with self._watch.own():
             before = before if copied is None else copied
             if before.device != after.device:  # of a model that is split, hooks on a block move what it is given
-                before = before.detach().to(after.device, non_blocking=after.is_cuda)
+                before = on(after.device, before.detach())
             self._show(call.site, call, context, before, after)
 
     def _wrote_into(self, before: Tensor, copied: Tensor | None, version: int) -> bool:
