@@ -29,7 +29,8 @@ class Site:
     layer : int
         The block it lies in, counted in order of execution; -1 outside every block.
     part : str
-        Of the block: "block", "attention", "mlp", "cross_attention", "mlp_2" and so on.
+        Of the block: "block", "attention", "mlp", "cross_attention", "mlp_2" and so on; "stream_2" for a stream beside its own,
+        and "stream_2_attention" and so on for what writes to that one.
     evidence : str
         Why it was taken for one: shown by `bnviz.sites`.
     """
@@ -39,6 +40,11 @@ class Site:
     layer: int = -1
     part: str = "block"
     evidence: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """All that a block does to a stream, and not what one part of it does."""
+        return self.part == "block" or self.part.removeprefix("stream_").isdigit()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ SI for FLOP and rates, IEC for bytes, a true minus, no more digits than the samp
 from __future__ import annotations
 
 import math
+import re
 
 _SI = ("", "k", "M", "G", "T", "P", "E")
 _IEC = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
@@ -198,9 +199,12 @@ def part(kind: str) -> str:
 
     Examples
     --------
-    >>> part("block"), part("mlp"), part("cross_attention"), part("mlp_2")
-    ('block', 'MLP', 'cross-attention', 'second MLP')
+    >>> part("block"), part("mlp"), part("cross_attention"), part("mlp_2"), part("stream_2_mlp")
+    ('block', 'MLP', 'cross-attention', 'second MLP', "second stream's MLP")
     """
+    beside = re.match(r"(stream_\d)_(\D.*)", kind)
+    if beside:
+        return f"{part(beside[1])}'s {part(beside[2])}"
     name, _, number = kind.rpartition("_")
     if number in _ORDINALS:
         return f"{_ORDINALS[number]} {part(name)}"

@@ -28,7 +28,7 @@ from .stream import Stream
 if TYPE_CHECKING:
     import xarray as xr
 
-    from .blocks.writers import Writers
+    from .blocks.writers import Shares
     from .clock import Clock
     from .layers import Layers
     from .shelf import Shelf
@@ -76,7 +76,8 @@ class Closing:
         known["ops"]["alone"] = not set(specs) - {"ops", "memory", "host"}  # no hook's Python lies between operators
         self._attrs = {name: {**told.get(name, {}), **known.get(name, {})} for name in {**told, **known}}
         self._plan, self._model = plan, type(model).__name__
-        self.writers: Callable[[], list[Writers | None]] = list
+        self.shares: Callable[[], list[Shares | None]] = list
+        self.streams: Callable[[], dict[str, str]] = dict
         self.undivided: Callable[[], list[str]] = list
         self.remarks: Callable[[], list[str]] = list
         self.counts: Callable[[], list[SiteCount]] = list
@@ -111,7 +112,7 @@ class Closing:
         attrs = {"model": self._facts["model"], **self._attrs.get(record, {})}
         if record == "activations":
             weights = {"block": self._by_layer(self._block_bytes), **self._part_bytes()}
-            attrs |= {"parameter_bytes": weights, "shared_weights": self._shared()}
+            attrs |= {"parameter_bytes": weights, "shared_weights": self._shared(), "streams": self.streams()}
         elif record in self._routers:
             numbered = of_layer if record in OWN_LAYERS else self._by_layer
             for name, values in bytes_of(self._routers[record]).items():
@@ -234,7 +235,7 @@ class Closing:
 
     def _part_bytes(self) -> dict[str, Any]:
         """Weights of the attention and the MLP of each block, by the residual writers that were found."""
-        found = self.writers()
+        found = self.shares()
         return {
             part: self._by_layer({n: _size(w, part) for n, w in enumerate(found)})
             for part in dict.fromkeys(part for w in found if w is not None for part in w.parts)
@@ -299,7 +300,7 @@ def _within(tables: Mapping[str, Mapping[str, Any]], shelf: Shelf, notes: list[s
     return kept
 
 
-def _size(found: Writers | None, part: str) -> int:
+def _size(found: Shares | None, part: str) -> int:
     return found.sizes[found.parts.index(part)] if found is not None and part in found.parts else 0
 
 

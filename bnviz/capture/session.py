@@ -50,7 +50,7 @@ from .torn import Torn
 from .watch import Watch
 
 if TYPE_CHECKING:
-    from .blocks.writers import Writers
+    from .blocks.writers import Shares
 
 KINDS = ("block", "attention", "cross_attention", "router")
 
@@ -156,7 +156,7 @@ class Session:
             watch = self._watch_gradients(plan, watch, stack)
         if wanted & {"block", "sublayer", "gradient"}:
             taps = tap_blocks(plan, watch, stack, self.shelf.lend, inside=bool(wanted & {"sublayer", "gradient"}))
-            self._closing.writers, self._late = taps, taps.late
+            self._closing.shares, self._closing.streams, self._late = taps, taps.streams, taps.late
             if "sublayer" in wanted:
                 self._closing.undivided = taps.notes
         elif wanted:
@@ -184,12 +184,12 @@ class Session:
                 self._failed(name, error)
 
         needs = Needs(wants_of(mine.values()), failed, self.shelf.ceiling - self.shelf.held, self.notes)
-        self._gradients = tap_gradients(self.model, plan, watch, stack, needs, self._writers)
+        self._gradients = tap_gradients(self.model, plan, watch, stack, needs, self._shares)
         self.shelf.held += self._gradients.held
         return replace(watch, flow=self._gradients.flow)
 
-    def _writers(self) -> list[Writers | None]:
-        return self._closing.writers()
+    def _shares(self) -> list[Shares | None]:
+        return self._closing.shares()
 
     def release(self) -> None:
         """Take everything off the model; what an interrupt leaves on, a second pass takes off."""

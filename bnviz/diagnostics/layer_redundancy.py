@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,7 +60,8 @@ def layer_redundancy(activations: xr.Dataset, *, step: int | None = None, skip: 
     -------
     Dataset
         Variables as declared, over (kind, layer). NaN: the kind was not seen in that layer, or the part changes the
-        width of its input. `attrs["rows"]`: "token" where the blocks hold an attention, else "row".
+        width of its input. `attrs["rows"]`: "token" where the blocks hold an attention, else "row"; `attrs["streams"]`: as what
+        blocks take each stream, where they have several.
 
     Raises
     ------
@@ -115,6 +117,7 @@ def layer_redundancy(activations: xr.Dataset, *, step: int | None = None, skip: 
     _weights(result, activations.attrs)
     rows = "token" if "attention" in _kinds(result) else "row"
     result.attrs |= {"model": str(activations.attrs.get("model", "")), "skip": skip, "rows": rows}
+    result.attrs["streams"] = dict(activations.attrs.get("streams", {}))
     return stamp(result, layer_redundancy.spec.gives)  # type: ignore[attr-defined]
 
 
@@ -237,8 +240,18 @@ def _value(result: xr.Dataset, row: int, at: int) -> float:
 
 def _name(result: xr.Dataset, row: int, at: int) -> str:
     kind = _kinds(result)[row]
-    name = part(kind)
-    return f"{name[0].upper()}{name[1:]}{'' if kind == 'block' else ' of layer'} {int(result['layer'].values[at])}"
+    name = part("block" if _whole(kind) else kind)
+    return f"{name[0].upper()}{name[1:]}{'' if _whole(kind) else ' of layer'} {int(result['layer'].values[at])}"
+
+
+def _whole(kind: str) -> bool:
+    return kind == "block" or kind.removeprefix("stream_").isdigit()
+
+
+def _turned(kind: str) -> str:
+    """The stream that a part turns, in words."""
+    beside = re.match(r"stream_\d", kind)
+    return f"the {part(beside[0])}" if beside else "the residual stream"
 
 
 def _finding(result: xr.Dataset, row: int, at: int, limit: float) -> Finding:
@@ -251,7 +264,7 @@ def _finding(result: xr.Dataset, row: int, at: int, limit: float) -> Finding:
         change = f" and adds {share(float(result['relative_change_median'].values[row, at]))} of its norm"
     return Finding(
         f"layer_redundancy/{kind}",
-        f"{_name(result, row, at)} turns the residual stream least of all {part(kind)}s{change}: "
+        f"{_name(result, row, at)} turns {_turned(kind)} least of all {part('block' if _whole(kind) else kind)}s{change}: "
         f"influence {significant(value, 2)} (limit {significant(limit, 2)})",
         "low",
         where,
@@ -298,6 +311,9 @@ def _caveats(result: xr.Dataset) -> tuple[str, ...]:
     few = int(result["tokens"].where(result["tokens"] > 0).min().fillna(0)) if result["tokens"].size else 0
     if 0 < few < 100:
         said.append(f"Only {counted(few, _what(result))}: quartiles are rough")
+    streams = result.attrs.get("streams", {})
+    if "stream_2" in streams:
+        said.append(f"The second stream is what blocks take as {streams['stream_2']}, the first as {streams['block']}")
     if skip := int(result.attrs.get("skip", 0)):
         said.append(f"The first {'position' if skip == 1 else f'{skip} positions'} of every sequence left out")
     return tuple(said)

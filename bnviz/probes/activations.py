@@ -61,13 +61,15 @@ class Activations:
     * `kind`: "block"; "attention" for the part that mixes tokens (attention, convolutions, recurrent and state-space mixers),
       "mlp" for the one that mixes channels; "cross_attention", and "mlp_2" and so on for further ones. Parts are shown where what
       they write is verified to be what the block added; the notes of the run say where it is not, and why.
+    * "stream_2": a second stream that goes through the blocks beside the first, as text beside an image in MMDiT;
+      "stream_2_attention" and "stream_2_mlp" write to it. "block" is the one that comes first in what blocks are given.
     * A token is a pixel of an image, a frame's pixel of a video, a node of a graph, a row of a table, a call of a recurrent cell.
     * NaN: the token's vector is zero before (`relative_change`), or before or after (`cosine`), or holds a value that is not
       finite; such values are counted in `nonfinite` and left out of the channels.
     * `norm_in`, `cosine` and `relative_change` are absent where before and after differ in shape (a layer that changes
       the width, a strided convolution).
-    * Channel statistics and `activation` describe blocks, in whole forwards and prompts: NaN for sub-layers, and a decode step,
-      which shows one token a sequence, adds none.
+    * Channel statistics describe streams, and `activation` the first of them, in whole forwards and prompts: NaN for sub-layers,
+      and a decode step, which shows one token a sequence, adds none.
     * For a sub-layer `relative_change` is the norm of what it writes, before the sum is rounded to the stream's dtype.
     * Cost: one read of input and output. `activation` grows by 4 B x rows x width a layer and step.
 
@@ -93,7 +95,7 @@ class Activations:
 
     def observe(self, seen: BlockSeen) -> dict[str, Tensor]:
         """Statistics of one block or sub-layer in one call."""
-        paired, whole = seen.written is not None or seen.input.shape == seen.shape, seen.site.part == "block"
+        paired, whole = seen.written is not None or seen.input.shape == seen.shape, seen.site.whole
         valid = seen.context.valid
         if valid is not None and valid.shape != seen.shape[:2]:
             valid = None  # the mask is of other rows than this block's
@@ -106,7 +108,7 @@ class Activations:
             kept |= {name: getattr(stats, name) for name in _PAIR}
         if channels:
             kept |= {name: getattr(stats, name) for name in _CHANNELS}
-            if self.sample:
+            if self.sample and seen.site.kind == "block":
                 kept["activation"] = _first_rows(seen.output, self.sample, valid)
         return kept
 

@@ -345,10 +345,48 @@ class JointBlock(nn.Module):
         return encoder_hidden_states, hidden_states
 
 
-class MMDiT(nn.Module):
-    def __init__(self, depth: int = 3) -> None:
+class JointAttention(nn.Module):
+    """Every stream has projections of its own, and all tokens attend to all."""
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.transformer_blocks = nn.ModuleList(JointBlock() for _ in range(depth))
+        self.qkv, self.add_qkv = (nn.Linear(width, 3 * width) for _ in range(2))
+        self.out, self.add_out = (nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = torch.cat([self.add_qkv(context), self.qkv(x)], 1)[:, None].chunk(3, -1)
+        both = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return self.out(both[:, context.shape[1] :]), self.add_out(both[:, : context.shape[1]])
+
+
+class DoubleBlock(nn.Module):
+    """As `JointBlock`, with an output for each stream, as in FLUX; `states` gives what both are on the way."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.norm1, self.norm1_context = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
+        self.attn = JointAttention(width)
+        self.norm2, self.norm2_context = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
+        self.ff, self.ff_context = mlp(width), mlp(width)
+        self.gates = nn.Linear(width, 4 * width)
+
+    def states(self, x: Tensor, context: Tensor, temb: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        g = self.gates(temb)[:, None].chunk(4, -1)
+        one, two = self.attn(self.norm1(x), self.norm1_context(context))
+        first, second = [x, x + g[0] * one], [context, context + g[1] * two]
+        first.append(first[1] + g[2] * self.ff(self.norm2(first[1])))
+        second.append(second[1] + g[3] * self.ff_context(self.norm2_context(second[1])))
+        return first, second
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self.states(hidden_states, encoder_hidden_states, temb)
+        return second[-1], first[-1]
+
+
+class MMDiT(nn.Module):
+    def __init__(self, depth: int = 3, block: type[nn.Module] = JointBlock) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList(block() for _ in range(depth))
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> Tensor:
         for block in self.transformer_blocks:

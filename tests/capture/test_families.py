@@ -123,7 +123,8 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Tensor]], li
         ),
         lambda: {"input_ids": torch.randint(1, 60, (2, 16))},
         numbered("encoder.layers", 2),
-        [{"attention"}] * 2,  # two streams: of the one that is shown, the attention alone writes to it
+        [{"attention", "stream_2", "stream_2_mlp"}]
+        * 2,  # reversible: the attention writes to one stream, the MLP to another
     ),
     "vit": (
         lambda: T.ViTModel(T.ViTConfig(**SMALL, image_size=32, patch_size=8)),
@@ -213,7 +214,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Tensor]], li
         ),
         lambda: ids() | {"visual_feats": torch.randn(2, 5, 12), "visual_pos": torch.rand(2, 5, 4)},
         [*numbered("encoder.layer", 2), "encoder.r_layers.0", *numbered("encoder.x_layers", 2)],
-        [set()] * 5,
+        [set(), set(), set(), {"stream_2"}, {"stream_2"}],  # language and vision
     ),
 }
 

@@ -68,9 +68,16 @@ def test_the_next_block_tells_which_way_the_stream_goes() -> None:
     x, y, one, other = (torch.ones(2, 3) for _ in range(4))
     given, made = {("x",): x, ("y",): y}, {(0,): one, (1,): other}
     found = routes(given, made)
-    assert continued(found, made, {("x",): other, ("y",): one}) == Route(("x",), (1,))
-    assert continued(found, made, {("q",): other}) == Route(("x",), (1,))
-    assert continued(found, made, {}) == found[0]
+    both = [Route(("x",), (1,)), Route(("y",), (0,))]
+    assert continued(found, given, made, {("x",): other, ("y",): one}) == both
+    assert continued(found, given, made, {("q",): other}) == both[:1]
+    assert continued(found, given, made, {}) == found[:1]
+
+
+def test_what_a_block_hands_on_as_it_is_is_no_stream() -> None:
+    x, bias, out = (torch.ones(2, 3) for _ in range(3))
+    given, made = {("x",): x, ("bias",): bias}, {(0,): out, (1,): bias}
+    assert continued(routes(given, made), given, made, {("x",): out, ("bias",): bias}) == [Route(("x",), (0,))]
 
 
 class Inner(nn.Module):

@@ -19,6 +19,7 @@ SOFTMAX, PRODUCT, COMPILED, MOVED = "softmax", "product", "compiled", "moved"
 _NAMES = {
     "ALL_ATTENTION_FUNCTIONS": INTERFACE,
     "scaled_dot_product_attention": SDPA,
+    "dispatch_attention_fn": SDPA,  # diffusers chooses there, from a table that code does not show; by default torch's
     "flex_attention": FLEX,
     "multi_head_attention_forward": MULTI_HEAD,
     **dict.fromkeys(("softmax", "Softmax", "_softmax"), SOFTMAX),

@@ -38,10 +38,10 @@ class Known:
             int, set[str]
         ] = {}  # by kind, before anything is found: modules of which copies are held
 
-    def kind(self, block: nn.Module) -> int:
-        """The number of all blocks like this one."""
+    def kind(self, block: nn.Module, stream: int) -> int:
+        """The number of this stream of all blocks like this one."""
         modules = tuple((n, type(m).__name__) for n, m in block.named_modules())
-        what = type(block), modules, tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
+        what = stream, type(block), modules, tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
         return self._numbers.setdefault(what, len(self._numbers))
 
 
@@ -103,11 +103,13 @@ class Inside:
     block : nn.Module
     known : Known
         Shared by all blocks of a capture.
+    stream : int
+        Which of the block's streams they write to.
     """
 
-    def __init__(self, block: nn.Module, known: Known) -> None:
+    def __init__(self, block: nn.Module, known: Known, stream: int = 0) -> None:
         self._block, self._known = block, known
-        self._kind = known.kind(block)
+        self._kind = known.kind(block, stream)
         self._own: dict[bool, Writers | Unsolved] = {}
         self._uses = Counter[bool]()
         self._tries = 0
@@ -147,6 +149,12 @@ class Inside:
                 self._hook(verdict)
         elif self._hooked is not None:
             self._unhook()
+
+    def join(self, other: Inside) -> None:
+        """Look on at a call that is under way with what another stream's search has seen, if there is one."""
+        if self.verdict is None and other._search is not None:
+            self._tries += 1
+            self._search, self._thread = other._search, other._thread
 
     def _hook(self, found: Writers) -> None:
         self._unhook()

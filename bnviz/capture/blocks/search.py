@@ -309,6 +309,7 @@ class Search:
             tuple(e.call for e in found.states),
             frozenset(e.call[0] for e in (found.states if found.read else chosen) if self._changed(e)),
             found.evidence,
+            self._elsewhere(tuple(chosen[0].value.shape)),
         )
 
     def _shares(self, chosen: list[Event]) -> tuple[tuple[int, ...], tuple[tuple[str, ...], ...]]:
@@ -323,6 +324,12 @@ class Search:
                     counted.add(id(parameter))
                     sizes[part] += nbytes_of(parameter)
         return tuple(sizes), tuple(map(tuple, modules))
+
+    def _elsewhere(self, shape: tuple[int, ...]) -> frozenset[str]:
+        """Modules that took or gave other tokens of the stream's width, and none of its own."""
+        shapes = [(event.call[0], tuple(event.value.shape)) for event in (*self._took, *self._gave)]
+        here = {path for path, other in shapes if other == shape}
+        return frozenset({p for p, s in shapes if len(s) == len(shape) and s[-1] == shape[-1]} - here)
 
     def _ends(self, after: Tensor) -> list[Event]:
         return [e for e in self._gave if e.value.data_ptr() == after.data_ptr() and e.value.shape == after.shape]

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnviz.capture.arrival import Pending
 
 DEPTH = 3  # of nested tuples and dicts that are looked into
 
 Place = tuple[Any, ...]
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class _Turned:
@@ -99,6 +102,23 @@ def fetch_given(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: Place) 
     return fetch(kwargs if isinstance(place[0], str) else args, place) if place else None
 
 
+def argument(module: nn.Module, place: Place) -> str:
+    """The name of the argument that a place among arguments is in; its position where it has none.
+
+    Examples
+    --------
+    >>> argument(nn.Linear(2, 2), (0,)), argument(nn.Linear(2, 2), ("input",)), argument(nn.Linear(2, 2), (4,))
+    ('input', 'input', 'argument 4')
+    """
+    if isinstance(place[0], str):
+        return place[0]
+    with contextlib.suppress(TypeError, ValueError):
+        names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in _BY_POSITION]
+        if place[0] < len(names):
+            return names[place[0]]
+    return f"argument {place[0]}"
+
+
 def routes(given: Mapping[Place, Tensor], made: Mapping[Place, Tensor]) -> list[Route]:
     """Pairs the stream may take, the likeliest first.
 
@@ -126,12 +146,26 @@ def routes(given: Mapping[Place, Tensor], made: Mapping[Place, Tensor]) -> list[
     return pairs or [Route(next(alike, next(iter(given))), output)]
 
 
-def continued(found: list[Route], made: Mapping[Place, Tensor], then: Mapping[Place, Tensor]) -> Route:
-    """Of several routes the one that the next block goes on with: it is given `made` where this block was given its input."""
+def continued(
+    found: list[Route], given: Mapping[Place, Tensor], made: Mapping[Place, Tensor], then: Mapping[Place, Tensor]
+) -> list[Route]:
+    """Of several routes those that the next block goes on with: it is given `made` where this block was given its input.
+
+    The first is the block's stream. Further ones are streams beside it (image and text in MMDiT): each leaves where it came in,
+    as another tensor than it came.
+    """
     linked = [r for r in found if r.given in then and same(made[r.made], then[r.given])]
     if not linked:
-        linked = [r for r in found if any(same(made[r.made], x) for x in then.values())]
-    return (linked or found)[0]
+        linked = [r for r in found if any(same(made[r.made], x) for x in then.values())][:1]
+    chosen = (linked or found)[:1]
+    for route in linked[1:]:
+        new = all(route.given != r.given and route.made != r.made for r in chosen)
+        if new and not same(given[route.given], made[route.made]):
+            chosen.append(route)
+    return chosen
+
+
+_Waiting = tuple[list[Route], Mapping[Place, Tensor], Mapping[Place, Tensor], Callable[[list[Route]], None]]
 
 
 class Links:
@@ -144,15 +178,21 @@ class Links:
     """
 
     def __init__(self, lend: Callable[[int], bool], own: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
-        self._waiting: list[tuple[list[Route], Mapping[Place, Tensor], Callable[[Route], None]]] = []
+        self._waiting: list[_Waiting] = []
         self._told: list[Callable[[], None]] = []
         self.cells = 0  # calls of recurrent cells so far
-        self.known: dict[type, Route] = {}  # of blocks of a class, once one of them was told
+        self.known: dict[type, list[Route]] = {}  # of blocks of a class, once one of them was told
         self.late = Pending(lend, own)  # what a device has not told yet
 
-    def wait(self, found: list[Route], made: Mapping[Place, Tensor], decide: Callable[[Route], None]) -> None:
-        """Call `decide` with one of the routes when the next block begins, or the forward ends."""
-        self._waiting.append((found, made, decide))
+    def wait(
+        self,
+        found: list[Route],
+        given: Mapping[Place, Tensor],
+        made: Mapping[Place, Tensor],
+        decide: Callable[[list[Route]], None],
+    ) -> None:
+        """Call `decide` with some of the routes when the next block begins, or the forward ends."""
+        self._waiting.append((found, given, made, decide))
 
     def at_end(self, told: Callable[[], None]) -> None:
         """Call `told` when this forward and every later one ends."""
@@ -175,8 +215,8 @@ class Links:
 
     def _decide(self, then: Mapping[Place, Tensor]) -> None:
         waiting, self._waiting = self._waiting, []
-        for found, made, decide in waiting:
-            decide(continued(found, made, then))
+        for found, given, made, decide in waiting:
+            decide(continued(found, given, made, then))
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -3,50 +3,57 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from bnviz.capture import arrival
 from bnviz.capture.around import around
-from bnviz.capture.native import LAYERS, hidden_state, real_tokens
-from bnviz.capture.values import on
+from bnviz.capture.native import LAYERS, real_tokens
 from bnviz.capture.values import version as version_of
 from bnviz.capture.watch import Watch
 from bnviz.observation import BlockSeen, Context, Site
 
-from .axes import batch_axis, features_axis, tokens_first
+from .call import BlockCall
 from .cells import Cell, first_input
 from .find import Block, matrices
 from .guard import Guard
-from .inside import Inside, Known, Question, Written
+from .inside import Inside, Known
 from .notes import sentences
 from .outside import OutsideTap
-from .stream import Links, Place, Route, called_with, fetch, fetch_given, floats, routes
-from .writers import Unsolved, Writers
+from .stream import Links, Place, Route, argument, called_with, fetch, fetch_given, floats, routes
+from .stream_tap import StreamTap
+from .writers import Shares, Unsolved, Writers, shares
 
 if TYPE_CHECKING:
     from bnviz.capture.plan import Plan
 
 
 class Taps:
-    """The taps of all blocks; called, they tell the writers of each."""
+    """The taps of all blocks; called, they tell whose the modules of each are."""
 
     def __init__(self, taps: list[BlockTap | OutsideTap], fused: list[str], late: arrival.Pending) -> None:
         self._taps, self._fused, self.late = taps, fused, late
 
-    def __call__(self) -> list[Writers | None]:
-        return [one if isinstance(one, Writers) else None for one in map(_last, self._taps)]
+    def __call__(self) -> list[Shares | None]:
+        return [tap.shares() if isinstance(tap, BlockTap) else None for tap in self._taps]
+
+    def streams(self) -> dict[str, str]:
+        """As what blocks take each stream, by its name; empty where they have but one."""
+        found: dict[str, str] = {}
+        for tap in self._taps:
+            if isinstance(tap, BlockTap) and len(tap.takes()) > 1:
+                found = tap.takes() | found
+        return found
 
     def notes(self) -> list[str]:
         """Why some blocks are not seen part by part."""
         unsolved = [
             (type(tap.block.first).__name__, verdict.reason)
             for tap in self._taps
-            if isinstance(verdict := _last(tap), Unsolved)
+            if isinstance(tap, BlockTap) and isinstance(verdict := tap.verdicts()[0][1], Unsolved)
         ]
         unsolved += [(name, "run in one fused kernel, which a look inside would switch off") for name in self._fused]
         return sentences(unsolved, len(self._taps))
@@ -68,7 +75,7 @@ def tap_blocks(
         whole = block.first is not block.last or matrices(block.first) < 2
         if inside and plan.fused(f"{site.path}.x"):
             whole, fused = True, [*fused, type(block.first).__name__]
-        taps.append(BlockTap(site, block, watch, links, None if whole or not inside else Inside(block.first, known)))
+        taps.append(BlockTap(site, block, watch, links, None if whole or not inside else known))
         taps[-1].attach(stack)
     watch.clock.ending.append(links.ends)
     stack.callback(watch.clock.ending.remove, links.ends)
@@ -92,7 +99,7 @@ def follow_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None
 
 
 class BlockTap:
-    """Shows one block: its input and output, and what its writers add.
+    """Shows one block: its streams, and what its writers add to them.
 
     Parameters
     ----------
@@ -101,21 +108,43 @@ class BlockTap:
     watch : Watch
     links : Links
         Shared by all taps: tells which of several routes a stream takes.
-    inside : Inside, optional
-        Looks for its writers; None: it is watched as a whole.
+    known : Known, optional
+        Shared by all taps: what is known of writers; None: the block is watched as a whole.
     """
 
-    def __init__(self, site: Site, block: Block, watch: Watch, links: Links, inside: Inside | None) -> None:
-        self._site, self.block, self._watch, self._links, self.inside = site, block, watch, links, inside
-        self._clock, self._members = watch.clock, block.members or (block.first,)
-        self._native = isinstance(block.first, LAYERS)
-        self._cell, self._batch = Cell(block.first), batch_axis(self._members)
-        self._route: Route | None = None
-        self._layout: tuple[int, int, int] | None = None
-        self._copy, self._forward = False, -1
-        self._call = _Call(site)
-        self._held: list[Callable[[], None]] = []
+    def __init__(self, site: Site, block: Block, watch: Watch, links: Links, known: Known | None) -> None:
+        self._site, self.block, self._watch, self._links, self._known = site, block, watch, links, known
+        self._clock = watch.clock
+        self._native, self._cell = isinstance(block.first, LAYERS), Cell(block.first)
         self._guard = Guard(watch, site.path, self._drop)
+        self._streams = [self._stream(0)]
+        self._routes: list[Route] = []
+        self._forward = -1
+        self._call = BlockCall(site)
+        self._held: list[Callable[[], None]] = []
+        self._of: list[Writers] = []
+        self._shares: Shares | None = None
+
+    def _stream(self, nth: int) -> StreamTap:
+        inside = None if self._known is None else Inside(self.block.first, self._known, nth)
+        cell, name = (self._cell, "") if nth == 0 else (None, f"stream_{nth + 1}")
+        return StreamTap(self.block, self._watch, self._links, self._guard, inside, cell, name)
+
+    def verdicts(self) -> list[tuple[str, Writers | Unsolved | None]]:
+        """Of each stream: its name and what is known of its writers."""
+        return [(one.name, None if one.inside is None else one.inside.last) for one in self._streams]
+
+    def takes(self) -> dict[str, str]:
+        """As what it takes each stream, by its name."""
+        named = zip(self._streams, self._routes, strict=False)
+        return {stream.name or "block": argument(self.block.first, route.given) for stream, route in named}
+
+    def shares(self) -> Shares | None:
+        """Which of its modules belong to what writes to its streams, as far as that was found."""
+        some = [(name, one) for name, one in self.verdicts() if isinstance(one, Writers)]
+        if [one for _, one in some] != self._of:
+            self._of, self._shares = [one for _, one in some], shares(self.block.first, some)
+        return self._shares
 
     def attach(self, stack: contextlib.ExitStack) -> None:
         """Put the hooks on; the stack takes them off."""
@@ -134,33 +163,68 @@ class BlockTap:
         if now is None:
             return
         self._links.begins(args, kwargs)
-        route = self._cell.carried(now.call, args, kwargs, self._route)
+        route = self._cell.carried(now.call, args, kwargs, self._routes[0] if self._routes else None)
         if route is not None or self._cell.in_loop(now.call, self._links.cells):
-            self._route = route or self._route
+            self._routes = self._routes[:1] if route is None else [route]
             self._links.at_end(self._emit_tokens)
         self._links.cells += self._cell.over_time
         self._flush()
         self._drop()
-        call = self._call = _Call(self._numbered(now.call))
-        known = fetch_given(args, kwargs, self._route.given) if self._route is not None else None
-        if known is None or self._route is None:
-            self._route = None
-            call.given = called_with(args, kwargs)
-            first = first_input(self.block.first, call.given)
-            if first is not None:
-                call.given = {first: call.given[first]}
-        else:
-            call.given = {self._route.given: known}
+        call = self._call = BlockCall(self._numbered(now.call))
+        call.given = self._given(args, kwargs)
         if call.site is None or not call.given:
             call.given = {}
             return
         call.versions = {place: version_of(x) for place, x in call.given.items()}
-        if self._copy or (self._route is None and not self._native):
-            some = next(iter(call.given.values())).shape
-            call.copies = {place: x.detach().clone() for place, x in call.given.items() if x.shape == some}
+        call.copies = {place: call.given[place].detach().clone() for place in self._to_copy(call.given)}
         call.real = real_tokens(self.block.first, args, kwargs) if self._native else None
-        if self.inside is not None:
-            self.inside.begin(call.given)
+        for stream in self._streams:
+            if stream.inside is not None:
+                stream.inside.begin(call.given)
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Place, Tensor]:
+        """What is given where streams come in; all that may be one while that is not known."""
+        some = {route.given: fetch_given(args, kwargs, route.given) for route in self._routes}
+        known = {place: value for place, value in some.items() if value is not None}
+        if self._routes and self._routes[0].given in known:
+            return known
+        self._routes = []
+        given = called_with(args, kwargs)
+        self._expect(given)
+        first = first_input(self.block.first, given)
+        return given if first is None else {first: given[first]}
+
+    def _expect(self, given: Mapping[Place, Tensor]) -> None:
+        """As many streams as blocks of this class have, as far as that was seen."""
+        expected = self._links.known.get(type(self.block.first), [])
+        if all(route.given in given for route in expected):
+            self._have(len(expected))
+
+    def _have(self, streams: int) -> None:
+        """From now on the block has so many streams; what is new looks at the call that is under way."""
+        for stream in self._streams[max(1, streams) :]:
+            stream.release()
+        del self._streams[max(1, streams) :]
+        for nth in range(len(self._streams), streams):
+            self._streams.append(self._stream(nth))
+            first, new = self._streams[0].inside, self._streams[-1].inside
+            if first is not None and new is not None:
+                new.join(first)
+
+    def _to_copy(self, given: Mapping[Place, Tensor]) -> list[Place]:
+        """What a block may write into, and would be lost: in its first call, and where it did."""
+        if self._routes:
+            streams = zip(self._routes, self._streams, strict=False)
+            return [route.given for route, stream in streams if stream.copy and route.given in given]
+        if self._native:
+            return []
+        some = next(iter(given.values()))
+
+        def stream(value: Tensor) -> bool:  # some may have other tokens
+            ends = (value.dim(), value.shape[0], value.shape[-1]) == (some.dim(), some.shape[0], some.shape[-1])
+            return ends or value.shape == some.shape
+
+        return [place for place, x in given.items() if x.is_inference() or stream(x)]
 
     def _numbered(self, forward: int) -> Site | None:
         """The block as the layer that this call of it is; all calls of a cell in one forward are one."""
@@ -178,159 +242,51 @@ class BlockTap:
             self._drop()
             return
         self._cell.gave(context.call, output)
-        if self._route is not None:
-            after = fetch(output, self._route.made)
-            if after is not None:
-                self._read(self._route, call, context, after)
+        if self._routes:
+            some = {route.made: fetch(output, route.made) for route in self._routes}
+            self._read(call, context, {place: value for place, value in some.items() if value is not None})
             self._drop()
             return
         made = dict(floats(output))
         first = first_input(self.block.first, call.given)
         found = routes(call.given, made) if first is None else [Route(first, place) for place in made][:1]
-        known = self._links.known.get(type(self.block.first))
+        known = self._links.known.get(type(self.block.first), [])
         if not found:
             self._drop()
-        elif len(found) == 1 or known in found:
-            self._settle(known if known in found and known is not None else found[0], call, context, made)
+        elif len(found) == 1 or (known and all(route in found for route in known)):
+            self._settle(found if len(found) == 1 else known, call, context, made)
         else:
-            self._links.wait(found, made, self._decider(call, context, made))
+            self._links.wait(found, call.given, made, self._decider(call, context, made))
 
-    def _decider(self, call: _Call, context: Context, made: dict[Place, Tensor]) -> Callable[[Route], None]:
+    def _decider(self, call: BlockCall, context: Context, made: dict[Place, Tensor]) -> Callable[[list[Route]], None]:
         versions = {place: version_of(x) for place, x in made.items()}
 
-        def decide(route: Route) -> None:
-            self._links.known[type(self.block.first)] = route
-            if versions[route.made] == version_of(made[route.made]):
-                self._settle(route, call, context, made)
+        def decide(routes: list[Route]) -> None:
+            self._links.known[type(self.block.first)] = routes
+            if all(versions[route.made] == version_of(made[route.made]) for route in routes):
+                self._settle(routes, call, context, made)
             else:
-                self._route = route
+                self._routes = routes
+                self._have(len(routes))
             self._drop()
 
         return decide
 
-    def _settle(self, route: Route, call: _Call, context: Context, made: dict[Place, Tensor]) -> None:
-        """The way of the stream is known; what a cell may be is shown when it is called again, or the forward ends."""
-        self._route = route
-        after = made[route.made]
-        if after.dim() == 2 and len(call.given) > 1 and not self._cell.over_time:
-            self._held.append(lambda: self._read(self._route or route, call, context, after))
+    def _settle(self, routes: list[Route], call: BlockCall, context: Context, made: dict[Place, Tensor]) -> None:
+        """The ways of streams are known; what a cell may be is shown when it is called again, or the forward ends."""
+        self._routes = routes
+        self._have(len(routes))
+        if made[routes[0].made].dim() == 2 and len(call.given) > 1 and not self._cell.over_time:
+            self._held.append(lambda: self._read(call, context, made))
             self._links.at_end(self._flush)
         else:
-            self._read(route, call, context, after)
+            self._read(call, context, made)
             self._drop()
 
-    def _read(self, route: Route, call: _Call, context: Context, after: Tensor) -> None:
-        before = call.given.get(route.given)
-        if before is None or call.site is None:
-            return
-        copied = call.copies.get(route.given)
-        if self._wrote_into(before, copied, call.versions[route.given]):
-            self._copy = True  # from now on
-            if copied is None:
-                return
-        with self._watch.own():
-            before = before if copied is None else copied
-            if before.device != after.device:  # of a model that is split, hooks on a block move what it is given
-                before = on(after.device, before.detach())
-            self._show(call.site, call, context, before, after)
-
-    def _wrote_into(self, before: Tensor, copied: Tensor | None, version: int) -> bool:
-        """The block wrote into its own input; where torch keeps no count of that, its first call is compared."""
-        if not before.is_inference():
-            return version_of(before) != version
-        if copied is None or self._copy:
-            return False
-        if not arrival.late(before):
-            return not torch.equal(before, copied)
-
-        def told(same: list[Tensor]) -> None:
-            self._copy = not bool(same[0])
-
-        self._links.late.put([(before == copied).all()], 0, told)
-        return True  # until that is told
-
-    def _show(self, site: Site, call: _Call, context: Context, before: Tensor, after: Tensor) -> None:
-        if not self._native and (self._layout is None or min(before.dim(), after.dim()) != self._layout[2]):
-            given = features_axis(self._members, before)
-            made = given if before.shape == after.shape else features_axis(self._members, after)
-            self._layout = (given, made, min(before.dim(), after.dim()))
-        first, last = self._state(before, 0, call), self._state(after, 1, call)
-        if not last.numel():  # an expert without tokens, an empty batch
-            return
-        if self._cell.over_time:
-            self._cell.add(first, last)
-            return
-        context = self._clock.seen(last.shape[1]) or context
-        context = context if call.real is None else replace(context, valid=call.real)
-        if self._watch.flow is not None:
-            self._watch.flow(site, after, 1.0)
-        written: list[Written] | Question = []
-        if self.inside is not None:
-            written = self.inside.finish(before, after, -1 if self._layout is None else self._layout[0])
-        if isinstance(written, Question):
-            self._put_off(written, BlockSeen(site, context, first, last), call, after)
-        else:
-            self._tell(BlockSeen(site, context, first, last), written, call)
-
-    def _put_off(self, question: Question, seen: BlockSeen, call: _Call, after: Tensor) -> None:
-        """Show a block when it is told what its parts wrote. It is held as copies: others may write into the stream meanwhile."""
-        copy = after.detach().clone()
-        whole = BlockSeen(seen.site, seen.context, seen.input.clone(), self._state(copy, 1, call))
-
-        call, origin = call.bare(), after if after.requires_grad else None
-        left = version_of(after)
-
-        def decide(told: list[Tensor]) -> None:  # of what is written into since, the node is another's
-            traced = origin if origin is not None and left == version_of(origin) else None
-            with self._clock.as_it_was(), self._watch.own():
-                self._tell(whole, question.answer(told, copy, traced), call)
-
-        if self._clock.stopped:
-            return
-        held = [*question.held, whole.input, copy]
-        self._links.late.put(question.asked, arrival.bytes_of(held), self._guard.around(decide))
-        if question.now:
-            self._links.late.finish()
-
-    def _tell(self, whole: BlockSeen, written: list[Written], call: _Call) -> None:
-        """Show a block and its parts."""
-        whole.parts = tuple(self._parts(written, whole.site, whole.context, whole.input, call))
-        self._watch.emit(whole)
-        flow = self._watch.flow
-        for part, seen in zip(written, whole.parts, strict=True) if flow is not None else ():
-            if flow is not None and part.traced is not None and isinstance(part.factor, float):
-                flow(seen.site, part.traced, part.factor)
-
-    def _parts(
-        self, written: list[Written], block: Site, context: Context, first: Tensor, call: _Call
-    ) -> Iterator[BlockSeen]:
-        shown: BlockSeen | None = None
-        for part in written:
-            value = self._state(part.value, 1, call)
-            site = Site("sublayer", f"{self._site.path}.{part.path}", block.layer, part.part, part.evidence)
-            reads = first if part.parallel or shown is None else shown
-            if part.whole:
-                shown = BlockSeen(site, context, reads, value)
-            else:
-                factor = part.factor
-                if isinstance(factor, Tensor) and factor.device != value.device:  # it was found on the host
-                    factor = factor.to(value.device, non_blocking=True)
-                added = value if isinstance(factor, float) and factor == 1.0 else factor * value
-                shown = BlockSeen(site, context, reads, written=added)
-            yield shown
-
-    def _state(self, value: Tensor, side: int, call: _Call) -> Tensor:
-        """A hidden state as (batch, tokens, features)."""
-        if self._native:
-            state, real = hidden_state(self.block.first, value.detach())
-            call.real = call.real if real is None else real
-            return state
-        assert self._layout is not None
-        batch = self._batch if value.dim() == 3 and self._layout[side] == -1 else 0
-        if batch and not isinstance(self.block.first, nn.RNNBase):  # which turns around what it gives its attention
-            alike = self._clock.rows(value.shape[0] * value.shape[1]) == tuple(value.shape[:2])
-            batch = 0 if alike else batch
-        return tokens_first(value.detach(), self._layout[side], batch)
+    def _read(self, call: BlockCall, context: Context, made: Mapping[Place, Tensor]) -> None:
+        for route, stream in zip(self._routes, self._streams, strict=False):
+            if route.made in made:
+                stream.read(route, call, context, made[route.made])
 
     # ------------------------------------------------------------------ ends
 
@@ -352,35 +308,12 @@ class BlockTap:
                 self._watch.emit(BlockSeen(self._call.site, context, *tokens))
 
     def _drop(self) -> None:
-        self._call = _Call(self._call.site)
-        if self.inside is not None:
-            self.inside.drop()
+        self._call = BlockCall(self._call.site)
+        for stream in self._streams:
+            stream.drop()
 
     def _release(self) -> None:
         self._held.clear()
         self._drop()
-        if self.inside is not None:
-            self.inside.release()
-
-
-def _last(tap: BlockTap | OutsideTap) -> Writers | Unsolved | None:
-    return tap.inside.last if isinstance(tap, BlockTap) and tap.inside is not None else None
-
-
-class _Call:
-    """What is known of one call of a block until it ends."""
-
-    __slots__ = ("copies", "given", "real", "site", "versions")
-
-    def __init__(self, site: Site | None) -> None:
-        self.site = site
-        self.given: dict[Place, Tensor] = {}
-        self.copies: dict[Place, Tensor] = {}
-        self.versions: dict[Place, int] = {}
-        self.real: Tensor | None = None
-
-    def bare(self) -> _Call:
-        """The same without what the block was given."""
-        found = _Call(self.site)
-        found.real = self.real
-        return found
+        for stream in self._streams:
+            stream.release()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+
+from bnviz.capture.values import nbytes_of
 
 from .fits import Scale
 
@@ -47,6 +49,8 @@ class Writers:
         Modules after whose call the block writes into what they took or gave: copies are kept.
     evidence : str
         By what the sum was verified.
+    elsewhere : frozenset of str
+        Modules that took or gave other tokens only: those of another stream.
     """
 
     paths: tuple[str, ...]
@@ -62,6 +66,7 @@ class Writers:
     states: tuple[Call, ...] = ()
     copied: frozenset[str] = frozenset()
     evidence: str = "sum"
+    elsewhere: frozenset[str] = frozenset()
 
     @property
     def factors(self) -> tuple[Scale, ...]:
@@ -88,6 +93,76 @@ class Unsolved:
 
     reason: str = ""
     final: bool = True
+
+
+def part_beside(stream: str, part: str) -> str:
+    """The name of a part that writes to a stream of this name, "" for the block's own.
+
+    Examples
+    --------
+    >>> part_beside("", "mlp"), part_beside("stream_2", "mlp")
+    ('mlp', 'stream_2_mlp')
+    """
+    return f"{stream}_{part}" if stream else part
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Which modules of a block belong to which of its parts.
+
+    Parameters
+    ----------
+    parts : tuple of str
+    sizes : tuple of int
+        Bytes of the parameters of its modules.
+    modules : tuple of tuple of str
+        Relative to the block.
+    """
+
+    parts: tuple[str, ...]
+    sizes: tuple[int, ...]
+    modules: tuple[tuple[str, ...], ...]
+
+
+def shares(block: nn.Module, found: Sequence[tuple[str, Writers]]) -> Shares:
+    """Those of the parts of all streams of a block, each with its name.
+
+    A module belongs to the first part that ends after it, of the streams whose tokens it, or a module around it, may have seen:
+    what two streams share, to the first that it serves.
+    """
+    if len(found) == 1:
+        name, one = found[0]
+        return Shares(tuple(part_beside(name, part) for part in one.parts), one.sizes, one.modules)
+    ran = [path for paths in found[0][1].modules for path in paths]
+    parts = [
+        (_end(ran, path, call), part_beside(name, part), one)
+        for name, one in found
+        for path, call, part in zip(one.paths, one.calls, one.parts, strict=True)
+    ]
+    modules: dict[str, list[str]] = {part: [] for _, part, _ in parts}
+    order = sorted(parts, key=lambda part: part[0])
+    for at, path in enumerate(ran):
+        told = ([part for part in order if held not in part[2].elsewhere] for held in _around(path))
+        own = next((some for some in told if 0 < len(some) < len(order)), order)
+        modules[next((part for end, part, _ in own if at <= end), own[-1][1])].append(path)
+    counted, sizes = set[int](), dict.fromkeys(modules, 0)
+    for part, paths in modules.items():
+        for parameter in (p for path in paths for p in block.get_submodule(path).parameters(recurse=False)):
+            sizes[part] += 0 if id(parameter) in counted else nbytes_of(parameter)
+            counted.add(id(parameter))
+    return Shares(tuple(modules), tuple(sizes.values()), tuple(map(tuple, modules.values())))
+
+
+def _around(path: str) -> list[str]:
+    """A module's path and those of the modules around it, the innermost first."""
+    names = path.split(".")
+    return [".".join(names[:many]) for many in range(len(names), 0, -1)]
+
+
+def _end(ran: Sequence[str], path: str, call: int) -> int:
+    """Where in a row of modules the so-manieth call of one ended."""
+    ends = [at for at, known in enumerate(ran) if known == path]
+    return ends[min(call, len(ends) - 1)]
 
 
 def stream(value: object) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnviz.observation import Site
 
 if TYPE_CHECKING:
-    from bnviz.capture.blocks.writers import Writers
+    from bnviz.capture.blocks.writers import Shares
     from bnviz.capture.plan import Plan
 
 Place = tuple[int, str]  # layer, part
@@ -39,12 +39,12 @@ class Places:
     ----------
     model : nn.Module
     plan : Plan
-    writers : callable
-        Tells the residual writers of each block, as far as they are known: after a block's first forward.
+    shares : callable
+        Tells whose the modules of each block are, as far as its residual writers are known: after its first forward.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, writers: Callable[[], list[Writers | None]]) -> None:
-        self._plan, self._writers = plan, writers
+    def __init__(self, model: nn.Module, plan: Plan, shares: Callable[[], list[Shares | None]]) -> None:
+        self._plan, self._shares = plan, shares
         self._owner: dict[
             tuple[int, int], str
         ] = {}  # by block and parameter: the module that holds it, within the block
@@ -60,7 +60,7 @@ class Places:
         self._model = model
         self._index = {id(p.value): at for at, p in enumerate(self.parameters)}
         self._others: dict[int, Tensor | weakref.ref[Tensor]] = {}  # seen later: the model's own, held, and others'
-        self._known: tuple[Writers | None, ...] = ()
+        self._known: tuple[Shares | None, ...] = ()
         self._places: dict[int, tuple[Place, ...]] = {}
 
     def index_of(self, value: Tensor) -> int | None:
@@ -78,7 +78,7 @@ class Places:
 
     def of(self, index: int) -> tuple[Place, ...]:
         """Layers and parts that a parameter belongs to; none when it lies outside every block."""
-        known = tuple(self._writers())
+        known = tuple(self._shares())
         if known != self._known or not self._places:
             self._known = known
             self._places = {at: tuple(self._all(at)) for at in range(len(self.parameters))}

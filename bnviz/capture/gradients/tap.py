@@ -35,7 +35,7 @@ from .row import Reading, Row, show
 from .scaling import Scaling
 
 if TYPE_CHECKING:
-    from bnviz.capture.blocks.writers import Writers
+    from bnviz.capture.blocks.writers import Shares
     from bnviz.capture.plan import Plan
 
 HOLD, HOLD_BYTES = 64, 8 << 20  # steps that wait for an optimizer to say whether their loss was scaled
@@ -77,7 +77,7 @@ def tap_gradients(
     watch: Watch,
     stack: contextlib.ExitStack,
     needs: Needs,
-    writers: Callable[[], list[Writers | None]],
+    shares: Callable[[], list[Shares | None]],
 ) -> GradientTap:
     """Watch the gradients of `model`; the stack takes everything off.
 
@@ -86,7 +86,7 @@ def tap_gradients(
     CaptureError
         The budget has no room for what the probes want.
     """
-    tap = GradientTap(Places(model, plan, writers), plan, watch, needs)
+    tap = GradientTap(Places(model, plan, shares), plan, watch, needs)
     tap.attach(stack)
     return tap
 
