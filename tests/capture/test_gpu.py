@@ -269,3 +269,18 @@ def test_blocks_on_the_host_and_on_the_device() -> None:
         forward, device = block.forward, next(block.parameters()).device
         block.forward = lambda y, forward=forward, device=device: forward(y.to(device))  # as accelerate does it
     check_close(run_of(model, called, "cpu", "activations"), want)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_two_streams_of_a_block(mode: Any) -> None:
+    torch.manual_seed(0)
+    model = zoo.MMDiT(3, zoo.DoubleBlock).eval()
+    x = [torch.randn(2, 20, 16), torch.randn(2, 11, 16), torch.randn(2, 16)]
+
+    def called(model: nn.Module, device: str) -> list[Tensor]:
+        there = [one.to(device) for one in x]
+        with contextlib.nullcontext() if mode is torch.inference_mode else quietly(device):
+            return [model(*there).detach() for _ in range(3)]
+
+    want = run_of(model, called, "cpu", "activations", mode=mode)
+    check_close(run_of(model.cuda(), called, "cuda", "activations", mode=mode), want)

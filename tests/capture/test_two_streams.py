@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import bnviz
 
 from . import architectures as zoo
+from .test_arrival import check_equal, put_off, run_of
 from .test_sites import PlainAttention
 
 KINDS = {
@@ -70,6 +71,20 @@ def test_both_streams_and_their_parts_are_as_plain_code_computes_them(text: int,
     of_text = expected[1][1][-1].detach().double().reshape(-1, 16)
     found = record["variance"].sel(kind="stream_2", layer=1).isel(step=0).values
     assert np.allclose(found, of_text.var(0, unbiased=False).numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
+def test_numbers_of_both_streams_may_be_put_off(mode: Any) -> None:
+    model, given = made(20, 11)
+
+    def act() -> None:
+        with mode():
+            for _ in range(3):
+                model(*given)
+
+    want = run_of(model, act)
+    with put_off():
+        check_equal(run_of(model, act), want)
 
 
 def test_every_module_is_counted_with_its_stream() -> None:

@@ -100,12 +100,15 @@ class Later:
         self._took, self._gave, self.dtype, self.ends = list(took), list(gave), states[1].dtype, ends
         self._signs: dict[Any, Tensor] = {}
         self.asked = [few_of(state) for state in states] + [self._summed(states[1], states[0])]
+        # what another stream of the block has been told of them is not asked again
+        self._untold = [event for event in self._events() if event.same is None]
+        self._unsummed = [event for event in self._gave if event.sums is None]
         same: dict[int, Tensor] = {}
-        for event in self._events():
+        for event in self._untold:
             if id(event.few) not in same:
                 same[id(event.few)] = (few_of(laid(event.value)) == event.few).all()
             self.asked += [event.few, same[id(event.few)]]
-        self.asked += [self._summed(laid(event.value)) for event in self._gave]
+        self.asked += [self._summed(laid(event.value)) for event in self._unsummed]
         self._signs.clear()
         self.first = self.last = self._change = torch.empty(0)
 
@@ -123,9 +126,9 @@ class Later:
         """What was asked has come."""
         rest = iter(told)
         self.first, self.last, self._change = next(rest).double(), next(rest).double(), next(rest)
-        for event in self._events():
+        for event in self._untold:
             event.few, event.same = next(rest).double(), bool(next(rest))
-        for event in self._gave:
+        for event in self._unsummed:
             event.sums = next(rest)
         self.asked.clear()
 
