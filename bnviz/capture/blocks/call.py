@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from bnviz.capture.values import version
 from bnviz.observation import Site
 
 from .stream import Place
@@ -35,6 +36,12 @@ class BlockCall:
         self.copies: dict[Place, Tensor] = {}
         self.versions: dict[Place, int] = {}
         self.real: Tensor | None = None
+
+    def take(self, place: Place, value: Tensor, *, copy: bool) -> None:
+        """It was given `value`, which is copied where the block may write into it."""
+        self.given[place], self.versions[place] = value, version(value)
+        if copy:
+            self.copies[place] = value.detach().clone()
 
     def bare(self) -> BlockCall:
         """The same without what the block was given."""

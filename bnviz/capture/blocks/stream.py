@@ -80,8 +80,22 @@ def called_with(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Place,
     return dict([*floats(args), *floats(kwargs)])
 
 
+def to_copy(given: Mapping[Place, Tensor]) -> list[Place]:
+    """What a block whose streams are not known may write into and would be lost: what is like its first input, which may have
+    other tokens, and all where torch does not count what is written.
+    """
+    first = next(iter(given.values()))
+    ends = (first.dim(), first.shape[0], first.shape[-1])
+    alike = {
+        place for place, x in given.items() if x.shape == first.shape or (x.dim(), x.shape[0], x.shape[-1]) == ends
+    }
+    return [place for place, x in given.items() if place in alike or x.is_inference()]
+
+
 def fetch(value: Any, place: Place) -> Tensor | None:
     """The tensor at a place, None when there is no floating one."""
+    if not place and type(value) is Tensor:  # most often, and asked at every block
+        return value if value.is_floating_point() and value.dim() >= 2 else None
     for key in place:
         if key is TURNED:
             value = value.transpose(1, 2) if isinstance(value, Tensor) and value.dim() == 3 else None
@@ -99,7 +113,12 @@ def fetch(value: Any, place: Place) -> Tensor | None:
 
 def fetch_given(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: Place) -> Tensor | None:
     """The tensor at a place among arguments."""
-    return fetch(kwargs if isinstance(place[0], str) else args, place) if place else None
+    if not place:
+        return None
+    first: Any = place[0]
+    if isinstance(first, str):
+        return fetch(kwargs[first], place[1:]) if first in kwargs else None
+    return fetch(args[first], place[1:]) if first < len(args) else None
 
 
 def argument(module: nn.Module, place: Place) -> str:

@@ -144,11 +144,14 @@ class StreamTap:
 
     def _tell(self, whole: BlockSeen, written: list[Written], call: BlockCall) -> None:
         """Show a block and its parts."""
-        whole.parts = tuple(self._parts(written, whole.site, whole.context, whole.input, call))
+        if written:
+            whole.parts = tuple(self._parts(written, whole.site, whole.context, whole.input, call))
         self._watch.emit(whole)
         flow = self._watch.flow
-        for part, seen in zip(written, whole.parts, strict=True) if flow is not None else ():
-            if flow is not None and part.traced is not None and isinstance(part.factor, float):
+        if flow is None:
+            return
+        for part, seen in zip(written, whole.parts, strict=True):
+            if part.traced is not None and isinstance(part.factor, float):
                 flow(seen.site, part.traced, part.factor)
 
     def _parts(

@@ -23,7 +23,7 @@ from .guard import Guard
 from .inside import Inside, Known
 from .notes import sentences
 from .outside import OutsideTap
-from .stream import Links, Place, Route, argument, called_with, fetch, fetch_given, floats, routes
+from .stream import Links, Place, Route, argument, called_with, fetch, fetch_given, floats, routes, to_copy
 from .stream_tap import StreamTap
 from .writers import Shares, Unsolved, Writers, shares
 
@@ -98,6 +98,9 @@ def follow_blocks(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None
         stack.enter_context(around(block.first, noting(site.layer), None, quiet=quiet))
 
 
+_NO_CALL = BlockCall(None)
+
+
 class BlockTap:
     """Shows one block: its streams, and what its writers add to them.
 
@@ -120,7 +123,8 @@ class BlockTap:
         self._streams = [self._stream(0)]
         self._routes: list[Route] = []
         self._forward = -1
-        self._call = BlockCall(site)
+        self._call = _NO_CALL
+        self._at: Site | None = site
         self._held: list[Callable[[], None]] = []
         self._of: list[Writers] = []
         self._shares: Shares | None = None
@@ -170,29 +174,38 @@ class BlockTap:
         self._links.cells += self._cell.over_time
         self._flush()
         self._drop()
-        call = self._call = BlockCall(self._numbered(now.call))
-        call.given = self._given(args, kwargs)
-        if call.site is None or not call.given:
-            call.given = {}
+        self._at = self._numbered(now.call)
+        call = BlockCall(self._at)
+        if self._at is None or not (self._known_given(call, args, kwargs) or self._may_be_given(call, args, kwargs)):
             return
-        call.versions = {place: version_of(x) for place, x in call.given.items()}
-        call.copies = {place: call.given[place].detach().clone() for place in self._to_copy(call.given)}
-        call.real = real_tokens(self.block.first, args, kwargs) if self._native else None
+        self._call = call
+        if self._native:
+            call.real = real_tokens(self.block.first, args, kwargs)
         for stream in self._streams:
             if stream.inside is not None:
                 stream.inside.begin(call.given)
 
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Place, Tensor]:
-        """What is given where streams come in; all that may be one while that is not known."""
-        some = {route.given: fetch_given(args, kwargs, route.given) for route in self._routes}
-        known = {place: value for place, value in some.items() if value is not None}
-        if self._routes and self._routes[0].given in known:
-            return known
+    def _known_given(self, call: BlockCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Take what is given where streams come in; False where that is not known, or the first of them is not there."""
+        for route, stream in zip(self._routes, self._streams, strict=False):
+            value = fetch_given(args, kwargs, route.given)
+            if value is not None:
+                call.take(route.given, value, copy=stream.copy)
+            elif not call.given:
+                return False
+        return bool(call.given)
+
+    def _may_be_given(self, call: BlockCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Take all that may be a stream; False where there is none."""
         self._routes = []
         given = called_with(args, kwargs)
         self._expect(given)
         first = first_input(self.block.first, given)
-        return given if first is None else {first: given[first]}
+        given = given if first is None else {first: given[first]}
+        copied = () if self._native or not given else to_copy(given)
+        for place, value in given.items():
+            call.take(place, value, copy=place in copied)
+        return bool(given)
 
     def _expect(self, given: Mapping[Place, Tensor]) -> None:
         """As many streams as blocks of this class have, as far as that was seen."""
@@ -211,25 +224,10 @@ class BlockTap:
             if first is not None and new is not None:
                 new.join(first)
 
-    def _to_copy(self, given: Mapping[Place, Tensor]) -> list[Place]:
-        """What a block may write into, and would be lost: in its first call, and where it did."""
-        if self._routes:
-            streams = zip(self._routes, self._streams, strict=False)
-            return [route.given for route, stream in streams if stream.copy and route.given in given]
-        if self._native:
-            return []
-        some = next(iter(given.values()))
-
-        def stream(value: Tensor) -> bool:  # some may have other tokens
-            ends = (value.dim(), value.shape[0], value.shape[-1]) == (some.dim(), some.shape[0], some.shape[-1])
-            return ends or value.shape == some.shape
-
-        return [place for place, x in given.items() if x.is_inference() or stream(x)]
-
     def _numbered(self, forward: int) -> Site | None:
         """The block as the layer that this call of it is; all calls of a cell in one forward are one."""
         if self._cell.over_time and self._forward == forward:
-            return self._call.site
+            return self._at
         self._forward = forward
         number = self._watch.layers.enter(self._site.layer)
         if number is None or number == self._site.layer:
@@ -243,8 +241,10 @@ class BlockTap:
             return
         self._cell.gave(context.call, output)
         if self._routes:
-            some = {route.made: fetch(output, route.made) for route in self._routes}
-            self._read(call, context, {place: value for place, value in some.items() if value is not None})
+            for route, stream in zip(self._routes, self._streams, strict=False):
+                after = fetch(output, route.made)
+                if after is not None:
+                    stream.read(route, call, context, after)
             self._drop()
             return
         made = dict(floats(output))
@@ -300,15 +300,15 @@ class BlockTap:
     def _emit_tokens(self) -> None:
         """The forward ends: what a cell saw in all its calls."""
         tokens = self._cell.tokens()
-        if tokens is None or self._call.site is None:
+        if tokens is None or self._at is None:
             return
         context = self._clock.seen(tokens[1].shape[1])
         if context is not None:
             with self._watch.own():
-                self._watch.emit(BlockSeen(self._call.site, context, *tokens))
+                self._watch.emit(BlockSeen(self._at, context, *tokens))
 
     def _drop(self) -> None:
-        self._call = BlockCall(self._call.site)
+        self._call = _NO_CALL
         for stream in self._streams:
             stream.drop()
 
