@@ -16,6 +16,7 @@ from tests.capture.test_sites import Body, PreNorm
 
 from .models import llama, mixtral, tokens
 
+ROOM = 128  # bytes a forward: Python's own free lists fill for some thousand forwards, in 3.14 more slowly
 MANY, BEFORE = 300, 300  # before: what torch keeps for the next call of a mode is there, and what was replaced is known
 
 
@@ -62,7 +63,7 @@ def test_memory_is_flat_while_a_training_model_runs(kept: bool, graph: bool) -> 
         recorder.detach(quiet=True)
     assert tensors <= 0
     assert objects < 20
-    assert nbytes < 64 * MANY
+    assert nbytes < ROOM * MANY
 
 
 @pytest.mark.slow
@@ -80,7 +81,7 @@ def test_memory_is_flat_while_a_model_is_trained() -> None:
     assert any("budget of 40000 reached" in note for note in recorder.notes)
     assert tensors <= 0
     assert objects < 20
-    assert nbytes < 64 * MANY
+    assert nbytes < ROOM * MANY
 
 
 @pytest.mark.slow

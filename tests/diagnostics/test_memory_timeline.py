@@ -144,4 +144,5 @@ def test_shares_add_up_to_the_peak(rows: list[list[int]]) -> None:
 def test_survives_the_store(tmp_path: Any) -> None:
     result = memory_timeline(record())
     result.to_zarr(tmp_path / "x.zarr", zarr_format=3, consolidated=False)
-    assert judge(xr.open_zarr(tmp_path / "x.zarr", consolidated=False).load()) == judge(result)
+    stored = xr.open_zarr(tmp_path / "x.zarr", consolidated=False).load()
+    assert repr(judge(stored)) == repr(judge(result))  # NaN, which stands for no limit, equals nothing
