@@ -31,6 +31,7 @@ _KINDS = (  # the first that matches
     ),
     ("conv", re.compile(r"conv", re.IGNORECASE)),
 )
+_MODULATES = re.compile(r"norm|modulat|ada_?ln|emb", re.IGNORECASE)  # what is in it says nothing of what it serves
 
 
 def parts_of(block: nn.Module, paths: Sequence[str], modules: Sequence[Sequence[str]]) -> tuple[str, ...]:
@@ -76,7 +77,8 @@ def _kind(block: nn.Module, path: str, ran: Sequence[str]) -> str | None:
     for inner in ran:
         module = block.get_submodule(inner)
         size = sum(p.numel() for p in module.parameters(recurse=False))
-        kind = _named(inner.split("."), None) if size else None
+        names = inner.split(".")
+        kind = _named(names, None) if size and not any(map(_MODULATES.search, names)) else None
         if kind is not None:
             found[kind] += size
     return found.most_common(1)[0][0] if found else own
