@@ -124,7 +124,9 @@ def _logits(mixed: Mixed, form: Form) -> tuple[Tensor | None, Tensor | None]:
     if mixed.altered is not None or version(soft.logits) != soft.version:
         weights, layout = mixed.altered or (soft.weights, soft.layout)
         found = arranged(weights.detach(), layout, form.layout)
-        return (None, None) if found is None else logits_of(found)
+        if found is None or (found.device.type == "cpu" and bool((found < 0).any())):  # no shares; a GPU is not asked
+            return None, None
+        return logits_of(found)
     whole = tuple(atom.uncut for atom in form.keys)
     logits = arranged(soft.logits.detach(), soft.layout, (*form.layout[:3], whole))
     if logits is None:

@@ -145,7 +145,8 @@ class Frames:
                 frame.heard.append(replace(mixed, after=frame.lineage.holds(mixed.soft.logits)))
                 frame.lineage.mark(output)
                 if frame.moves is not None:
-                    frame.moves.leave(mixed.soft.weights)
+                    for one in mixed.each:
+                        frame.moves.leave(one.soft.weights)
             elif frame.moves is not None:
                 moved = frame.moves.hear(function, args, kwargs, output)
                 frame.heard += [] if moved is None else [moved]

@@ -28,6 +28,7 @@ from .named import shown
 from .native import NativeTap
 from .pieces import together
 from .places import SELF, Places
+from .trail import Mixed
 
 if TYPE_CHECKING:
     from bnviz.capture.plan import Plan
@@ -106,14 +107,7 @@ class AttentionTap:
         with self._reading(frame.place) as seen:
             first = id(frame.place.module) not in self._checked
             self._checked.add(id(frame.place.module))
-            calls = [
-                one
-                if isinstance(one, Call)
-                else self._bands.attended(one, frame.shape)
-                if isinstance(one, Moved)
-                else attended(one, frame.shape, check=first)
-                for one in frame.heard
-            ]
+            calls = [call for one in frame.heard for call in self._calls(one, frame, check=first)]
             whole = together([call for call in calls if call is not None], frame.shape)
             seen.extend(self._shown(frame.place, frame.site, whole))
 
@@ -129,6 +123,14 @@ class AttentionTap:
             else:
                 for one in seen:
                     self._watch.emit(one)
+
+    def _calls(self, heard: Call | Moved | Mixed, frame: Frame, *, check: bool) -> list[Call | None]:
+        """What was heard as calls of attention; of softmaxes that were added up, each by itself."""
+        if isinstance(heard, Call):
+            return [heard]
+        if isinstance(heard, Moved):
+            return [self._bands.attended(heard, frame.shape)]
+        return [attended(one, frame.shape, check=check) for one in heard.each]
 
     def _failed(self, place: AttentionSite, error: Exception) -> None:
         if id(place.module) not in self._muted:

@@ -34,6 +34,7 @@ _COPIES = {"contiguous", "clone", "detach", "alias", ".data", "requires_grad_", 
 _SAME = CASTS | _DROPOUTS | _COPIES | {"nan_to_num", "nan_to_num_"}  # leave attention weights what they are
 _TIMES = {"mul", "rmul", "imul", "multiply"}
 _OVER = {"div", "truediv", "itruediv", "true_divide", "divide"}
+_SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract", "lerp"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,8 @@ class Track:
         Of altered weights, before dropout took some away.
     over : tuple of Atom, optional
         The axis over whose sum it was divided since: tokens that choose among groups become weights of a group's tokens.
+    beside : tuple of (Soft, Layout)
+        Further softmaxes, or other parts of the same one, that were added to it or taken from it (differential attention).
     """
 
     layout: Layout
@@ -100,6 +103,7 @@ class Track:
     dropped: bool = False
     plain: tuple[Tensor, Layout] | None = None
     over: Axis | None = None
+    beside: tuple[tuple[Soft, Layout], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,8 @@ class Mixed:
         The weights, where they are not those of the softmax any more: some were taken away, or made larger.
     after : bool
         The logits were made of the result of an earlier attention in the same call of the module.
+    beside : tuple of (Soft, Layout)
+        Softmaxes whose sum with this one, or difference, was multiplied; each with the layout that `used` has in it.
     """
 
     soft: Soft
@@ -129,6 +135,13 @@ class Mixed:
     into: Product
     altered: tuple[Tensor, Layout] | None
     after: bool = False
+    beside: tuple[tuple[Soft, Layout], ...] = ()
+
+    @property
+    def each(self) -> list[Mixed]:
+        """Every softmax by itself, as if it alone were multiplied."""
+        others = [replace(self, soft=soft, layout=layout, beside=()) for soft, layout in self.beside]
+        return [replace(self, beside=()), *others]
 
     @property
     def value(self) -> tuple[Tensor, tuple[str, ...]]:
@@ -218,8 +231,8 @@ class Trail:
             at = [place for place, label in enumerate(labels) if label in other and label not in found.of_output]
             over = chain.from_iterable(track.layout[place] for place in at)
             if at and [a.uncut for a in over] == [a.uncut for a in track.over or track.soft.over]:
-                altered = (track.plain or (used, track.layout)) if track.altered else None
-                return Mixed(track.soft, used, track.layout, labels, found, altered)
+                altered = (track.plain or (used, track.layout)) if track.altered and not track.beside else None
+                return Mixed(track.soft, used, track.layout, labels, found, altered, beside=track.beside)
         return None
 
     def _added(self, args: tuple[Any, ...], output: Tensor) -> None:
@@ -255,10 +268,16 @@ class Trail:
         if not tracked or step.output.is_nested:
             return
         source, track = max(tracked, key=lambda one: one[1].soft is not None)
-        if len({id(t.soft) for _, t in tracked if t.soft is not None}) > 1:
-            return  # a difference of two softmaxes is no attention of one
+        softs = [t for _, t in tracked if t.soft is not None]
+        if len(softs) > 1 and (len({id(t.soft) for t in softs}) > 1 or softs[0].layout != softs[1].layout):
+            self._joined(step, softs)
+            return
         step = replace(step, source=source)
         layout = _layout_after(function, step, track.layout)
+        if layout is not None and track.beside:
+            others = [(soft, _layout_after(function, step, own)) for soft, own in track.beside]
+            beside = tuple((soft, own) for soft, own in others if own is not None)
+            layout, track = (layout if len(beside) == len(others) else None), replace(track, beside=beside)
         if track.soft is not None:
             track = self._summed(step, track)
         if layout is None:
@@ -272,6 +291,27 @@ class Trail:
         elif not (step.name in VIEWS | TURNS | _SAME or step.name == "__getitem__" or track.dropped):
             track = replace(track, altered=True)
         self._follow(step.output, replace(track, layout=layout))
+
+    def _joined(self, step: Step, tracks: list[Track]) -> None:
+        """A sum or a difference of two softmaxes, or of two parts of one, is followed with both."""
+        one, other = tracks[:2]
+        whole = step.name.strip("_") in _SUMS and len(tracks) == 2
+        if not whole or not all(_sizes(t.layout) == tuple(step.output.shape) for t in tracks):
+            return
+        if one.soft is other.soft and not _parts_of_one(one.layout, other.layout):
+            return
+        assert other.soft is not None
+        beside = (*one.beside, (other.soft, other.layout), *other.beside)
+        self._follow(step.output, Track(one.layout, soft=one.soft, beside=beside))
+
+
+def _sizes(layout: Layout) -> tuple[int, ...]:
+    return tuple(map(extent, layout))
+
+
+def _parts_of_one(one: Layout, other: Layout) -> bool:
+    """Two layouts that differ in what was cut off alone."""
+    return [[a.uncut for a in axis] for axis in one] == [[a.uncut for a in axis] for axis in other]
 
 
 def named(function: Any) -> str:
