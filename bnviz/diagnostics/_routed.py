@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from bnviz.errors import NotCaptured
+from bnviz.reduce.routing_counts import routing_counts
 
 PROMPT = ("forward", "prefill")
 PHASES = ("prompt", "decode", "all")
@@ -72,13 +73,16 @@ def past_the_experts(
 
 
 def tables(ids: np.ndarray, weights: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Count and mass (layer, expert) of the pairs in `ids` (layer, token, slot); negative ids are no expert."""
-    layers = len(ids)
-    sent = ids >= 0
-    at = (np.arange(layers)[:, None, None] * width + ids)[sent]
-    count = np.bincount(at, minlength=layers * width).reshape(layers, width)
-    weight = np.nan_to_num(weights[sent].astype(np.float64))
-    return count, np.bincount(at, weights=weight, minlength=layers * width).reshape(layers, width)
+    """Count and mass (layer, expert) of the pairs in `ids` (layer, token, slot); negative ids are no expert.
+
+    A weight that is NaN counts nothing.
+    """
+    if int(ids.min(initial=-1)) < -1:
+        ids = np.maximum(ids, -1)
+    if not np.isfinite(weights).all() and (~np.isfinite(weights) & (ids >= 0)).any():
+        weights = np.nan_to_num(weights.astype(np.float64), copy=False)
+    seen = routing_counts(ids, width, weights=weights, together=False, transition=False)
+    return seen["count"], seen["mass"]
 
 
 def over_mean(amount: np.ndarray, experts: np.ndarray) -> np.ndarray:

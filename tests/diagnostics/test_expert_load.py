@@ -108,6 +108,14 @@ def test_a_pair_that_was_never_made_is_not_dropped():
     assert result.attrs["slots"] == 2
 
 
+def test_a_weight_that_is_no_number_weighs_nothing():
+    ids = np.array([[[[0, 1], [1, 0], [1, -1]]]])
+    weights = np.array([[[[0.5, np.nan], [0.25, 0.125], [0.25, np.nan]]]])
+    result = expert_load(record(ids, 2, weights)).isel(layer=0)
+    assert result["count"].values.tolist() == [2, 3]
+    assert result["mass"].values.tolist() == [0.625, 0.5]
+
+
 def test_a_layer_with_fewer_tokens_has_not_dropped_the_rest():
     ids = np.array([[[[0], [1], [0], [1]], [[1], [0], [-1], [-1]]]])
     weights = np.where(ids < 0, np.nan, 1.0)

@@ -68,6 +68,56 @@ def test_tensors_of_low_precision_are_taken() -> None:
     assert binned_codes(x, bins=4, low=0.0, high=1.0).code.tolist() == [0, 0, 1]
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 50),
+    features=st.sampled_from([0, 1, 12, 13, 30]),
+    bins=st.sampled_from([1, 3, 30, 2**20]),
+    seed=st.integers(0, 10**6),
+)
+def test_codes_are_in_the_order_of_the_bins(rows: int, features: int, bins: int, seed: int) -> None:
+    """The oracle: bins by numpy, value by value, and rows ranked by numpy as they are."""
+    draw = np.random.default_rng(seed)
+    x = draw.normal(size=(rows, features)).round(int(seed % 3))[draw.integers(0, rows, rows)]
+    bin_of = np.clip(np.floor((x + 1.5) * (bins / 3)), 0, bins - 1) + 1
+    bin_of[x < -1.5], bin_of[x > 1.5] = 0, bins + 1
+    distinct, oracle = np.unique(bin_of, axis=0, return_inverse=True)
+    found = binned_codes(x, bins=bins, low=-1.5, high=1.5)
+    assert found.code.tolist() == oracle.reshape(-1).tolist()
+    assert (found.cells, found.outside) == (len(distinct), int((np.abs(x) > 1.5).sum()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_give_tensors_and_views_of_what_lies_apart_the_same(dtype: torch.dtype) -> None:
+    wide = torch.randn(40, 3, 26, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = wide[::2, 1].requires_grad_()
+    found = binned_codes(x, bins=3, low=-0.3, high=0.7)
+    assert isinstance(found.code, torch.Tensor)
+    again = binned_codes(x.detach().double().numpy(), bins=3, low=-0.3, high=0.7)
+    assert found.code.tolist() == again.code.tolist()
+    assert (found.cells, found.outside) == (again.cells, again.outside)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_an_edge_that_the_values_type_can_not_hold(dtype: type) -> None:
+    """0.1 lies between two numbers of the type: the lower one is below it, the upper one above."""
+    near = dtype(0.1)
+    under, over = (near, np.nextafter(near, dtype(1))) if float(near) < 0.1 else (np.nextafter(near, dtype(0)), near)
+    x = np.array([[under], [over]])
+    assert float(under) < 0.1 < float(over)
+    assert binned_codes(x, bins=2, low=0.1, high=1.0).outside == 1
+    assert binned_codes(x, bins=2, low=-1.0, high=0.1).outside == 1
+    assert binned_codes(x, bins=2, low=1e9, high=1e9).outside == 2
+
+
+def test_a_mean_far_above_the_spread_moves_no_value() -> None:
+    x = np.random.default_rng(0).integers(0, 6, (90, 4)) / 2  # exact next to the mean too
+    found, moved = (
+        binned_codes((x + mean).astype(np.float32), bins=6, low=mean, high=mean + 3.0) for mean in (0.0, 2.0**20)
+    )
+    assert found.code.tolist() == moved.code.tolist()
+
+
 def test_joined_codes_and_counts() -> None:
     a, b = np.array([0, 0, 1, 1]), np.array([0, 2, 0, 2])
     assert len(np.unique(joined_codes(a, b))) == 4
@@ -83,5 +133,11 @@ def test_what_does_not_fit_is_said() -> None:
         binned_codes(x, bins=0, low=0.0, high=1.0)
     with pytest.raises(SchemaError, match=r"range is 1\.0 to 0\.0"):
         binned_codes(x, bins=2, low=1.0, high=0.0)
-    with pytest.raises(SchemaError, match="NaN or infinity"):
-        binned_codes(x * np.nan, bins=2, low=0.0, high=1.0)
+    with pytest.raises(SchemaError, match="a width that float64 can not cut"):
+        binned_codes(x, bins=2, low=-1e308, high=1e308)
+    for value in (np.nan, np.inf, -np.inf):
+        x[1, 1] = value
+        with pytest.raises(SchemaError, match="NaN or infinity"):
+            binned_codes(x, bins=2, low=0.0, high=1.0)
+        with pytest.raises(SchemaError, match="NaN or infinity"):
+            binned_codes(torch.from_numpy(x).bfloat16(), bins=2, low=0.0, high=1.0)
