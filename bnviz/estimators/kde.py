@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from bnviz.errors import SchemaError
 from bnviz.quantities import setting
-from bnviz.reduce.gram_reduce import gram_reduce
+from bnviz.reduce.kernel_sums import kernel_sums
 
 from ._estimate import Estimate, Information, confidence, judged_input, judged_label
 from ._samples import Samples, samples
@@ -109,7 +109,7 @@ def _sums(given: Samples, noise: float, orders: list[Ints]) -> _Sums:
         + [_one_hot(order, classes) for order in orders],
         axis=1,
     )
-    made = gram_reduce(given.values, columns, variance=noise, wide_columns=folds * classes)
+    made = kernel_sums(given.values, columns, variance=noise, wide_columns=folds * classes)
     near, wide = (part[:, : folds * classes].reshape(given.rows, folds, classes) for part in (made.near, made.wide))
     own = _Pair(near[rows, :, given.label], wide[rows, :, given.label])
     permuted = made.near[:, folds * classes :].reshape(given.rows, len(orders), classes)
@@ -123,7 +123,7 @@ def _sums(given: Samples, noise: float, orders: list[Ints]) -> _Sums:
 
 def _grouped_sums(given: Samples, noise: float, orders: list[Ints]) -> _Sums:
     """The same by a pass over the rows of each class: N^2 / classes pairs for labels, and as much for each permutation."""
-    made = gram_reduce(given.values, _one_hot(given.fold, given.folds), variance=noise)
+    made = kernel_sums(given.values, _one_hot(given.fold, given.folds), variance=noise)
     whole = _Pair(made.near, made.wide)
     if given.label is None:
         return _Sums(whole, None, np.zeros((given.rows, 0)), [])
@@ -138,7 +138,7 @@ def _within(values: npt.NDArray[Any], group: Ints, fold: Ints, noise: float) -> 
     near, wide = np.zeros((len(values), folds)), np.zeros((len(values), folds))
     order = np.argsort(group, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
-        near[rows], wide[rows] = gram_reduce(values[rows], _one_hot(fold[rows], folds), variance=noise)
+        near[rows], wide[rows] = kernel_sums(values[rows], _one_hot(fold[rows], folds), variance=noise)
     return _Pair(near, wide)
 
 
