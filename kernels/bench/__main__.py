@@ -18,15 +18,30 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU time of one thread is what repeats
 
 import attention_stats  # noqa: E402
+import binned_codes  # noqa: E402
 import block_stats  # noqa: E402
+import covariance  # noqa: E402
+import gram_reduce  # noqa: E402
+import joint_histogram  # noqa: E402
+import routing_counts  # noqa: E402
+import token_similarity  # noqa: E402
 from race import Ceilings, header, line  # noqa: E402
 
-BENCHES = (attention_stats, block_stats)
+BENCHES = (
+    attention_stats,
+    binned_codes,
+    block_stats,
+    covariance,
+    gram_reduce,
+    joint_histogram,
+    routing_counts,
+    token_similarity,
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for one row of the table")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for one row of the table")
     seconds = parser.parse_args().seconds
     ceilings = Ceilings.measured()
     print(header(ceilings))

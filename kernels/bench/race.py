@@ -142,7 +142,7 @@ def header(ceilings: Ceilings) -> str:
 def line(row: Row, ceilings: Ceilings) -> str:
     low, middle, high = (1e3 * seconds for seconds in row.quantiles())
     ratios = (row.ratio(name) for name in PEERS)
-    shown = " ".join(f"{'-' if ratio is None else f'{ratio:.2f}':>8s}" for ratio in ratios)
+    shown = " ".join(f"{'-' if ratio is None else f'{ratio:.{3 if ratio < 0.1 else 2}f}':>8s}" for ratio in ratios)
     name, (rate, share) = str(row.dtype).removeprefix("torch."), ceilings.of(row)
     return (
         f"{row.kernel:33s} {row.shape:20s} {name:9s} {low:9.2f} {middle:9.2f} {high:9.2f} {rate:>14s} {share:6.0%} {shown} "

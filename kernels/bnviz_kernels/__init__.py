@@ -9,7 +9,16 @@ import importlib
 import os
 from typing import Any
 
-NAMES = ("attention_stats", "block_stats")
+NAMES = (
+    "attention_stats",
+    "binned_codes",
+    "block_stats",
+    "covariance",
+    "gram_reduce",
+    "joint_histogram",
+    "routing_counts",
+    "token_similarity",
+)
 
 
 def obstacle(*, interpret: bool = False) -> str:

@@ -23,7 +23,13 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 from bnviz_kernels.attention_stats import PAIRS, Pattern, attention_stats
+from bnviz_kernels.binned_codes import bin_indices, binned_words
 from bnviz_kernels.block_stats import stream_stats
+from bnviz_kernels.covariance import covariance
+from bnviz_kernels.gram_reduce import gram_products, gram_reduce
+from bnviz_kernels.joint_histogram import joint_histogram
+from bnviz_kernels.routing_counts import routing_counts
+from bnviz_kernels.token_similarity import token_similarity
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -97,6 +103,72 @@ def block_calls() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
             yield {"dtype": str(dtype), "parts": parts}, partial(stream_stats, x, x, [x] * parts, valid=keep)
 
 
+def routing_calls() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    """Calls of routing_counts: few experts and many, weights or none."""
+    for experts, slots, dtype, weighted in (
+        (8, 2, torch.int64, torch.bfloat16),
+        (64, 8, torch.int16, torch.float32),
+        (257, 6, torch.int32, None),
+    ):
+        ids = torch.zeros(4, 8192, slots, dtype=dtype)
+        weights = None if weighted is None else torch.ones(ids.shape, dtype=weighted)
+        yield {"dtype": str(dtype), "experts": experts}, partial(routing_counts, ids, experts, weights=weights)
+
+
+def covariance_calls() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    """Calls of covariance: many features and few, with and without padding."""
+    for dtype, features, padded in (
+        (torch.bfloat16, 4096, True),
+        (torch.float32, 2048, False),
+        (torch.float16, 40, False),
+    ):
+        x, valid = torch.empty(8192, features, dtype=dtype), torch.ones(8192, dtype=torch.bool) if padded else None
+        yield {"dtype": str(dtype), "features": features}, partial(covariance, x, valid=valid)
+
+
+def gram_calls() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    """Calls of gram_reduce: kernels of one sample and of two, of one representation and of two."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for features in (64, 512, 4096):
+            x, y = torch.zeros(256, features, dtype=dtype), torch.zeros(256, 768, dtype=dtype)
+            case = {"dtype": str(dtype), "features": features}
+            yield case, partial(gram_reduce, x, variance=1.0)
+            yield case, partial(gram_reduce, x, x[:128], variance=1.0)
+            if features > len(x):
+                yield case, partial(gram_reduce, x)
+            for variances in ((1.0, 1.0), (1.0, None), (None, None)):
+                named = dict(zip(("variance", "other_variance"), variances, strict=True))
+                yield case, partial(gram_products, x, y, **named)
+                yield case, partial(gram_products, x, y, **named, joint=True)
+    yield {"dtype": "both"}, partial(gram_products, x.bfloat16(), y, variance=1.0, joint=True)
+
+
+def bin_calls() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    """Calls of binned_codes and joint_histogram: of few bins and of many."""
+    for dtype, bins in ((torch.bfloat16, 30), (torch.float32, 30), (torch.float32, 1), (torch.float32, 1000)):
+        x = torch.empty(4096, 1000, dtype=dtype)
+        for function in (binned_words, bin_indices):
+            yield {"dtype": str(dtype), "bins": bins}, partial(function, x, bins=bins, low=-1.0, high=1.0)
+    labels = torch.zeros(4096, dtype=torch.int64)
+    for dtype, bins in ((torch.uint8, 32), (torch.uint8, 256), (torch.int32, 1024)):
+        codes = torch.zeros(4096, 1000, dtype=dtype)
+        yield {"dtype": str(dtype), "bins": bins}, partial(joint_histogram, codes, labels, bins=bins, classes=10)
+
+
+def token_calls() -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    """Calls of token_similarity: many features and few, with and without padding."""
+    for dtype, features, padded in (
+        (torch.bfloat16, 4096, True),
+        (torch.float32, 2048, False),
+        (torch.float16, 40, False),
+    ):
+        x, valid = (
+            torch.empty(2, 4096, features, dtype=dtype),
+            torch.ones(2, 4096, dtype=torch.bool) if padded else None,
+        )
+        yield {"dtype": str(dtype), "features": features}, partial(token_similarity, x, valid=valid)
+
+
 def main(target: str) -> None:
     compiled: list[Any] = []
     launch = JITFunction.run
@@ -107,7 +179,15 @@ def main(target: str) -> None:
 
     JITFunction.run = compile_only
     driver.set_active(StandIn(GPUTarget("cuda", int(target.removeprefix("sm_")), 32)))
-    for case, call in (*attention_calls(target), *block_calls()):
+    for case, call in (
+        *attention_calls(target),
+        *block_calls(),
+        *covariance_calls(),
+        *token_calls(),
+        *routing_calls(),
+        *bin_calls(),
+        *gram_calls(),
+    ):
         compiled.clear()
         call()
         for kernel in compiled:

@@ -14,7 +14,36 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-PROGRAMS = {"lse", "band", "column", "row", "pair", "pooled", "rows", "pass", "channels", "outliers"}
+PROGRAMS = {
+    "lse",
+    "band",
+    "column",
+    "row",
+    "pair",
+    "pooled",
+    "rows",
+    "pass",
+    "channels",
+    "outliers",
+    "covariance_rows",
+    "covariance_sums",
+    "covariance_products",
+    "covariance_whole",
+    "token_units",
+    "token_sums",
+    "token_rows",
+    "token_pairs",
+    "reach",
+    "words",
+    "indices",
+    "sorted",
+    "segments",
+    "choices",
+    "mass",
+    "pairs",
+    "gram",
+    "gram_pair",
+}
 
 
 @pytest.mark.slow
