@@ -41,7 +41,7 @@ BENCHES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for one row of the table")
+    parser.add_argument("--seconds", type=float, default=0.7, help="time for one row of the table")
     seconds = parser.parse_args().seconds
     ceilings = Ceilings.measured()
     print(header(ceilings))
