@@ -169,7 +169,15 @@ class _Call:
         """Deviations have more digits than 16-bit values: two bfloat16, or three TF32, hold a product to 1e-5 and 1e-7."""
         if INTERPRETING:
             return "ieee"
-        return "bf16x3" if self.x.dtype.itemsize == 2 else "tf32x3"
+        return "bf16x3" if self.x.dtype.itemsize == 2 and _knows_halves() else "tf32x3"
+
+
+@cache
+def _knows_halves() -> bool:
+    """Triton 3.2 has no products of bfloat16 halves; three TF32 products are slower and as good."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return "bf16x3" in getattr(CUDAOptions, "allowed_dot_input_precisions", ())
 
 
 def _triangle(blocks: int, device: torch.device) -> torch.Tensor:
