@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bnviz.errors import SchemaError
+from bnviz.kinds import stream_and_part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,7 @@ class Site:
     @property
     def whole(self) -> bool:
         """All that a block does to a stream, and not what one part of it does."""
-        return self.part == "block" or self.part.removeprefix("stream_").isdigit()
+        return not stream_and_part(self.part)[1]
 
 
 @dataclass(frozen=True, slots=True)

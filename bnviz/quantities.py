@@ -6,7 +6,8 @@ SI for FLOP and rates, IEC for bytes, a true minus, no more digits than the samp
 from __future__ import annotations
 
 import math
-import re
+
+from bnviz.kinds import stream_and_part
 
 _SI = ("", "k", "M", "G", "T", "P", "E")
 _IEC = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
@@ -202,9 +203,9 @@ def part(kind: str) -> str:
     >>> part("block"), part("mlp"), part("cross_attention"), part("mlp_2"), part("stream_2_mlp")
     ('block', 'MLP', 'cross-attention', 'second MLP', "second stream's MLP")
     """
-    beside = re.match(r"(stream_\d)_(\D.*)", kind)
-    if beside:
-        return f"{part(beside[1])}'s {part(beside[2])}"
+    stream, own = stream_and_part(kind)
+    if stream and own:
+        return f"{part(stream)}'s {part(own)}"
     name, _, number = kind.rpartition("_")
     if number in _ORDINALS:
         return f"{_ORDINALS[number]} {part(name)}"

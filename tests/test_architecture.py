@@ -28,7 +28,7 @@ ROWS = (  # from the top; a file imports from rows below it, and from its own ro
     ("events", "reduce", "hardware"),
     ("catalog",),
     ("observation", "quantities", "schema"),
-    ("errors",),
+    ("errors", "kinds"),
 )
 RANK = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 PART_OF = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from bnviz.errors import NotCaptured
+from bnviz.kinds import stream_and_part
 from bnviz.quantities import counted, part, share, significant
 from bnviz.schema import Finding, Judgement, Saving, Variable, diagnostic, stamp
 
@@ -245,13 +245,13 @@ def _name(result: xr.Dataset, row: int, at: int) -> str:
 
 
 def _whole(kind: str) -> bool:
-    return kind == "block" or kind.removeprefix("stream_").isdigit()
+    return not stream_and_part(kind)[1]
 
 
 def _turned(kind: str) -> str:
     """The stream that a part turns, in words."""
-    beside = re.match(r"stream_\d", kind)
-    return f"the {part(beside[0])}" if beside else "the residual stream"
+    stream = stream_and_part(kind)[0]
+    return f"the {part(stream)}" if stream else "the residual stream"
 
 
 def _finding(result: xr.Dataset, row: int, at: int, limit: float) -> Finding:

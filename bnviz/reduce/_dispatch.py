@@ -53,6 +53,23 @@ def twin(name: str, query: Any, pattern: Any, *, function: str = "") -> Callable
     return found
 
 
+def plain_here(name: str, x: Any) -> bool:
+    """The plain version runs for arrays and tensors like `x`, whatever the call: asked before work is done to ask for more."""
+    device = getattr(getattr(x, "device", None), "type", "cpu")  # an array's device is a word, where it has one
+    return name in _failed or _chosen(name, device, mode()) is None
+
+
+def tried(name: str, twin: Callable[..., Any] | None, *args: Any, **options: Any) -> Any:
+    """What the twin of reduction `name` makes of a call; None where there is none, or it failed, which costs no number."""
+    if twin is None:
+        return None
+    try:
+        return twin(*args, **options)
+    except Exception as error:
+        fell(name, error)
+        return None
+
+
 def fell(name: str, error: Exception) -> None:
     """The twin of `name` failed: say so once and run the plain reduction from now on in this process."""
     if name in _failed:

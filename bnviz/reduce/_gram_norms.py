@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ._kernel_rows import exact_products, finite, parts, upper
+from ._given import exact_products
+from ._kernel_rows import finite, parts, upper
 
 _VALUES = 1 << 16  # of x, made float64 at once
 _FEATURES = 512  # side of a tile of products of features

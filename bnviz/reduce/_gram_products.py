@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._given import exact_products
 from ._gram_sides import Linear, Side
-from ._kernel_rows import exact_products, parts, upper
+from ._kernel_rows import parts, upper
 
 _PIECE = 8192  # products that are added in float32 before float64 takes over
 _ROOM = 1 << 21  # values of the tiles of all sides

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bnviz.errors import SchemaError
 
-from ._kernel_rows import FAR, Rows, exact_products, left, near_mean, parts
+from ._given import exact_products
+from ._kernel_rows import FAR, Rows, left, near_mean, parts
 
 LOSS = 4e-5  # a quarter is what the error model of a float32 exponent may say
 _TINY = 2.0**-60  # kernels below are 0: their squares would be subnormal

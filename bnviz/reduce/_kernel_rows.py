@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
 from bnviz.errors import SchemaError
+
+from ._given import as_tensor, exact_products
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,30 +180,7 @@ def finite(name: str, mean: Tensor) -> Tensor:
     return mean
 
 
-def exact_products() -> bool:
-    """Whether float32 products are float32: a session may have allowed TF32 or bfloat16 inside them."""
-    import torch
-
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # the old and the new switch were both used and disagree
-        return False
-
-
 def tensor(values: Any) -> Tensor:
     """`values` without a graph, where they can be read in float64."""
-    import torch
-
-    if isinstance(values, torch.Tensor):
-        rows = values.detach()
-        return rows.cpu() if rows.device.type == "mps" else rows
-    return torch.from_numpy(np.require(values, requirements=["C", "W"]))  # torch warns of arrays it could not write to
-
-
-@contextlib.contextmanager
-def quiet(x: Tensor) -> Iterator[None]:
-    """No graph, and no autocast, which would make products bfloat16."""
-    import torch
-
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        yield
+    rows: Tensor = as_tensor(values).detach()
+    return rows.cpu() if rows.device.type == "mps" else rows

@@ -18,6 +18,7 @@ from ._attention_pairs import PAIRS, partners_again
 from ._attention_pattern import BY_KEY, BY_QUERY, STATISTICS, Pattern, Statistics
 from ._attention_sight import Tokens, tokens
 from ._attention_strips import strips
+from ._given import as_tensor, quiet
 
 __all__ = ["BY_KEY", "BY_QUERY", "STATISTICS", "Pattern", "Statistics", "attention_stats", "bin_size"]
 
@@ -117,14 +118,14 @@ def attention_stats(
     True
     """
     given = (query, key, valid, token_ids, lse)
-    query, key, valid, token_ids, lse = (_tensor(values) for values in given)
+    query, key, valid, token_ids, lse = (as_tensor(values) for values in given)
     names = _names(statistics, token_ids)
     _check(query, key, lse)
     pattern = _checked(pattern, query, key)
     queries, keys = query.shape[2], key.shape[2]
     valid, token_ids = _of_tokens(valid, token_ids, query.shape[0], queries, keys)
     options = (pattern, statistics, names)
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+    with quiet(query):
         out = _run(
             query.detach(),
             key.detach(),
@@ -152,10 +153,8 @@ def _run(
     twin = _dispatch.twin("attention_stats", query, pattern) if of.keys else None
     if twin is not None:
         of_rows = {"lse": lse, "partners": partners_again(names, of, token_ids, query.device)}
-        try:
-            out = twin(query, key, pattern=pattern, statistics=sizes, valid=(of.rows, of.keys_valid), **of_rows)
-        except Exception as error:  # a kernel that does not compile here must not cost the capture
-            _dispatch.fell("attention_stats", error)
+        asked = {"pattern": pattern, "statistics": sizes, "valid": (of.rows, of.keys_valid), **of_rows}
+        out = _dispatch.tried("attention_stats", twin, query, key, **asked) or {}
         lse = out.pop("lse", lse)
     left = tuple(name for name in names if name not in out)
     if left and _attention_row.fits(query, of, left, lse):
@@ -231,9 +230,3 @@ def _of_tokens(
     if token_ids is not None and tuple(token_ids.shape) != (batch, keys):
         raise SchemaError(f"token_ids must be (batch, keys) = ({batch}, {keys}); found {tuple(token_ids.shape)}.")
     return None if valid is None else valid.bool(), None if token_ids is None else token_ids.long()
-
-
-def _tensor(values: Any) -> Any:
-    if not isinstance(values, np.ndarray):
-        return values
-    return torch.from_numpy(np.require(values, requirements=["C", "W"]))  # torch warns of arrays it could not write to

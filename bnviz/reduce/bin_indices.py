@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._bins import ELSEWHERE, VALUES, Bins, HostRows, blocks, checked_rows, refuse
-from .binned_words import like, run_twin
+from ._given import like
+from .binned_words import run_twin
 
 __all__ = ["Indices", "bin_indices"]
 

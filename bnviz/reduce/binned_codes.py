@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ._bins import VALUES, Bins, HostRows, Ints, blocks, checked_rows
+from ._given import like
 from ._refine import refined
-from .binned_words import like, word_codes, words_there
+from .binned_words import word_codes, words_there
 
 SEVERAL = 8  # words that are packed at once
 

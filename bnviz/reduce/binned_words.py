@@ -10,6 +10,7 @@ from bnviz.errors import SchemaError
 
 from . import _dispatch
 from ._bins import VALUES, Bins, HostRows, blocks, checked_rows, refuse
+from ._given import as_arrays, as_tensor, like
 from ._refine import refined
 
 __all__ = ["Words", "binned_words", "word_codes"]
@@ -122,31 +123,15 @@ def words_there(what: str, x: Any, bins: Bins) -> tuple[Any, int] | None:
 
 def run_twin(function: str, x: Any, bins: Bins) -> dict[str, Any] | None:
     """What the Triton twin makes of it, where it runs; "nonfinite" says of how many values it could not."""
-    if (isinstance(x, np.ndarray) or x.is_cpu) and _dispatch.mode() != "interpret":
+    if _dispatch.plain_here("binned_codes", x):
         return None
-    import torch
-
-    as_array = isinstance(x, np.ndarray)
-    rows = torch.from_numpy(np.require(x, requirements=["C", "W"])) if as_array else x
-    called = _dispatch.twin("binned_codes", rows, bins.bins, function=function)
-    if called is None:
-        return None
-    try:
-        found: dict[str, Any] = called(rows, bins=bins.bins, low=bins.low, high=bins.high)
-    except Exception as error:  # a kernel that does not compile here must not cost the numbers
-        _dispatch.fell("binned_codes", error)
-        return None
-    return {name: value.numpy() for name, value in found.items()} if as_array else found
+    rows = as_tensor(x)
+    twin = _dispatch.twin("binned_codes", rows, bins.bins, function=function)
+    found: dict[str, Any] | None = _dispatch.tried(
+        "binned_codes", twin, rows, bins=bins.bins, low=bins.low, high=bins.high
+    )
+    return as_arrays(found) if isinstance(x, np.ndarray) else found
 
 
 def _host(x: Any) -> Any:
     return x if isinstance(x, np.ndarray) else x.cpu()
-
-
-def like(values: Any, x: Any) -> Any:
-    """An array as what `x` is."""
-    if not hasattr(x, "detach"):
-        return values
-    import torch
-
-    return torch.from_numpy(values).to(x.device)

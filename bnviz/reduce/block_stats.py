@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from ._alone import alone
 from ._block_native import functions, native
 from ._block_pass import Passed, Stream, careful, quick
 from ._block_small import small
+from ._given import as_arrays, as_tensor, quiet
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def stream_stats(
 
 def _of_stream(sides: tuple[Any, ...], parallel: bool, valid: Any, channels: bool) -> list[BlockStats]:
     """Of before, after and what was written; after may be None where one part is looked at alone."""
-    given = [_tensor(side) for side in sides]
+    given = [as_tensor(side) for side in sides]
     first, *others = [side for side in given if side is not None]
     for number, other in enumerate(others):
         if first.shape != other.shape or other.ndim < 1:
@@ -156,49 +156,35 @@ def _of_stream(sides: tuple[Any, ...], parallel: bool, valid: Any, channels: boo
             raise SchemaError(
                 f"input and {name} must have one shape (..., features); found {tuple(first.shape)} and {tuple(other.shape)}."
             )
-    shape, keep = first.shape[:-1], _tensor(valid)
+    shape, keep = first.shape[:-1], as_tensor(valid)
     if keep is not None:
         if keep.shape != shape:
             raise SchemaError(f"valid must be (...) = {tuple(shape)}; found {tuple(keep.shape)}.")
         keep = keep.bool()
-    with _quiet(first.device.type):
+    with quiet(first):
         stats = _twin(given, parallel, keep, channels)
         if stats is None:
             keep = None if keep is None else keep.reshape(-1)
             flat = [None if side is None else side.resolve_neg().reshape(-1, first.shape[-1]) for side in given]
             stream = Stream(flat[0], flat[1], tuple(flat[2:]), parallel, keep)  # type: ignore[arg-type]
             stats = _stats_of(stream, channels, shape)
-    return [_arrays(one) for one in stats] if isinstance(sides[0], np.ndarray) else stats
+    return [as_arrays(one) for one in stats] if isinstance(sides[0], np.ndarray) else stats
 
 
 def _twin(given: list[Any], parallel: bool, valid: Tensor | None, channels: bool) -> list[BlockStats] | None:
     """What the Triton twin makes of it, where it runs."""
     before, after, *written = given
-    if before.is_cpu and _dispatch.mode() != "interpret":
+    if before.is_cpu and _dispatch.mode() != "interpret":  # the compiled pass says what runs there
         return None
     others = [side for side in given[1:] if side is not None]
-    function = _dispatch.twin("block_stats", before, others, function="stream_stats")
-    if function is None:
-        return None
-    try:
-        found = function(before, after, written, parallel=parallel, valid=valid, channels=channels)
-    except Exception as error:  # a kernel that does not compile here must not cost the capture
-        _dispatch.fell("block_stats", error)
+    twin = _dispatch.twin("block_stats", before, others, function="stream_stats")
+    found = _dispatch.tried(
+        "block_stats", twin, before, after, written, parallel=parallel, valid=valid, channels=channels
+    )
+    if found is None:
         return None
     none = dict.fromkeys(_BY_CHANNEL)
     return [BlockStats(**(none | one)) for one in found]
-
-
-@contextlib.contextmanager
-def _switched_off(device: str) -> Iterator[None]:
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        yield
-
-
-def _quiet(device: str) -> contextlib.AbstractContextManager[None]:
-    """No gradients and no autocast; nothing is switched that is off."""
-    on = torch.is_grad_enabled() or torch.is_autocast_enabled(device)
-    return _switched_off(device) if on else contextlib.nullcontext()
 
 
 _BY_ROW = ("norm_in", "norm_out", "cosine", "relative_change")
@@ -272,14 +258,3 @@ def _of_rows_there(before: Any, after: Any, change: Any, both: Any) -> tuple[Any
 
 def _as(values: Any, dtype: torch.dtype) -> Any:
     return (torch.from_numpy(np.ascontiguousarray(values)) if isinstance(values, np.ndarray) else values).to(dtype)
-
-
-def _arrays(stats: BlockStats) -> BlockStats:
-    values = {f.name: getattr(stats, f.name) for f in fields(stats)}
-    return BlockStats(**{name: None if value is None else value.numpy() for name, value in values.items()})
-
-
-def _tensor(values: Any) -> Any:
-    if not isinstance(values, np.ndarray):
-        return values
-    return torch.from_numpy(np.require(values, requirements=["C", "W"]))  # torch warns of arrays it could not write to

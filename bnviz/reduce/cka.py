@@ -12,9 +12,10 @@ from torch import Tensor
 from bnviz.errors import SchemaError
 
 from . import _hsic
+from ._given import as_arrays, quiet
 from ._gram_products import products
 from ._gram_sides import side
-from ._kernel_rows import quiet, tensor
+from ._kernel_rows import tensor
 
 __all__ = ["Cka", "cka", "similarity"]
 
@@ -91,7 +92,7 @@ def cka(
             hsic = _hsic.biased(made.pairs, made.sums, torch.stack([one.diagonal for one in sides]))
         units = hsic.new_tensor([one.unit for one in sides])
         found = Cka(_hsic.quotient(hsic), hsic * units[:, None] * units)
-    return found if isinstance(layers[0], torch.Tensor) else Cka(found.similarity.numpy(), found.hsic.numpy())
+    return found if isinstance(layers[0], torch.Tensor) else as_arrays(found)
 
 
 def similarity(hsic: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bnviz.errors import SchemaError
 
 from . import _dispatch
-from ._kernel_rows import exact_products
+from ._given import as_tensor, exact_products, quiet
 from ._scatter import Part, nothing, of_rows
 
 MIRRORED = 256  # columns at a time that are copied to the other side of the diagonal
@@ -117,13 +117,13 @@ class Moments:
         SchemaError
             As `covariance`, or features that differ from those of the first chunk.
         """
-        x, keep = _tensor(rows), _tensor(valid)
+        x, keep = as_tensor(rows), as_tensor(valid)
         _check(x, keep)
         if x.device.type == "mps":
             x, keep = x.cpu(), None if keep is None else keep.cpu()
         flat = x.detach().resolve_neg().reshape(-1, x.shape[-1])
         marks = None if keep is None else keep.bool().reshape(-1).to(flat.device)
-        with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
+        with quiet(flat):
             self._take(_twin(flat, marks) or of_rows(flat, marks, exact_products()))
         self._arrays = isinstance(rows, np.ndarray)
         return self
@@ -203,15 +203,8 @@ def _over(scatter: Tensor, count: Tensor, correction: int) -> Tensor:
 
 def _twin(x: Tensor, keep: Tensor | None) -> Part | None:
     """What the Triton twin makes of it, where it runs."""
-    if x.is_cpu and _dispatch.mode() != "interpret":
-        return None
-    function = _dispatch.twin("covariance", x, keep)
-    if function is None:
-        return None
-    try:
-        found = function(x, valid=keep)
-    except Exception as error:  # a kernel that does not compile here must not cost the capture
-        _dispatch.fell("covariance", error)
+    found = _dispatch.tried("covariance", _dispatch.twin("covariance", x, keep), x, valid=keep)
+    if found is None:
         return None
     some = found["count"] > 0
     mean = torch.where(some, found["mean"], 0.0)
@@ -226,9 +219,3 @@ def _check(x: Tensor, keep: Tensor | None) -> None:
         )
     if keep is not None and keep.shape != x.shape[:-1]:
         raise SchemaError(f"valid must be (...) = {tuple(x.shape[:-1])}; found {tuple(keep.shape)}.")
-
-
-def _tensor(values: Any) -> Any:
-    if not isinstance(values, np.ndarray):
-        return values
-    return torch.from_numpy(np.require(values, requirements=["C", "W"]))  # torch warns of arrays it could not write to

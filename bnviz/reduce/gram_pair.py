@@ -12,10 +12,11 @@ from torch import Tensor
 from bnviz.errors import SchemaError
 
 from . import _dispatch, _hsic
+from ._given import as_arrays, quiet
 from ._gram_products import Products, products
 from ._gram_sides import Shift, Shifted, side
-from ._kernel_rows import quiet, tensor
-from .gram_reduce import GramSums, arrays
+from ._kernel_rows import tensor
+from .gram_reduce import GramSums
 
 
 class Hsic(NamedTuple):
@@ -106,7 +107,7 @@ def gram_pair(
         if found is None:
             sides = side("gram_pair: x", one, variance), side("gram_pair: y", other, other_variance)
             found = pair_of(sides, products(sides, joint=joint, block=block))
-    return found if isinstance(x, torch.Tensor) else _arrays(found)
+    return found if isinstance(x, torch.Tensor) else as_arrays(found)
 
 
 def pair_of(sides: tuple[Shifted, Shifted], made: Products) -> GramPair:
@@ -151,28 +152,13 @@ def _shifted(sides: tuple[Shifted, Shifted], row_sums: Tensor, whole: Tensor) ->
 
 def _twin(x: Tensor, y: Tensor, variance: float | None, other_variance: float | None, joint: bool) -> GramPair | None:
     """What the Triton twin makes of it, where it runs."""
-    if x.is_cpu and _dispatch.mode() != "interpret":
-        return None
-    function = _dispatch.twin("gram_reduce", x, [(x, variance), (y, other_variance)], function="gram_products")
-    if function is None:
-        return None
-    try:
-        found = function(x, y, variance=variance, other_variance=other_variance, joint=joint)
-    except Exception as error:  # a kernel that does not compile here must not cost the number
-        _dispatch.fell("gram_reduce", error)
+    twin = _dispatch.twin("gram_reduce", x, [(x, variance), (y, other_variance)], function="gram_products")
+    found = _dispatch.tried("gram_reduce", twin, x, y, variance=variance, other_variance=other_variance, joint=joint)
+    if found is None:
         return None
     diagonal, along, level = found["diagonal"], found["along"], found["level"].tolist()
     shifts = (Shift(len(x), 1.0, level[0], along[0], diagonal[0]), Shift(len(x), 1.0, level[1], along[1], diagonal[1]))
     return pair_of(shifts, Products(found["pairs"], found["sums"], found["joint"]))
-
-
-def _arrays(pair: GramPair) -> GramPair:
-    def array(value: Any) -> Any:
-        return None if value is None else value.numpy()
-
-    x, y = (arrays(one) for one in (pair.x, pair.y))
-    biased, unbiased = (Hsic(*(array(value) for value in one)) for one in (pair.biased, pair.unbiased))
-    return GramPair(x, y, array(pair.products), array(pair.joint), biased, unbiased)
 
 
 def _check(x: Tensor, y: Tensor, variances: tuple[float | None, float | None], block: int) -> None:

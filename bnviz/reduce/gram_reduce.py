@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 from bnviz.errors import SchemaError
 
 from . import _dispatch
+from ._given import as_arrays, quiet
 from ._gram_norms import linear
 from ._gram_sides import LOSS
-from ._kernel_rows import FAR, Rows, left, near_mean, parts, quiet, tensor, upper
+from ._kernel_rows import FAR, Rows, left, near_mean, parts, tensor, upper
 
 _NEGLIGIBLE = 1e-8  # what a skipped tile may change in a sum that is at least the self term 1
 
@@ -116,7 +117,7 @@ def gram_reduce(
             made = GramSums(*linear(one, other, slice(first, last), block))
         elif made is None:
             made = _gaussian(_Call(one, other, slice(first, last), variance or 1.0, leave_one_out, block))
-    return made if isinstance(x, torch.Tensor) else arrays(made)
+    return made if isinstance(x, torch.Tensor) else as_arrays(made)
 
 
 class _Call:
@@ -198,24 +199,12 @@ def _log_sums(call: _Call, some: Tensor) -> Tensor:
 
 def _twin(x: Tensor, against: Tensor | None, variance: float | None, leave_one_out: bool) -> GramSums | None:
     """What the Triton twin makes of it, where it runs."""
-    if (x.is_cpu and _dispatch.mode() != "interpret") or (against is not None and variance is None):
+    if _dispatch.plain_here("gram_reduce", x) or (against is not None and variance is None):
         return None
     every = x if against is None else torch.cat([x, against])
-    function = _dispatch.twin("gram_reduce", x, [(every, variance)])
-    if function is None:
-        return None
-    try:
-        found = function(x, against, variance=variance, leave_one_out=leave_one_out)
-    except Exception as error:  # a kernel that does not compile here must not cost the number
-        _dispatch.fell("gram_reduce", error)
-        return None
-    return GramSums(**found)
-
-
-def arrays(sums: GramSums) -> GramSums:
-    """The same as NumPy arrays."""
-    values = {field.name: getattr(sums, field.name) for field in fields(sums)}
-    return GramSums(**{name: None if value is None else value.numpy() for name, value in values.items()})
+    twin = _dispatch.twin("gram_reduce", x, [(every, variance)])
+    found = _dispatch.tried("gram_reduce", twin, x, against, variance=variance, leave_one_out=leave_one_out)
+    return None if found is None else GramSums(**found)
 
 
 def _check(

@@ -11,7 +11,7 @@ from bnviz.errors import SchemaError
 
 from . import _dispatch
 from ._bins import blocks
-from .binned_words import like
+from ._given import as_arrays, as_tensor, like
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,8 +63,11 @@ def joint_histogram(codes: Any, labels: Any, *, bins: int, classes: int) -> Any:
     _check(codes, labels, bins, classes)
     if not isinstance(codes, np.ndarray) and codes.device.type not in ("cpu", "mps"):
         return _there(codes, labels, bins, classes)
-    if _dispatch.mode() == "interpret" and (found := _twin(_tensor(codes), _tensor(labels), bins, classes)) is not None:
-        return found.numpy() if isinstance(codes, np.ndarray) else found
+    if (
+        _dispatch.mode() == "interpret"
+        and (found := _twin(as_tensor(codes), as_tensor(labels), bins, classes)) is not None
+    ):
+        return as_arrays(found) if isinstance(codes, np.ndarray) else found
     table, label = _array(codes), _array(labels)
     if table.size:
         _check_range("codes", int(table.min()), int(table.max()), bins)
@@ -94,7 +97,7 @@ def _there(codes: Tensor, labels: Any, bins: int, classes: int) -> Tensor:
     """On a device: by the twin, else by torch's operations."""
     import torch
 
-    label = _tensor(labels).to(codes.device)
+    label = as_tensor(labels).to(codes.device)
     if (found := _twin(codes, label, bins, classes)) is not None:
         return found
     _check_there(codes, label, bins, classes)
@@ -110,15 +113,11 @@ def _there(codes: Tensor, labels: Any, bins: int, classes: int) -> Tensor:
 
 def _twin(codes: Tensor, labels: Tensor, bins: int, classes: int) -> Tensor | None:
     """What the Triton twin makes of it, where it runs."""
-    called = _dispatch.twin("joint_histogram", codes, (labels, bins, classes))
-    if called is None:
+    twin = _dispatch.twin("joint_histogram", codes, (labels, bins, classes))
+    if twin is None:
         return None
     _check_there(codes, labels, bins, classes)
-    try:
-        found: Tensor = called(codes, labels, bins=bins, classes=classes)
-    except Exception as error:  # a kernel that does not compile here must not cost the numbers
-        _dispatch.fell("joint_histogram", error)
-        return None
+    found: Tensor | None = _dispatch.tried("joint_histogram", twin, codes, labels, bins=bins, classes=classes)
     return found
 
 
@@ -153,11 +152,3 @@ def _check_there(codes: Tensor, labels: Tensor, bins: int, classes: int) -> None
 def _array(values: Any) -> npt.NDArray[Any]:
     found: npt.NDArray[Any] = values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
     return found
-
-
-def _tensor(values: Any) -> Any:
-    if not isinstance(values, np.ndarray):
-        return values.detach()
-    import torch
-
-    return torch.from_numpy(np.require(values, requirements=["C", "W"]))  # torch warns of arrays it could not write to

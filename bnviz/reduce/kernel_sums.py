@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bnviz.errors import SchemaError
 
-from ._kernel_rows import Rows, exact_products, finite, quiet, tensor, upper
+from ._given import exact_products, quiet
+from ._kernel_rows import Rows, finite, tensor, upper
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from bnviz.errors import SchemaError
 
 from . import _dispatch
+from ._given import as_arrays, as_tensor, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,8 +82,8 @@ def routing_counts(
         return _of_arrays(ids, experts, weights, together, transition)
     import torch
 
-    chosen, weighed = _tensor(ids), _tensor(weights)
-    with torch.no_grad(), torch.autocast(chosen.device.type, enabled=False):
+    chosen, weighed = as_tensor(ids).detach(), None if weights is None else as_tensor(weights).detach()
+    with quiet(chosen):
         out = _twin(chosen, experts, weighed, together, transition)
         if out is None and chosen.device.type in ("cpu", "mps"):
             host = None if weighed is None else _exact(weighed.cpu())
@@ -90,7 +91,7 @@ def routing_counts(
             return found if isinstance(ids, np.ndarray) else {n: torch.from_numpy(v) for n, v in found.items()}
         if out is None:
             out = _there(chosen, experts, weighed, together, transition)
-    return {name: value.numpy() for name, value in out.items()} if isinstance(ids, np.ndarray) else out
+    return as_arrays(out) if isinstance(ids, np.ndarray) else out
 
 
 def _check(ids: Any, experts: int, weights: Any) -> None:
@@ -162,18 +163,14 @@ def _twin(
     """What the Triton twin makes of it, where it runs."""
     import torch
 
-    if ids.is_cpu and _dispatch.mode() != "interpret":
-        return None
-    function = _dispatch.twin("routing_counts", ids, (experts, weights))
-    if function is None:
+    twin = _dispatch.twin("routing_counts", ids, (experts, weights))
+    if twin is None:
         return None
     low, high = torch.aminmax(ids)
     _check_range(int(low), int(high), experts)
-    try:
-        found: dict[str, Tensor] = function(ids, experts, weights=weights, together=together, transition=transition)
-    except Exception as error:  # a kernel that does not compile here must not cost the numbers
-        _dispatch.fell("routing_counts", error)
-        return None
+    found: dict[str, Tensor] | None = _dispatch.tried(
+        "routing_counts", twin, ids, experts, weights=weights, together=together, transition=transition
+    )
     return found
 
 
@@ -183,13 +180,3 @@ def _exact(weights: Tensor) -> Array:
 
     found: Array = (weights.float() if weights.dtype == torch.bfloat16 else weights).numpy()
     return found
-
-
-def _tensor(values: Any) -> Any:
-    import torch
-
-    if isinstance(values, torch.Tensor):
-        return values.detach()
-    if not isinstance(values, np.ndarray):
-        return values
-    return torch.from_numpy(np.require(values, requirements=["C", "W"]))  # torch warns of arrays it could not write to

@@ -13,7 +13,7 @@ from torch import Tensor
 from bnviz.errors import SchemaError
 
 from . import _dispatch
-from ._kernel_rows import exact_products
+from ._given import as_arrays, as_tensor, exact_products, quiet
 from ._token_pairs import Nearest, summed, units, with_previous
 
 
@@ -86,15 +86,15 @@ def token_similarity(x: Any, *, valid: Any = None, threshold: float = 0.9, pairs
     >>> seen.previous_cosine.tolist(), round(float(seen.anisotropy), 4), int(seen.zero)
     ([nan, 0.0, 0.0, nan], 0.3333, 1)
     """
-    given, keep = _tensor(x), _tensor(valid)
+    given, keep = as_tensor(x), as_tensor(valid)
     _check(given, keep, threshold)
     if given.device.type == "mps":
         given, keep = given.cpu(), None if keep is None else keep.cpu()
     keep = None if keep is None else keep.bool().to(given.device)
     given = given.detach().resolve_neg()
-    with torch.no_grad(), torch.autocast(given.device.type, enabled=False):
+    with quiet(given):
         found = _twin(given, keep, threshold, pairs) or _plain(given, keep, threshold, pairs)
-    return _arrays(found) if isinstance(x, np.ndarray) else found
+    return as_arrays(found) if isinstance(x, np.ndarray) else found
 
 
 def _plain(x: Tensor, keep: Tensor | None, threshold: float, pairs: bool) -> TokenSimilarity:
@@ -153,15 +153,9 @@ def _of_sequence(x: Tensor, keep: Tensor, threshold: float, into: dict[str, Tens
 
 def _twin(x: Tensor, keep: Tensor | None, threshold: float, pairs: bool) -> TokenSimilarity | None:
     """What the Triton twin makes of it, where it runs."""
-    if x.is_cpu and _dispatch.mode() != "interpret":
-        return None
-    function = _dispatch.twin("token_similarity", x, keep)
-    if function is None:
-        return None
-    try:
-        found = function(x, valid=keep, threshold=threshold, pairs=pairs)
-    except Exception as error:  # a kernel that does not compile here must not cost the capture
-        _dispatch.fell("token_similarity", error)
+    twin = _dispatch.twin("token_similarity", x, keep)
+    found = _dispatch.tried("token_similarity", twin, x, valid=keep, threshold=threshold, pairs=pairs)
+    if found is None:
         return None
     return TokenSimilarity(**{field.name: found.get(field.name) for field in fields(TokenSimilarity)})
 
@@ -176,14 +170,3 @@ def _check(x: Tensor, keep: Tensor | None, threshold: float) -> None:
         raise SchemaError(f"valid must be (..., tokens) = {tuple(x.shape[:-1])}; found {tuple(keep.shape)}.")
     if not -1 <= threshold <= 1:
         raise SchemaError(f"threshold is {threshold}, expected a cosine, -1 to 1.")
-
-
-def _arrays(found: TokenSimilarity) -> TokenSimilarity:
-    values = {field.name: getattr(found, field.name) for field in fields(found)}
-    return TokenSimilarity(**{name: None if value is None else value.numpy() for name, value in values.items()})
-
-
-def _tensor(values: Any) -> Any:
-    if not isinstance(values, np.ndarray):
-        return values
-    return torch.from_numpy(np.require(values, requirements=["C", "W"]))  # torch warns of arrays it could not write to

@@ -15,7 +15,14 @@ settings.load_profile("bnviz")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-sys.path.append(str(Path(__file__).parents[1]))  # for a checkout that is not installed; last, so that it hides nothing
+# for a checkout that is not installed, and for what these tests share; last, so that it hides nothing
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+
+@pytest.fixture(autouse=True)
+def off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twins are called by name; what they are compared with is the plain reduction."""
+    monkeypatch.setenv("BNVIZ_KERNELS", "off")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

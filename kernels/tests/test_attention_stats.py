@@ -5,12 +5,12 @@ The definition sees the rounded input, so only float32 accumulation differs: 2e-
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from _twins import DEVICE, asked_of_the_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,10 +19,6 @@ from bnviz.reduce._attention_pairs import PAIRS, partners
 from bnviz.reduce._attention_sight import tokens
 from bnviz.reduce.attention_stats import STATISTICS, Pattern, Statistics, attention_stats
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = STATISTICS
 
 
@@ -232,7 +228,7 @@ def test_refuses_what_it_does_not_serve() -> None:
         twin()(torch.zeros(1, 1, 4, 512), torch.zeros(1, 1, 4, 512))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
+@asked_of_the_interpreter
 def test_the_public_reduction_runs_the_kernel_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
     assert _dispatch.twin("attention_stats", torch.zeros(1, 1, 4, 16), Pattern()) is twin()

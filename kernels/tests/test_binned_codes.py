@@ -9,21 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _twins import DEVICE, DTYPES, asked_of_the_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bnviz.errors import SchemaError
-from bnviz.reduce import _dispatch
 from bnviz.reduce.bin_indices import bin_indices
 from bnviz.reduce.binned_codes import binned_codes
 from bnviz.reduce.binned_words import binned_words
-
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # how the interpreter converts NaN to a whole number
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -31,11 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 def twin() -> Any:
     return importlib.import_module("bnviz_kernels.binned_codes")
-
-
-@pytest.fixture(autouse=True)
-def off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "off")
 
 
 def check(x: Tensor, bins: int, low: float, high: float) -> None:
@@ -108,7 +97,7 @@ def test_what_it_does_not_serve_is_refused() -> None:
             twin().bin_indices(given_x, bins=bins, low=0.0, high=1.0)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
+@asked_of_the_interpreter
 def test_the_public_reductions_run_the_kernels_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(20, 14, generator=torch.Generator().manual_seed(0))[torch.arange(40) // 2]
     edges = {"bins": 30, "low": -1.0, "high": 1.0}
@@ -130,17 +119,3 @@ def test_the_public_reductions_run_the_kernels_when_asked(monkeypatch: pytest.Mo
     for function in (binned_codes, bin_indices):
         with pytest.raises(SchemaError, match="x holds NaN or infinity"):
             function(x, **edges)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
-def test_a_kernel_that_fails_costs_a_warning_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
-    monkeypatch.setattr(_dispatch, "_failed", {})
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no such instruction")
-
-    monkeypatch.setattr(twin(), "binned_words", broken)
-    with pytest.warns(RuntimeWarning, match="no such instruction"):
-        got = binned_codes(torch.tensor([[0.1], [0.9]]), bins=2, low=0.0, high=1.0)
-    assert got.code.tolist() == [0, 1]

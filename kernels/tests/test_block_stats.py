@@ -12,18 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _twins import DEVICE, DTYPES, asked_of_the_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bnviz.reduce import _dispatch
 from bnviz.reduce.block_stats import BlockStats, block_stats, stream_stats
-
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # how the interpreter divides and multiplies what is not finite; a GPU does so silently
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -31,11 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 def twin() -> Any:
     return importlib.import_module("bnviz_kernels.block_stats")
-
-
-@pytest.fixture(autouse=True)
-def off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "off")
 
 
 def agree(got: list[dict[str, Tensor]], want: list[BlockStats], tolerance: float = 1e-5) -> None:
@@ -185,7 +174,7 @@ def test_what_it_does_not_serve_is_refused() -> None:
         twin().block_stats(x)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
+@asked_of_the_interpreter
 def test_the_public_reduction_runs_the_kernel_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
     called = []
@@ -205,18 +194,3 @@ def test_the_public_reduction_runs_the_kernel_when_asked(monkeypatch: pytest.Mon
     monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
     assert isinstance(stream_stats(x.numpy(), (x + w).numpy())[0].norm_in, np.ndarray)
     torch.testing.assert_close(got[0].mean.double(), want[0].mean, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
-def test_a_kernel_that_fails_costs_a_warning_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
-    monkeypatch.setattr(_dispatch, "_failed", {})
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no such instruction")
-
-    monkeypatch.setattr(twin(), "stream_stats", broken)
-    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    with pytest.warns(RuntimeWarning, match="no such instruction"):
-        got = block_stats(x, 2 * x)
-    torch.testing.assert_close(got.cosine, torch.ones(4))

@@ -13,31 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _twins import DEVICE, DTYPES, asked_of_the_interpreter, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bnviz.reduce import _dispatch
 from bnviz.reduce.covariance import Moments, covariance
-
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def twin() -> Any:
     return importlib.import_module("bnviz_kernels.covariance")
-
-
-@pytest.fixture(autouse=True)
-def off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "off")
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def check(x: Tensor, valid: Tensor | None = None, correction: int = 0) -> dict[str, Tensor]:
@@ -147,7 +132,7 @@ def test_what_it_does_not_serve_is_refused() -> None:
             twin().covariance(x.to(DEVICE))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
+@asked_of_the_interpreter
 def test_the_public_reduction_runs_the_kernel_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
     called = []
@@ -167,17 +152,3 @@ def test_the_public_reduction_runs_the_kernel_when_asked(monkeypatch: pytest.Mon
     torch.testing.assert_close(seen.mean, want.mean, rtol=1e-9, atol=1e-9)
     monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
     assert isinstance(covariance(x.numpy()).covariance, np.ndarray)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
-def test_a_kernel_that_fails_costs_a_warning_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
-    monkeypatch.setattr(_dispatch, "_failed", {})
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no such instruction")
-
-    monkeypatch.setattr(twin(), "covariance", broken)
-    with pytest.warns(RuntimeWarning, match="no such instruction"):
-        got = covariance(torch.tensor([[1.0], [3.0]]))
-    assert got.covariance.tolist() == [[1.0]]

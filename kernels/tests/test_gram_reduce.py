@@ -12,29 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _twins import DEVICE, DTYPES, asked_of_the_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bnviz.reduce import _dispatch
 from bnviz.reduce.gram_pair import gram_pair
 from bnviz.reduce.gram_reduce import gram_reduce
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = 2e-6
 
 
 def twin() -> Any:
     return importlib.import_module("bnviz_kernels.gram_reduce")
-
-
-@pytest.fixture(autouse=True)
-def off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "off")
 
 
 def rows(seed: int, count: int, features: int, mean: float, dtype: torch.dtype) -> Tensor:
@@ -192,7 +182,7 @@ def test_what_it_does_not_serve_is_refused() -> None:
         twin().gram_products(x, x[:4])
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
+@asked_of_the_interpreter
 def test_the_public_reductions_run_the_kernel_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
     module, called = twin(), []
@@ -214,22 +204,3 @@ def test_the_public_reductions_run_the_kernel_when_asked(monkeypatch: pytest.Mon
     monkeypatch.setenv("BNVIZ_KERNELS", "off")
     near(got.row_sums, gram_reduce(x, variance=20.0).row_sums)
     near(pair.unbiased.xx, gram_pair(x, x + 1, variance=20.0).unbiased.xx)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
-def test_a_kernel_that_fails_costs_a_warning_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no such instruction")
-
-    x = torch.zeros(3, 2)
-    for name, act in (
-        ("gram_reduce", lambda: gram_reduce(x, variance=1.0).sum),
-        ("gram_products", lambda: gram_pair(x, x, variance=1.0).products),
-    ):
-        monkeypatch.setattr(_dispatch, "_failed", {})
-        monkeypatch.setattr(twin(), name, broken)
-        with pytest.warns(RuntimeWarning, match="no such instruction"):
-            got = act()
-        assert float(got) == (9.0 if name == "gram_reduce" else 0.0)

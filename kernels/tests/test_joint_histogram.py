@@ -9,26 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _twins import DEVICE, asked_of_the_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnviz.errors import SchemaError
-from bnviz.reduce import _dispatch
 from bnviz.reduce.joint_histogram import joint_histogram
-
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def twin() -> Any:
     return importlib.import_module("bnviz_kernels.joint_histogram")
-
-
-@pytest.fixture(autouse=True)
-def off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "off")
 
 
 @settings(max_examples=25)
@@ -77,7 +67,7 @@ def test_what_it_does_not_serve_is_refused() -> None:
             twin().joint_histogram(given_codes, labels, bins=bins, classes=2)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
+@asked_of_the_interpreter
 def test_the_public_reduction_runs_the_kernel_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     codes, labels = torch.randint(0, 9, (50, 3), generator=generator), torch.randint(0, 4, (50,), generator=generator)
@@ -94,17 +84,3 @@ def test_the_public_reduction_runs_the_kernel_when_asked(monkeypatch: pytest.Mon
     assert called == [1, 1]
     with pytest.raises(SchemaError, match="labels lie between 0 and 3, expected 0 to 2"):
         joint_histogram(codes, labels, bins=9, classes=3)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
-def test_a_kernel_that_fails_costs_a_warning_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
-    monkeypatch.setattr(_dispatch, "_failed", {})
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no such instruction")
-
-    monkeypatch.setattr(twin(), "joint_histogram", broken)
-    with pytest.warns(RuntimeWarning, match="no such instruction"):
-        got = joint_histogram(torch.tensor([[1], [0]]), torch.tensor([0, 0]), bins=2, classes=1)
-    assert got.tolist() == [[[1], [1]]]

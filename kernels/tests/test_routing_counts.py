@@ -9,17 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _twins import DEVICE, asked_of_the_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bnviz.reduce import _dispatch
 from bnviz.reduce.routing_counts import routing_counts
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 # how the interpreter adds infinities; a GPU does so silently
@@ -28,11 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 def twin() -> Any:
     return importlib.import_module("bnviz_kernels.routing_counts")
-
-
-@pytest.fixture(autouse=True)
-def off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "off")
 
 
 def bound(weights: Tensor) -> Tensor:
@@ -144,7 +135,7 @@ def test_what_it_does_not_serve_is_refused() -> None:
             twin().routing_counts(*sides[:2], weights=sides[2])
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
+@asked_of_the_interpreter
 def test_the_public_reduction_runs_the_kernel_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(-1, 6, (3, 30, 2), generator=torch.Generator().manual_seed(0))
     want = routing_counts(ids, 6)
@@ -160,17 +151,3 @@ def test_the_public_reduction_runs_the_kernel_when_asked(monkeypatch: pytest.Mon
         assert torch.equal(got[name], value)
         assert isinstance(arrays[name], np.ndarray)
         np.testing.assert_array_equal(arrays[name], value.numpy())
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
-def test_a_kernel_that_fails_costs_a_warning_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
-    monkeypatch.setattr(_dispatch, "_failed", {})
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no such instruction")
-
-    monkeypatch.setattr(twin(), "routing_counts", broken)
-    with pytest.warns(RuntimeWarning, match="no such instruction"):
-        got = routing_counts(torch.tensor([[[1]]]), 2)
-    assert got["count"].tolist() == [[0, 1]]

@@ -13,18 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _twins import DEVICE, DTYPES, asked_of_the_interpreter, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bnviz.reduce import _dispatch
 from bnviz.reduce.token_similarity import token_similarity
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COSINES = ("mean_cosine", "previous_cosine", "anisotropy", "nearest_cosine")
 
 # how the interpreter multiplies what is not finite; a GPU does so silently
@@ -33,15 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 def twin() -> Any:
     return importlib.import_module("bnviz_kernels.token_similarity")
-
-
-@pytest.fixture(autouse=True)
-def off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "off")
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def check(x: Tensor, valid: Tensor | None = None, threshold: float = 0.9) -> dict[str, Tensor]:
@@ -157,7 +143,7 @@ def test_what_it_does_not_serve_is_refused() -> None:
             twin().token_similarity(x.to(DEVICE))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
+@asked_of_the_interpreter
 def test_the_public_reduction_runs_the_kernel_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
     called = []
@@ -176,17 +162,3 @@ def test_the_public_reduction_runs_the_kernel_when_asked(monkeypatch: pytest.Mon
         torch.testing.assert_close(getattr(got, name).double(), getattr(want, name), rtol=0, atol=2e-6, equal_nan=True)
     for name in ("nearest", "near", "count", "zero", "nonfinite"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is asked for")
-def test_a_kernel_that_fails_costs_a_warning_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BNVIZ_KERNELS", "interpret")
-    monkeypatch.setattr(_dispatch, "_failed", {})
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no such instruction")
-
-    monkeypatch.setattr(twin(), "token_similarity", broken)
-    with pytest.warns(RuntimeWarning, match="no such instruction"):
-        got = token_similarity(torch.tensor([[1.0], [3.0]]))
-    assert got.nearest.tolist() == [1, 0]

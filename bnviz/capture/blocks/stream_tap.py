@@ -13,6 +13,7 @@ from bnviz.capture.native import LAYERS, hidden_state
 from bnviz.capture.values import on
 from bnviz.capture.values import version as version_of
 from bnviz.capture.watch import Watch
+from bnviz.kinds import kind_of
 from bnviz.observation import BlockSeen, Context, Site
 
 from .axes import batch_axis, features_axis, tokens_first
@@ -22,7 +23,6 @@ from .find import Block
 from .guard import Guard
 from .inside import Inside, Question, Written
 from .stream import Links, Route
-from .writers import part_beside
 
 BESIDE = "the next block takes it where this one took it, beside its stream"
 
@@ -160,7 +160,7 @@ class StreamTap:
         shown: BlockSeen | None = None
         for part in written:
             value = self._state(part.value, 1, call)
-            name = part_beside(self.name, part.part)
+            name = kind_of(self.name, part.part)
             site = Site("sublayer", f"{self._block.path}.{part.path}", block.layer, name, part.evidence)
             reads = first if part.parallel or shown is None else shown
             if part.whole:

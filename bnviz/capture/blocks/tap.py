@@ -14,6 +14,7 @@ from bnviz.capture.around import around
 from bnviz.capture.native import LAYERS, real_tokens
 from bnviz.capture.values import version as version_of
 from bnviz.capture.watch import Watch
+from bnviz.kinds import kind_of, stream_name
 from bnviz.observation import BlockSeen, Context, Site
 
 from .call import BlockCall
@@ -131,8 +132,8 @@ class BlockTap:
 
     def _stream(self, nth: int) -> StreamTap:
         inside = None if self._known is None else Inside(self.block.first, self._known, nth)
-        cell, name = (self._cell, "") if nth == 0 else (None, f"stream_{nth + 1}")
-        return StreamTap(self.block, self._watch, self._links, self._guard, inside, cell, name)
+        cell = self._cell if nth == 0 else None
+        return StreamTap(self.block, self._watch, self._links, self._guard, inside, cell, stream_name(nth))
 
     def verdicts(self) -> list[tuple[str, Writers | Unsolved | None]]:
         """Of each stream: its name and what is known of its writers."""
@@ -141,7 +142,7 @@ class BlockTap:
     def takes(self) -> dict[str, str]:
         """As what it takes each stream, by its name."""
         named = zip(self._streams, self._routes, strict=False)
-        return {stream.name or "block": argument(self.block.first, route.given) for stream, route in named}
+        return {kind_of(stream.name, ""): argument(self.block.first, route.given) for stream, route in named}
 
     def shares(self) -> Shares | None:
         """Which of its modules belong to what writes to its streams, as far as that was found."""

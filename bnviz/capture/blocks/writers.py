@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from bnviz.capture.values import nbytes_of
+from bnviz.kinds import kind_of
 
 from .fits import Scale
 
@@ -95,17 +96,6 @@ class Unsolved:
     final: bool = True
 
 
-def part_beside(stream: str, part: str) -> str:
-    """The name of a part that writes to a stream of this name, "" for the block's own.
-
-    Examples
-    --------
-    >>> part_beside("", "mlp"), part_beside("stream_2", "mlp")
-    ('mlp', 'stream_2_mlp')
-    """
-    return f"{stream}_{part}" if stream else part
-
-
 @dataclass(frozen=True, slots=True)
 class Shares:
     """Which modules of a block belong to which of its parts.
@@ -132,10 +122,10 @@ def shares(block: nn.Module, found: Sequence[tuple[str, Writers]]) -> Shares:
     """
     if len(found) == 1:
         name, one = found[0]
-        return Shares(tuple(part_beside(name, part) for part in one.parts), one.sizes, one.modules)
+        return Shares(tuple(kind_of(name, part) for part in one.parts), one.sizes, one.modules)
     ran = [path for paths in found[0][1].modules for path in paths]
     parts = [
-        (_end(ran, path, call), part_beside(name, part), one)
+        (_end(ran, path, call), kind_of(name, part), one)
         for name, one in found
         for path, call, part in zip(one.paths, one.calls, one.parts, strict=True)
     ]
