@@ -94,16 +94,20 @@ def duration(seconds: float, digits: int = 3) -> str:
 
 
 def share(value: float, count: int | None = None) -> str:
-    """A share as percent, with no more digits than `count` samples support.
+    """A share as percent, with no more digits than `count` samples support; little is not nothing.
 
     Examples
     --------
     >>> share(0.7123), share(0.7123, 500), share(0.0123, 20_000), share(float("nan"))
     ('71 %', '71.2 %', '1.23 %', 'undefined')
+    >>> share(0.0), share(0.003), share(0.0003, 500)
+    ('0 %', '< 1 %', '< 0.1 %')
     """
     if value is None or not math.isfinite(value):
         return significant(value)
     places = 0 if count is None or count < 100 else 1 if count < 10_000 else 2
+    if 0 < 100 * value < 0.5 * 10**-places:
+        return f"< {10**-places:.{places}f} %"
     return f"{100 * value:.{places}f} %".replace("-", "−")
 
 

@@ -240,8 +240,13 @@ def _value(result: xr.Dataset, row: int, at: int) -> float:
 
 def _name(result: xr.Dataset, row: int, at: int) -> str:
     kind = _kinds(result)[row]
-    name = part("block" if _whole(kind) else kind)
+    name = _own(kind)
     return f"{name[0].upper()}{name[1:]}{'' if _whole(kind) else ' of layer'} {int(result['layer'].values[at])}"
+
+
+def _own(kind: str) -> str:
+    """What a part is called among those of its stream: of what turns a stream as a whole, the block."""
+    return part(stream_and_part(kind)[1] or "block")
 
 
 def _whole(kind: str) -> bool:
@@ -264,15 +269,20 @@ def _finding(result: xr.Dataset, row: int, at: int, limit: float) -> Finding:
         change = f" and adds {share(float(result['relative_change_median'].values[row, at]))} of its norm"
     return Finding(
         f"layer_redundancy/{kind}",
-        f"{_name(result, row, at)} turns {_turned(kind)} least of all {part('block' if _whole(kind) else kind)}s{change}: "
+        f"{_name(result, row, at)} turns {_turned(kind)} least of all {_own(kind)}s{change}: "
         f"influence {significant(value, 2)} (limit {significant(limit, 2)})",
         "low",
         where,
         value,
         limit,
-        advice="Skip it on your own batch and read the loss before you remove it.",
+        advice=f"Skip {_what_to_skip(kind)} on your own batch and read the loss before you remove it.",
         saving=_saving(result, row, at),
     )
+
+
+def _what_to_skip(kind: str) -> str:
+    stream, own = stream_and_part(kind)
+    return f"what it writes to the {part(stream)}" if stream and not own else "it"
 
 
 def _saving(result: xr.Dataset, row: int, at: int) -> Saving | None:

@@ -14,6 +14,7 @@ from . import style
 
 LABELLED = 16  # layers up to which every bar has its value written on it
 PAIRED = 128  # layers from which on two share a bar
+LETTER = 0.02  # of a strip's width, on the narrowest page
 
 
 @dataclass(slots=True)
@@ -136,8 +137,10 @@ def _labels(plot: Any, bars: Bars, every: bool) -> None:
     if bars.mark is not None:
         tops = np.fmax(tops, bars.mark)
     text = [bars.text[i] if every else f"layer {bars.layer[i]}: {bars.text[i]}" for i in at]
-    source = ColumnDataSource({"x": _middle(bars)[at], "top": np.asarray(tops, np.float32)[at], "text": text})
     first, last = float(bars.layer.min()), float(bars.layer.max())
+    if not every:
+        tops = _above(bars, tops, max(map(len, text), default=0) * LETTER)
+    source = ColumnDataSource({"x": _middle(bars)[at], "top": np.asarray(tops, np.float32)[at], "text": text})
     for align in ("left", "center", "right"):  # a long label at an edge grows inwards
         rows = [i for i, n in enumerate(at) if _side(bars.layer[n], first, last, every) == align]
         if not rows:
@@ -155,6 +158,13 @@ def _labels(plot: Any, bars: Bars, every: bool) -> None:
             text_font_size=style.SIZE["tick"],
             text_color=style.LIGHT["ink"],
         )
+
+
+def _above(bars: Bars, tops: np.ndarray, share: float) -> np.ndarray:
+    """The height above each bar and what stands as far to both sides as a label reaches, which takes this share of a strip."""
+    reach = share * (float(bars.layer.max() - bars.layer.min()) + 1)
+    near = np.abs(bars.layer[:, None] - bars.layer) <= reach
+    return np.asarray(np.where(near, np.nan_to_num(tops), 0.0).max(1))
 
 
 def _side(layer: int, first: float, last: float, every: bool) -> str:
