@@ -22,6 +22,7 @@ import triton
 
 from ._bin_programs import indices_kernel, words_kernel
 from ._mode import INTERPRETING
+from ._serves import unserved
 
 TILE = 2048  # values of a program
 WARPS = 4
@@ -35,13 +36,14 @@ def supports(x: torch.Tensor, bins: Any) -> str:
 
 
 def _reasons(x: torch.Tensor, bins: int) -> Iterator[str]:
-    if type(x) not in (torch.Tensor, torch.nn.Parameter):
-        yield f"a {type(x).__name__}"
-    if x.ndim != 2 or x.numel() == 0:
-        yield "no values"
-    if x.dtype not in DTYPES:
-        yield f"{x.dtype}"
-    if x.numel() >= 1 << 40 or x.shape[0] >= 1 << 31 or x.shape[1] >= 1 << 24 or not 1 <= bins <= MOST_BINS:
+    yield from unserved(x, dtypes=DTYPES)
+    if (
+        x.ndim != 2
+        or x.numel() >= 1 << 40
+        or x.shape[0] >= 1 << 31
+        or x.shape[1] >= 1 << 24
+        or not 1 <= bins <= MOST_BINS
+    ):
         yield f"{x.numel()} values in {bins} bins"
 
 

@@ -30,6 +30,7 @@ import triton
 from ._block_programs import rows_kernel
 from ._channel_programs import channels_kernel, outliers_kernel, pass_kernel
 from ._mode import INTERPRETING
+from ._serves import unserved
 
 BY_ROW = ("norm_in", "norm_out", "cosine", "relative_change")
 BY_CHANNEL = ("mean", "variance", "max_abs", "kurtosis", "zero_fraction", "outlier_fraction")
@@ -50,17 +51,9 @@ def supports(before: torch.Tensor, sides: Any) -> str:
 def _reasons(before: torch.Tensor, sides: Any) -> Iterator[str]:
     if len(sides) > MOST_PARTS + 1:
         yield f"{len(sides)} tensors beside the first"
-    if before.numel() == 0:
-        yield "no values"
     if before.numel() >= 1 << 40 or before.shape[:-1].numel() >= 1 << 31:
         yield f"{before.numel()} values"
-    for side in (before, *sides):
-        if type(side) not in (torch.Tensor, torch.nn.Parameter):
-            yield f"a {type(side).__name__}"
-        if side.dtype not in DTYPES:
-            yield f"{side.dtype}"
-        if side.device != before.device:
-            yield "tensors on several devices"
+    yield from unserved(before, *sides, dtypes=DTYPES)
 
 
 def block_stats(

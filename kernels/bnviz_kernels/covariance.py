@@ -29,6 +29,7 @@ from ._covariance_programs import (
     covariance_whole_kernel,
 )
 from ._mode import INTERPRETING
+from ._serves import unserved
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TILE, COLS, WARPS, STAGES = 512, 128, 2, 4  # of the programs that read rows: 8 values in each thread of 2 warps
@@ -47,12 +48,7 @@ def supports(x: torch.Tensor, valid: torch.Tensor | None = None) -> str:
 
 
 def _reasons(x: torch.Tensor, valid: torch.Tensor | None) -> Iterator[str]:
-    if type(x) not in (torch.Tensor, torch.nn.Parameter):
-        yield f"a {type(x).__name__}"
-    if x.dtype not in DTYPES:
-        yield f"{x.dtype}"
-    if x.numel() == 0:
-        yield "no values"
+    yield from unserved(x, dtypes=DTYPES)
     if x.numel() >= 1 << 40 or x.shape[:-1].numel() >= 1 << 31 or x.shape[-1] >= 1 << 20:
         yield f"{tuple(x.shape)}"
     if valid is not None and valid.device != x.device:

@@ -30,6 +30,7 @@ import triton
 from ._gram_programs import gram_kernel, gram_pair_kernel
 from ._gram_rows import Rows
 from ._mode import INTERPRETING
+from ._serves import unserved
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BAND = 64  # tile rows of a launch
@@ -46,12 +47,9 @@ def supports(x: torch.Tensor, kernels: Any) -> str:
 
 def _reasons(x: torch.Tensor, kernels: Any) -> Iterator[str]:
     for rows, _ in kernels:
-        if rows.dtype not in DTYPES:
-            yield f"{rows.dtype}"
         if rows.ndim != 2 or rows.numel() == 0 or len(rows) >= 1 << 24:
             yield f"shape {tuple(rows.shape)}"
-        if rows.device != x.device:
-            yield "tensors on several devices"
+    yield from unserved(x, *(rows for rows, _ in kernels), dtypes=DTYPES)
     if all(variance is None for _, variance in kernels) and sum(rows.shape[1] for rows, _ in kernels) < len(x):
         yield "linear kernels of so few features: products of features cost less"
     for rows, variance in kernels:

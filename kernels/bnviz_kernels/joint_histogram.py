@@ -21,6 +21,7 @@ import triton
 
 from ._joint_programs import segments_kernel, sorted_kernel
 from ._mode import INTERPRETING
+from ._serves import unserved
 
 TILE = 64  # rows and features that are turned at once
 BLOCK = 1024  # codes that are added up at once
@@ -42,13 +43,7 @@ def _reasons(codes: torch.Tensor, labels: torch.Tensor, bins: int, classes: int)
         yield f"{tuple(codes.shape)} codes with {classes} classes"
     if not 1 <= bins <= MOST_BINS:
         yield f"{bins} bins"
-    for side in (codes, labels):
-        if type(side) is not torch.Tensor:
-            yield f"a {type(side).__name__}"
-        if side.dtype not in DTYPES:
-            yield f"{side.dtype}"
-        if side.device != codes.device:
-            yield "codes and labels on several devices"
+    yield from unserved(codes, labels, dtypes=DTYPES)
 
 
 def joint_histogram(codes: torch.Tensor, labels: torch.Tensor, *, bins: int, classes: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ import triton
 
 from ._mode import INTERPRETING
 from ._routing_programs import choices_kernel, mass_kernel, pairs_kernel, reach_kernel
+from ._serves import unserved
 
 TILE = 512  # choices of a program
 WARPS = 4
@@ -45,12 +46,10 @@ def _reasons(ids: torch.Tensor, experts: int, weights: Any) -> Iterator[str]:
         yield f"{slots} slots"
     if tokens * slots**2 >= 1 << 31 or layers >= 1 << 16 or experts >= 1 << 20:
         yield f"{tokens} tokens, {layers} layers, {experts} experts"
-    for side, dtypes in ((ids, DTYPES), *(() if weights is None else ((weights, WEIGHTS),))):
-        if type(side) is not torch.Tensor:
-            yield f"a {type(side).__name__}"
-        if side.dtype not in dtypes:
-            yield f"{side.dtype}"
-        if side.device != ids.device or side.shape != ids.shape:
+    yield from unserved(ids, dtypes=DTYPES)
+    if weights is not None:
+        yield from unserved(weights, dtypes=WEIGHTS)
+        if weights.device != ids.device or weights.shape != ids.shape:
             yield "ids and weights that differ in device or shape"
 
 

@@ -25,6 +25,7 @@ import torch
 import triton
 
 from ._mode import INTERPRETING
+from ._serves import unserved
 from ._token_programs import token_pairs_kernel, token_rows_kernel, token_sums_kernel, token_units_kernel
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -42,15 +43,8 @@ def supports(x: torch.Tensor, valid: torch.Tensor | None = None) -> str:
 
 
 def _reasons(x: torch.Tensor, valid: torch.Tensor | None) -> Iterator[str]:
-    if type(x) not in (torch.Tensor, torch.nn.Parameter):
-        yield f"a {type(x).__name__}"
-    if x.dtype not in DTYPES:
-        yield f"{x.dtype}"
-    if x.ndim < 2:
-        yield f"{tuple(x.shape)}"
-    if x.numel() == 0:
-        yield "no values"
-    if x.numel() >= 1 << 40 or x.shape[:-1].numel() >= 1 << 29 or x.shape[:-2].numel() >= 1 << 16:
+    yield from unserved(x, dtypes=DTYPES)
+    if x.ndim < 2 or x.numel() >= 1 << 40 or x.shape[:-1].numel() >= 1 << 29 or x.shape[:-2].numel() >= 1 << 16:
         yield f"{tuple(x.shape)}"
     if valid is not None and valid.device != x.device:
         yield "tensors on several devices"
