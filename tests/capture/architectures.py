@@ -359,16 +359,12 @@ class JointAttention(nn.Module):
         return self.out(both[:, context.shape[1] :]), self.add_out(both[:, : context.shape[1]])
 
 
-class DoubleBlock(nn.Module):
-    """As `JointBlock`, with an output for each stream, as in FLUX; `states` gives what both are on the way."""
+class DoubleBlock(JointBlock):
+    """The same with an output for each stream, as in FLUX; `states` gives what both are on the way."""
 
     def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.norm1, self.norm1_context = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
-        self.attn = JointAttention(width)
-        self.norm2, self.norm2_context = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
-        self.ff, self.ff_context = mlp(width), mlp(width)
-        self.gates = nn.Linear(width, 4 * width)
+        super().__init__(width)
+        self.attn: Any = JointAttention(width)
 
     def states(self, x: Tensor, context: Tensor, temb: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         g = self.gates(temb)[:, None].chunk(4, -1)
