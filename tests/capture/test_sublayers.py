@@ -368,6 +368,35 @@ def test_a_block_that_changes_its_ways_is_searched_again() -> None:
     assert np.allclose(record["cosine"].sel(kind="mlp"), cosine(middle, block(x)), atol=1e-5)
 
 
+class Turning(PreNorm):
+    """Adds what its parts write, until it is told to turn the sum."""
+
+    turned = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y.tanh() if self.turned else y
+
+
+@pytest.mark.parametrize("probe", ["activations", "gradients"])
+def test_a_block_that_is_no_sum_any_more_is_watched_whole(probe: str) -> None:
+    torch.manual_seed(0)
+    model, x = zoo.Looped(Turning(), Turning()), torch.randn(2, 9, 16)
+    with bnviz.capture(model, probes=[probe], strict=True) as recorder:
+        for step in range(9):
+            for block in model.blocks:
+                block.turned = step > 0
+            model(x).square().mean().backward()
+    record = recorder.run[probe]
+    name = "norm_out" if probe == "activations" else "parameter_norm"
+    seen = np.isfinite(record[name])
+    seen = seen.any("token") if "token" in seen.dims else seen
+    assert seen.sel(kind="block").all()
+    if probe == "activations":  # gradients are told in the end, by what is known of parts then
+        assert seen.sel(kind="attention").isel(step=0).all()
+        assert not seen.sel(kind="attention").isel(step=-1).any()
+
+
 def test_names_of_parts() -> None:
     def holding(**modules: nn.Module) -> nn.Module:
         return nn.ModuleDict(modules)

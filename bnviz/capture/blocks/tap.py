@@ -148,7 +148,7 @@ class BlockTap:
         """Which of its modules belong to what writes to its streams, as far as that was found."""
         some = [(name, one) for name, one in self.verdicts() if isinstance(one, Writers)]
         if [one for _, one in some] != self._of:
-            self._of, self._shares = [one for _, one in some], shares(self.block.first, some)
+            self._of, self._shares = [one for _, one in some], shares(self.block.first, some) if some else None
         return self._shares
 
     def attach(self, stack: contextlib.ExitStack) -> None:
