@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnviz
+from bnviz.capture.blocks.writers import Writers, shares
 
 from . import architectures as zoo
 from .test_arrival import check_equal, put_off, run_of
@@ -102,6 +103,20 @@ def test_every_module_is_counted_with_its_stream() -> None:
         "stream_2_mlp": size["ff_context"],
     }
     assert sum(weights.values()) == 2 * weights["block"]
+
+
+def test_a_writer_that_did_not_run_when_the_other_stream_was_searched() -> None:
+    block = nn.ModuleDict(
+        {"one": nn.Linear(2, 2), "two": nn.Linear(2, 2, bias=False), "three": nn.Linear(2, 1, bias=False)}
+    )
+
+    def wrote(paths: tuple[str, ...], modules: tuple[tuple[str, ...], ...]) -> Writers:
+        sizes = (0,) * len(paths)
+        return Writers(paths, ("mlp",) * len(paths), sizes, False, (1.0,) * len(paths), sizes, modules)
+
+    found = shares(block, [("", wrote(("one",), (("one", "two"),))), ("stream_2", wrote(("three",), (("three",),)))])
+    assert found.modules == (("one",), ("two",))
+    assert found.sizes == (24, 16)
 
 
 def test_gradients_of_both_streams() -> None:

@@ -150,9 +150,9 @@ def _around(path: str) -> list[str]:
 
 
 def _end(ran: Sequence[str], path: str, call: int) -> int:
-    """Where in a row of modules the so-manieth call of one ended."""
+    """Where in a row of modules the so-manieth call of one ended; after all where it did not run that time."""
     ends = [at for at, known in enumerate(ran) if known == path]
-    return ends[min(call, len(ends) - 1)]
+    return ends[min(call, len(ends) - 1)] if ends else len(ran)
 
 
 def stream(value: object) -> Tensor | None:
