@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,7 +31,8 @@ def definition(x: Tensor, y: Tensor, keep: Tensor) -> dict[str, Tensor]:
     rows = {
         "norm_in": before,
         "norm_out": after,
-        "cosine": (F.cosine_similarity(x, y, dim=1)).masked_fill((before == 0) | (after == 0), math.nan),
+        # torch's own holds lengths at 1e-8 or more
+        "cosine": ((x * y).sum(1) / (before * after)).masked_fill((before == 0) | (after == 0), math.nan),
         "relative_change": ((y - x).norm(dim=1) / before).masked_fill(before == 0, math.nan),
     }
     y = y[keep].numpy()
@@ -53,6 +54,7 @@ def definition(x: Tensor, y: Tensor, keep: Tensor) -> dict[str, Tensor]:
     "ignore:Precision loss occurred in moment calculation"
 )  # scipy, of channels nearly constant
 @settings(deadline=None, max_examples=40)
+@example(1354, 700, 1, torch.float64, 1e-3, 0.0, False)  # a token of length 5e-9
 @given(
     seed=st.integers(0, 2**31),
     rows=st.sampled_from([2, 5, 64, 65, 700]),
