@@ -71,7 +71,8 @@ def _loaded(name: str) -> ctypes.CDLL | None:
 def _ready(name: str) -> ctypes.CDLL:
     """Load the library, compiled now if it is not there yet."""
     compiler = _compiler()
-    text = b"".join(path.read_bytes() for path in sorted(SOURCES.glob(f"{name}.*")))
+    sources = [*SOURCES.glob(f"{name}.c"), *SOURCES.glob("*.h")]
+    text = b"".join(path.read_bytes() for path in sorted(sources))
     mark = hashlib.sha256(b"\0".join((text, repr((compiler, FLAGS, _processor())).encode()))).hexdigest()[:16]
     target = _folder() / f"{name}-{mark}.so"
     if not target.exists():

@@ -9,7 +9,13 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 16, TOGETHER = 4, PIECE = 2048 }; /* of a vector; rows whose shares are added at once; values summed in float */
+#define REAL float
+#define INT int32_t
+#define NAME(x) x
+#define INTEL(x) _mm512_##x##_ps
+#include "vector.h"
+
+enum { TOGETHER = 4, PIECE = 2048 }; /* rows whose shares are added at once; values summed in float */
 enum { ALL_FINITE, NOT_FINITE };
 #define FLOOR (-32.0f)     /* smaller shares are held there: subnormal numbers would begin at their squares */
 #define MARGIN 1e-4f       /* a row that is uniform up to rounding has no pivotal key */
@@ -37,45 +43,6 @@ struct row {
     int64_t low, high;        /* columns it sees */
     float inverse, limit;     /* 1 / their sum, and the share beyond which a key is pivotal */
 };
-
-typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
-typedef float half __attribute__((vector_size(LANES / 2 * sizeof(float))));
-typedef double wide __attribute__((vector_size(LANES / 2 * sizeof(double))));
-typedef int32_t mask __attribute__((vector_size(LANES * sizeof(float))));
-
-static inline vec load(const float *from)
-{
-    vec values;
-    memcpy(&values, from, sizeof values);
-    return values;
-}
-
-static inline void store(float *to, vec values)
-{
-    memcpy(to, &values, sizeof values);
-}
-
-static inline vec pick(mask first, vec a, vec b)
-{
-    return (vec)(((mask)a & first) | ((mask)b & ~first));
-}
-
-static inline vec larger(vec a, vec b)
-{
-    return pick(a > b, a, b);
-}
-
-static inline double total(vec values)
-{
-    half first, second;
-    memcpy(&first, &values, sizeof first);
-    memcpy(&second, (char *)&values + sizeof first, sizeof second);
-    wide sums = __builtin_convertvector(first, wide) + __builtin_convertvector(second, wide);
-    double found[4] = {0}; /* one would wait for itself at every lane */
-    for (int lane = 0; lane < LANES / 2; lane++)
-        found[lane % 4] += sums[lane];
-    return (found[0] + found[1]) + (found[2] + found[3]);
-}
 
 /* e^x for FLOOR <= x <= 0, to two units in the last place: a power of two times a polynomial over half an octave each way. */
 static inline vec exponential(vec x)
@@ -105,37 +72,34 @@ static float largest(const float *s, int64_t count)
     vec top = (vec){0} - INFINITY;
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES)
-        top = larger(load(s + i), top);
+        top = greater(load(s + i), top);
     if (i < count)
-        top = larger(load_some(s + i, count - i, -INFINITY), top);
+        top = greater(load_some(s + i, count - i, -INFINITY), top);
     float found = -INFINITY;
     for (int lane = 0; lane < LANES; lane++)
         found = top[lane] > found ? top[lane] : found;
     return found;
 }
 
-/* Exponentials in place of logits, 0 in place of -infinity; their sum, and the sum of each times its logit. */
-static void exponentials(float *s, int64_t count, float shift, double *sum, double *with)
+/* Exponentials in place of at most PIECE logits, 0 in place of -infinity; their sum, and the sum of each times its logit. A function
+ * of its own: inlined, gcc 12 keeps sums that are taken apart later in memory. */
+static __attribute__((noinline)) void exponentials(float *s, int64_t count, float shift, wide found[2])
 {
-    *sum = *with = 0;
-    for (int64_t piece = 0; piece < count; piece += PIECE) {
-        int64_t end = piece + PIECE < count ? piece + PIECE : count;
-        vec sums = {0}, withs = {0};
-        for (int64_t i = piece; i < end; i += LANES) {
-            int64_t some = end - i < LANES ? end - i : LANES;
-            vec x = (some < LANES ? load_some(s + i, some, -INFINITY) : load(s + i)) - shift;
-            mask counts = x != -INFINITY;
-            x = pick(x < FLOOR, (vec){0} + FLOOR, x);
-            vec e = (vec)((mask)exponential(x) & counts);
-            sums += e;
-            withs += e * x;
-            if (some < LANES)
-                memcpy(s + i, &e, some * sizeof *s);
-            else
-                store(s + i, e);
-        }
-        *sum += total(sums), *with += total(withs);
+    vec sums = {0}, withs = {0};
+    for (int64_t i = 0; i < count; i += LANES) {
+        int64_t some = count - i < LANES ? count - i : LANES;
+        vec x = (some < LANES ? load_some(s + i, some, -INFINITY) : load(s + i)) - shift;
+        mask counts = x != -INFINITY;
+        x = pick(x < FLOOR, (vec){0} + FLOOR, x);
+        vec e = (vec)((mask)exponential(x) & counts);
+        sums += e;
+        withs += e * x;
+        if (some < LANES)
+            memcpy(s + i, &e, some * sizeof *s);
+        else
+            store(s + i, e);
     }
+    found[0] += folded(sums), found[1] += folded(withs);
 }
 
 /* Shares of a few rows, added to what each key of [low, high) has gathered. Rows hold zeros where they see nothing. */
@@ -152,7 +116,7 @@ static void gather(const struct job *job, const struct row *rows, int count, int
             vec p = (some < LANES ? load_some(rows[k].e + i, some, 0) : load(rows[k].e + i)) * rows[k].inverse;
             masses += p;
             squares += p * p;
-            peaks = larger(p, peaks);
+            peaks = greater(p, peaks);
             pivots += pick(p > rows[k].limit, one, none);
         }
         if (some == LANES) {
@@ -160,7 +124,7 @@ static void gather(const struct job *job, const struct row *rows, int count, int
             if (squared)
                 store(squared + i, load(squared + i) + squares);
             if (peak)
-                store(peak + i, larger(peaks, load(peak + i)));
+                store(peak + i, greater(peaks, load(peak + i)));
             if (pivotal)
                 store(pivotal + i, load(pivotal + i) + pivots);
         } else
@@ -253,8 +217,10 @@ static int begin(const struct job *job, int64_t head, int64_t number, struct row
     float shift = largest(s, row->high - row->low);
     if (job->sinks && job->sinks[head] > shift)
         shift = job->sinks[head];
-    double sum, with, beside = 0;
-    exponentials(s, row->high - row->low, shift, &sum, &with);
+    wide sums[2] = {{0}};
+    for (int64_t piece = row->low; piece < row->high; piece += PIECE)
+        exponentials(row->e + piece, row->high - piece < PIECE ? row->high - piece : PIECE, shift, sums);
+    double sum = total(sums[0]), with = total(sums[1]), beside = 0;
     if (job->sinks)
         beside = exp((double)job->sinks[head] - shift);
     double whole = sum + beside;

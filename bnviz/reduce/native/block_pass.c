@@ -14,6 +14,7 @@ enum { NOT_FINITE = -1, NO_MEMORY = -2 };
 enum { ROW_NUMBERS = 4, POWERS = 5 };  /* numbers of a row and sums of a channel */
 enum { BLOCK = 32, PIECE = 1024 };     /* rows of a block, values of a row summed in REAL */
 enum { BLOCK_BYTES = 1 << 18 };        /* of rows after, which are read a second time: they stay in a core's cache */
+enum { LINE = 64, FETCHED = 8, FETCHED_SIDES = 2 }; /* bytes; lines with every LANES channels; before, and after or what is added */
 enum { PIVOT_ROWS = 64 };
 #define OUTLIER 6.0
 
@@ -61,18 +62,18 @@ static inline float from_float16(uint16_t bits)
 
 #define REAL float
 #define INT int32_t
-#define LANES 16
 #define NAME(x) x##_float
+#define INTEL(x) _mm512_##x##_ps
 #include "block_pass.h"
 #undef REAL
 #undef INT
-#undef LANES
 #undef NAME
+#undef INTEL
 
 #define REAL double
 #define INT int64_t
-#define LANES 8
 #define NAME(x) x##_double
+#define INTEL(x) _mm512_##x##_pd
 #include "block_pass.h"
 
 /* Three calls: what all need, the rows of a span (from any thread, spans side by side), and what follows from all of them. */
@@ -83,13 +84,12 @@ void block_begin(const struct job *job)
         return;
     int64_t slots = (job->rows + job->slot - 1) / job->slot, features = job->features;
     memset(job->sums, 0, job->spans * POWERS * features * sizeof *job->sums);
-    for (int64_t at = 0; at < slots * 2 * features; at++) {
-        double none = at / features % 2 ? INFINITY : -INFINITY;
-        if (job->wide)
-            ((double *)job->extremes)[at] = none;
-        else
-            ((float *)job->extremes)[at] = none;
-    }
+    for (int64_t line = 0; line < slots * 2; line++)
+        for (int64_t at = line * features; at < (line + 1) * features; at++)
+            if (job->wide)
+                ((double *)job->extremes)[at] = line % 2 ? INFINITY : -INFINITY;
+            else
+                ((float *)job->extremes)[at] = line % 2 ? INFINITY : -INFINITY;
     if (job->wide)
         begin_double(job, job->work, job->work + features, job->work + 2 * features);
     else

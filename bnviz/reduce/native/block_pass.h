@@ -1,103 +1,51 @@
-/* The pass over one type: includers define REAL, INT (as wide), LANES and NAME(x), and block_pass.c what does not depend on them.
+/* The pass over one type: block_pass.c defines what vector.h asks for, and what does not depend on the type.
  *
  * Within PIECE values of a row, and within a block of at most BLOCK rows of a channel, sums are kept in REAL, one a lane; beyond
- * that in double. Vectors are the compiler's own, so that no flag has to allow it to reorder sums.
+ * that in double.
  */
 
-typedef REAL NAME(vec) __attribute__((vector_size(LANES * sizeof(REAL))));
-typedef REAL NAME(half) __attribute__((vector_size(LANES / 2 * sizeof(REAL))));
-typedef double NAME(wide) __attribute__((vector_size(LANES / 2 * sizeof(double))));
-typedef INT NAME(mask) __attribute__((vector_size(LANES * sizeof(REAL))));
+#include "vector.h"
 
-static inline NAME(vec) NAME(load)(const REAL *from)
+/* The squares of before, after and after - before, and before.after, from `i` on, LANES values at a time, added to `sums`; where
+ * that ended. With `to`, `other` is not after but what is added to before, and the sum is written there. A function of its own:
+ * inlined, gcc 12 keeps sums that are taken apart later in memory, and the loop takes twice the time. */
+static __attribute__((noinline)) int64_t NAME(piece)(const REAL *before, const REAL *other, REAL *to, int64_t i, int64_t end,
+                                                     NAME(wide) sums[ROW_NUMBERS])
 {
-    NAME(vec) values;
-    memcpy(&values, from, sizeof values);
-    return values;
-}
-
-static inline void NAME(store)(REAL *to, NAME(vec) values)
-{
-    memcpy(to, &values, sizeof values);
-}
-
-static inline NAME(vec) NAME(pick)(NAME(mask) first, NAME(vec) a, NAME(vec) b)
-{
-    return (NAME(vec))(((NAME(mask))a & first) | ((NAME(mask))b & ~first));
-}
-
-/* Both halves of a vector in double, added. */
-static inline NAME(wide) NAME(folded)(NAME(vec) values)
-{
-    NAME(half) first, second;
-    memcpy(&first, &values, sizeof first);
-    memcpy(&second, (char *)&values + sizeof first, sizeof second);
-    return __builtin_convertvector(first, NAME(wide)) + __builtin_convertvector(second, NAME(wide));
-}
-
-static inline double NAME(total)(NAME(vec) values)
-{
-    NAME(wide) sums = NAME(folded)(values);
-    double found[4] = {0}; /* one would wait for itself at every lane */
-    for (int lane = 0; lane < LANES / 2; lane++)
-        found[lane % 4] += sums[lane];
-    return (found[0] + found[1]) + (found[2] + found[3]);
-}
-
-/* Values added to as many sums in double. */
-static inline void NAME(add_to)(double *sums, NAME(vec) values)
-{
-    NAME(half) halves[2];
-    memcpy(halves, &values, sizeof values);
-    for (int half = 0; half < 2; half++) {
-        NAME(wide) sum;
-        memcpy(&sum, sums + half * (LANES / 2), sizeof sum);
-        sum += __builtin_convertvector(halves[half], NAME(wide));
-        memcpy(sums + half * (LANES / 2), &sum, sizeof sum);
-    }
-}
-
-/* The squares of before, after and after - before, and before.after: ROW_NUMBERS of them a row. */
-static void NAME(compare)(const REAL *before, const REAL *after, int64_t features, double found[ROW_NUMBERS])
-{
-    memset(found, 0, ROW_NUMBERS * sizeof *found);
-    for (int64_t start = 0; start < features; start += PIECE) {
-        int64_t end = start + PIECE < features ? start + PIECE : features, i = start;
-        NAME(vec) bb = {0}, aa = {0}, dd = {0}, ab = {0};
+    NAME(vec) bb = {0}, aa = {0}, dd = {0}, ab = {0};
+    if (to == NULL)
         for (; i + LANES <= end; i += LANES) {
-            NAME(vec) b = NAME(load)(before + i), a = NAME(load)(after + i), d = a - b;
+            NAME(vec) b = NAME(load)(before + i), a = NAME(load)(other + i), d = a - b;
             bb += b * b, aa += a * a, dd += d * d, ab += a * b;
         }
-        found[0] += NAME(total)(bb), found[1] += NAME(total)(aa);
-        found[2] += NAME(total)(dd), found[3] += NAME(total)(ab);
-        for (; i < end; i++) {
-            double b = before[i], a = after[i], d = (REAL)(after[i] - before[i]);
+    else
+        for (; i + LANES <= end; i += LANES) {
+            NAME(vec) b = NAME(load)(before + i), d = NAME(load)(other + i), a = b + d;
+            NAME(store)(to + i, a);
+            bb += b * b, aa += a * a, dd += d * d, ab += a * b;
+        }
+    sums[0] += NAME(folded)(bb), sums[1] += NAME(folded)(aa);
+    sums[2] += NAME(folded)(dd), sums[3] += NAME(folded)(ab);
+    return i;
+}
+
+/* The same of a whole row. */
+static void NAME(compare)(const REAL *before, const REAL *other, REAL *to, int64_t features, double found[ROW_NUMBERS])
+{
+    NAME(wide) sums[ROW_NUMBERS] = {{0}};
+    memset(found, 0, ROW_NUMBERS * sizeof *found);
+    for (int64_t start = 0; start < features; start += PIECE) {
+        int64_t end = start + PIECE < features ? start + PIECE : features;
+        for (int64_t i = NAME(piece)(before, other, to, start, end, sums); i < end; i++) {
+            REAL sum = to == NULL ? other[i] : before[i] + other[i];
+            double b = before[i], a = sum, d = to == NULL ? (REAL)(other[i] - before[i]) : other[i];
+            if (to != NULL)
+                to[i] = sum;
             found[0] += b * b, found[1] += a * a, found[2] += d * d, found[3] += a * b;
         }
     }
-}
-
-/* The same of a part that added `written`; writes the sum to `after`, which may be `before`. */
-static void NAME(add)(const REAL *before, const REAL *written, REAL *after, int64_t features, double found[ROW_NUMBERS])
-{
-    memset(found, 0, ROW_NUMBERS * sizeof *found);
-    for (int64_t start = 0; start < features; start += PIECE) {
-        int64_t end = start + PIECE < features ? start + PIECE : features, i = start;
-        NAME(vec) bb = {0}, aa = {0}, dd = {0}, ab = {0};
-        for (; i + LANES <= end; i += LANES) {
-            NAME(vec) b = NAME(load)(before + i), d = NAME(load)(written + i), a = b + d;
-            NAME(store)(after + i, a);
-            bb += b * b, aa += a * a, dd += d * d, ab += a * b;
-        }
-        found[0] += NAME(total)(bb), found[1] += NAME(total)(aa);
-        found[2] += NAME(total)(dd), found[3] += NAME(total)(ab);
-        for (; i < end; i++) {
-            REAL sum = before[i] + written[i];
-            double b = before[i], a = sum, d = written[i];
-            after[i] = sum;
-            found[0] += b * b, found[1] += a * a, found[2] += d * d, found[3] += a * b;
-        }
-    }
+    for (int number = 0; number < ROW_NUMBERS; number++)
+        found[number] += NAME(total)(sums[number]);
 }
 
 /* One row of a side: where it lies, or widened into `buffer`. */
@@ -142,13 +90,13 @@ static const REAL *NAME(measure)(const struct job *job, int64_t row, REAL *room,
     int finite = 1;
     if (job->has_after) {
         after = NAME(row)(job, side++, row, room);
-        NAME(compare)(before, after, features, found);
+        NAME(compare)(before, after, NULL, features, found);
         finite &= NAME(say)(found, row, into);
         into += ROW_NUMBERS;
         sum = work + 2 * features;
     }
     for (const REAL *reads = before; side < job->count; side++, into += ROW_NUMBERS) {
-        NAME(add)(reads, NAME(row)(job, side, row, given), sum, features, found);
+        NAME(compare)(reads, NAME(row)(job, side, row, given), sum, features, found);
         finite &= NAME(say)(found, row, into);
         if (!job->parallel)
             reads = sum;
@@ -167,8 +115,8 @@ static inline void NAME(some_channels)(const REAL **rows, int count, int64_t at,
         NAME(vec) y = NAME(load)(rows[row] + at), u = (y - pivot) * unit, square = u * u;
         powers[0] += NAME(pick)(y == none, one, none);
         powers[1] += u, powers[2] += square, powers[3] += square * u, powers[4] += square * square;
-        top = NAME(pick)(y > top, y, top);
-        bottom = NAME(pick)(y < bottom, y, bottom);
+        top = NAME(greater)(y, top);
+        bottom = NAME(lesser)(y, bottom);
     }
     NAME(store)(high + at, top);
     NAME(store)(low + at, bottom);
@@ -176,11 +124,20 @@ static inline void NAME(some_channels)(const REAL **rows, int count, int64_t at,
         NAME(add_to)(sums + power * job->features + at, powers[power]);
 }
 
-static void NAME(channels)(const REAL **rows, int count, const struct job *job, double *sums, REAL *high)
+/* The channels of some rows. Meanwhile memory is idle: with every LANES channels some lines are asked for of what is compared next,
+ * row `next` and on, one after the other. (As many as a block has, or row by row at the same channels, took longer than none.) */
+static void NAME(channels)(const REAL **rows, int count, const struct job *job, double *sums, REAL *high, int64_t next)
 {
     int64_t features = job->features, at = 0;
-    for (; at + LANES <= features; at += LANES)
+    const char *ahead[FETCHED_SIDES] = {NULL};
+    for (int side = 0; side < FETCHED_SIDES && next < job->stop; side++)
+        ahead[side] = (const char *)job->sides[side] + next * job->sides[job->count + side];
+    for (; at + LANES <= features; at += LANES) {
         NAME(some_channels)(rows, count, at, job, sums, high);
+        for (int side = 0; side < FETCHED_SIDES && ahead[side] != NULL; side++)
+            for (int line = 0; line < FETCHED; line++, ahead[side] += LINE)
+                __builtin_prefetch(ahead[side], 0, 2);
+    }
     const REAL *pivot = job->pivot, *per_unit = pivot + features;
     REAL *low = high + features;
     for (; at < features; at++)
@@ -262,7 +219,7 @@ static int64_t NAME(pass)(const struct job *job)
         if (kept == height || (last && kept)) {
             if (channels)
                 NAME(channels)(rows, kept, job, job->sums + job->span * POWERS * features,
-                               (REAL *)job->extremes + slot * 2 * features);
+                               (REAL *)job->extremes + slot * 2 * features, row + 1);
             kept = 0;
         }
     }
