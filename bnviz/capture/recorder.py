@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from bnviz import quantities
@@ -15,6 +15,7 @@ from bnviz.errors import BnvizError, CaptureError
 from bnviz.run import Run
 
 from .compiled import plain
+from .latest import latest
 from .modes import without_modes
 from .options import Options, make_probes
 from .session import Session
@@ -175,16 +176,24 @@ class Recorder:
         self._attached().cancel()
 
     def snapshot(self) -> dict[str, Any]:
-        """What there is so far, small: calls, steps, bytes held, observations by record, notes. For a live display."""
+        """What there is so far, small, for a live display, in any thread: calls, steps, bytes, observations by record, notes."""
         session = self._attached()
+        state = session.state()
         return {
-            "calls": session.clock.calls,
-            "watched": session.clock.forwards_watched,
-            "held_bytes": session.shelf.held,
+            "calls": state.forwards,
+            "watched": state.watched,
+            "steps": state.steps,
+            "held_bytes": state.held,
+            "ceiling_bytes": state.ceiling,
+            "stored_bytes": state.stored,
             "observations": dict(session.shelf.given),
-            "elapsed": time.perf_counter() - session.started,
+            "elapsed": state.seconds,
             "notes": list(self.notes),
         }
+
+    def latest(self, record: str, variable: str) -> dict[tuple[int, str], np.ndarray]:
+        """The newest value of a variable at each (layer, part), as far as it is on the host; in any thread."""
+        return latest(self._attached().shelf, record, variable)
 
     def __repr__(self) -> str:
         if self._run is not None:

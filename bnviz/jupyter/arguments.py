@@ -17,6 +17,7 @@ HELP = """\
 %bnviz report [OUT.html] [-r RUN]                                         show the report, or write it (again) to a file
 %bnviz detach [-o NAME]                                                   stop watching; the run is in NAME (run)
 %bnviz sites MODEL                                                        where it can be watched
+%bnviz panel                                                              bring JupyterLab's side panel to the front
 %%bnviz [MODEL] [-p attention,routing] [--budget 1GiB] [--path DIR] [-o NAME] [-q]
                                                                           watch while the cell runs; -q: no report"""
 
@@ -91,6 +92,6 @@ def _cell_parser() -> _Parser:
     return parser
 
 
-ACTIONS = ("attach", "detach", "status", "report", "sites", "help")
+ACTIONS = ("attach", "detach", "status", "report", "sites", "panel", "help")
 _LINE = _line_parser()
 _CELL = _cell_parser()

@@ -27,6 +27,21 @@ def _allowed(page: str) -> str:
     return _POLICY.sub(rf"\1'sha256-{digest}' ", page, count=1)
 
 
+def embedded(page: str) -> str:
+    """`page` as a document for a frame: in the theme of the page around it, with its selection.
+
+    Raises
+    ------
+    ValueError
+        `page` has no `<body>`.
+    """
+    page = _allowed(page)
+    body = _BODY.search(page)
+    if body is None:
+        raise ValueError("The page has no <body>, so it cannot be told about the notebook; give a complete document.")
+    return f"{page[: body.end()]}{_INSIDE}<script>{_script()}</script>{page[body.end() :]}"
+
+
 def framed(page: str, *, title: str, still: str) -> str:
     """HTML that shows `page` in a frame, and `still` where frames or scripts are taken away.
 
@@ -47,12 +62,7 @@ def framed(page: str, *, title: str, still: str) -> str:
     ValueError
         `page` has no `<body>`.
     """
-    page = _allowed(page)
-    body = _BODY.search(page)
-    if body is None:
-        raise ValueError("The page has no <body>, so it cannot be told about the notebook; give a complete document.")
-    start = f"{page[: body.end()]}{_INSIDE}<script>{_script()}</script>"
-    document = (start + page[body.end() :]).replace("&", "&amp;").replace('"', "&quot;")  # all an attribute needs
+    document = embedded(page).replace("&", "&amp;").replace('"', "&quot;")  # all an attribute needs
     return (
         f'<iframe class="bnviz-frame" title="{html.escape(title, quote=True)}" style="{_FRAME}" srcdoc="{document}"></iframe>'
         f'<div class="bnviz-still">{still}</div>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,20 @@ from bnviz import quantities
 from bnviz.errors import BnvizError
 
 from . import arguments, cell, complete, models
+from .desk import Desk
+from .panel import Panel
 
 _INSTANCE = "_bnviz_magics"
 
 
 @magics_class
 class BnvizMagics(Magics):  # type: ignore[misc]
-    """The magics of one shell, and the recorder `%bnviz attach` started."""
+    """The magics of one shell, on its desk; `panel` is the link to JupyterLab, where there is one."""
 
     def __init__(self, shell: Any) -> None:
         super().__init__(shell)
-        self.recorder: Any = None
-        self._watched = ""
+        self.desk = Desk(shell)
+        self.panel: Panel | None = None
 
     @no_var_expand  # type: ignore[untyped-decorator]
     @line_cell_magic  # type: ignore[untyped-decorator]
@@ -68,31 +70,27 @@ class BnvizMagics(Magics):  # type: ignore[misc]
             print(f"The cell failed; {name} holds what was seen until then.")
 
     def _attach(self, asked: argparse.Namespace) -> None:
-        if self.recorder is not None:
-            raise UsageError(f"{self._watched} is watched already; %bnviz detach first.")
-        model = models.named(self.shell, asked.model)
-        recorder = bnviz.capture(model, **_options(asked))
-        recorder.attach()
-        self.recorder, self._watched = recorder, asked.model
+        watched = self.desk.watched or self.desk.waiting
+        if watched:
+            raise UsageError(f"{watched} is watched already; %bnviz detach first.")
+        self.desk.attach(models.named(self.shell, asked.model), asked.model, _options(asked))
         print(f"Watching {asked.model}. Run it, then %bnviz report or %bnviz detach.")
 
     def _detach(self, asked: argparse.Namespace) -> Any:
-        recorder, self.recorder = self._attached(), None
-        recorder.detach()
-        self.shell.push({asked.output: recorder.run})
-        return recorder.run
+        self._attached()
+        return self.desk.detach(asked.output)
 
     def _status(self, _: argparse.Namespace) -> None:
-        if self.recorder is None:
+        if self.desk.recorder is None:
             print("Nothing is watched. Attach a model: %bnviz attach MODEL")
             return
-        seen = self.recorder.snapshot()
+        seen = self.desk.recorder.snapshot()
         calls, held, time = (
             quantities.counted(seen["calls"], "call"),
             quantities.size(seen["held_bytes"]),
             quantities.duration(seen["elapsed"]),
         )
-        print(f"Watching {self._watched} for {time}: {calls}, {held} kept.")
+        print(f"Watching {self.desk.watched} for {time}: {calls}, {held} kept.")
         for record, times in seen["observations"].items():
             print(f"  {record:<12} {quantities.counted(times, 'observation')}")
         for note in seen["notes"]:
@@ -117,17 +115,21 @@ class BnvizMagics(Magics):  # type: ignore[misc]
     def _help(self, _: argparse.Namespace) -> None:
         print(arguments.HELP)
 
-    def _attached(self) -> Any:
-        if self.recorder is None:
+    def _panel(self, _: argparse.Namespace) -> None:
+        if self.panel is None:
+            raise UsageError("There is no side panel here: it is part of JupyterLab and of Notebook 7.")
+        self.panel.show()
+
+    def _attached(self) -> None:
+        if self.desk.recorder is None:
             raise UsageError("Nothing is watched. Attach a model: %bnviz attach MODEL")
-        return self.recorder
 
     def _run(self, name: str) -> Any:
         run = self.shell.user_ns.get(name)
         if isinstance(run, bnviz.Run):
             return run
-        if self.recorder is not None:
-            raise UsageError(f"{self._watched} is still watched; %bnviz detach first: it makes the run.")
+        if self.desk.recorder is not None:
+            raise UsageError(f"{self.desk.watched} is still watched; %bnviz detach first: it makes the run.")
         raise UsageError(f"No run is called {name}. Make one with %%bnviz MODEL, or name yours: %bnviz report -r NAME")
 
 
@@ -147,12 +149,18 @@ def _options(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def register(shell: Any) -> None:
-    """Register the magics in `shell`; nothing when they are there."""
-    if getattr(shell, _INSTANCE, None) is None:
-        magics = BnvizMagics(shell)
-        setattr(shell, _INSTANCE, magics)
-        shell.register_magics(magics)
-        complete.register(shell)
+    """Register the magics in `shell`, and in a kernel the link to JupyterLab's panel; nothing when they are there."""
+    if getattr(shell, _INSTANCE, None) is not None:
+        return
+    magics = BnvizMagics(shell)
+    setattr(shell, _INSTANCE, magics)
+    shell.register_magics(magics)
+    complete.register(shell)
+    if getattr(shell, "kernel", None) is not None:
+        with suppress(RuntimeError, ImportError):  # a kernel that runs its cells in another way has no panel
+            panel = Panel(magics.desk)
+            panel.open()
+            magics.panel = panel
 
 
 def withdraw(shell: Any) -> None:
@@ -164,6 +172,6 @@ def withdraw(shell: Any) -> None:
     complete.withdraw(shell)
     for kind in ("line", "cell"):
         shell.magics_manager.magics[kind].pop("bnviz", None)
-    if magics.recorder is not None:
-        recorder, magics.recorder = magics.recorder, None
-        recorder.detach(quiet=True)
+    if magics.panel is not None:
+        magics.panel.close()
+    magics.desk.leave()

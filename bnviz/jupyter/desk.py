@@ -1,0 +1,321 @@
+"""What a kernel has on its desk: models among its variables, what is watched, runs; magics and panel work on the same one.
+
+A model is always attached in the thread that runs cells, between two forwards: where a cell runs already, when its next forward
+has ended. All that asks may come from another thread.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import bnviz
+from bnviz import quantities
+from bnviz.errors import CaptureError, unknown
+
+from . import models
+
+
+class Desk:
+    """The desk of one IPython shell.
+
+    Parameters
+    ----------
+    shell : IPython.core.interactiveshell.InteractiveShell
+
+    Attributes
+    ----------
+    recorder : Recorder, optional
+        What watches now.
+    watched : str
+        What its model is called.
+    waiting : str
+        A model that is watched as soon as it can be.
+    armed : tuple of str and dict, optional
+        A model and options for the next cell.
+    cell : int, optional
+        Number of the cell that runs.
+    changed : callable
+        Called, in any thread, after anything changed.
+    """
+
+    def __init__(self, shell: Any) -> None:
+        self.shell = shell
+        self.recorder: Any = None
+        self.watched = self.waiting = ""
+        self.probes: tuple[str, ...] | None = None
+        self.armed: tuple[str, dict[str, Any]] | None = None
+        self.cell: int | None = None
+        self.changed: Callable[[], None] = lambda: None
+        self.said = ""  # what a watching that was put off came to
+        self._begin: _Beginning | None = None
+        self._ending = self._for_cell = False
+        self._depth = 0
+        self._lock = threading.RLock()
+
+    # ------------------------------------------------------------------ what there is
+
+    def model(self, name: str) -> Any:
+        """The model of that name among those listed.
+
+        Raises
+        ------
+        UnknownName
+            There is none.
+        """
+        found = models.candidates(self.shell.user_ns)
+        if name not in found:
+            raise unknown("model", name, found)
+        return found[name]
+
+    def runs(self) -> dict[str, Any]:
+        """Runs among the user's variables, by name."""
+        module = sys.modules.get("bnviz.run")
+        kind = getattr(module, "Run", ())
+        return {
+            name: value
+            for name, value in list(self.shell.user_ns.items())
+            if not name.startswith("_") and isinstance(value, kind)
+        }
+
+    def run(self, name: str) -> Any:
+        """The run of that name.
+
+        Raises
+        ------
+        UnknownName
+            There is none.
+        """
+        found = self.runs()
+        if name not in found:
+            raise unknown("run", name, found)
+        return found[name]
+
+    def state(self) -> dict[str, Any]:
+        """All of it, small and as JSON can hold it."""
+        with self._lock:
+            watching = self.watched if self.recorder is not None else self.waiting
+            return {
+                "models": [_of_model(*one) for one in sorted(models.candidates(self.shell.user_ns).items())],
+                "runs": [_of_run(*one) for one in self.runs().items()],
+                "probes": _probes(),
+                "watching": {
+                    "model": watching,
+                    "probes": None if self.probes is None else list(self.probes),
+                    "waiting": self.recorder is None,
+                    "ending": self._ending,
+                }
+                if watching
+                else None,
+                "next_cell": None if self.armed is None else self.armed[0],
+                "cell": self.cell,
+                "said": self.said,
+            }
+
+    # ------------------------------------------------------------------ watching
+
+    def attach(self, model: Any, name: str, options: dict[str, Any]) -> None:
+        """Watch from now on; in the thread that runs cells.
+
+        Raises
+        ------
+        CaptureError
+            Something is watched already, or the model can't be.
+        """
+        with self._lock:
+            self._free()
+            recorder = bnviz.capture(model, **options)
+            recorder.attach()
+            self.recorder, self.watched, self.probes, self.said = recorder, name, options.get("probes"), ""
+        self.changed()
+
+    def detach(self, name: str | None = None) -> Any:
+        """Stop; the run is among the user's variables, under `name` or the first free one of run, run_2, ...
+
+        Raises
+        ------
+        CaptureError
+            Nothing is watched, or nothing was seen.
+        """
+        with self._lock:
+            if self.recorder is None:
+                raise CaptureError("Nothing is watched.")
+            recorder, self.recorder = self.recorder, None
+            self.watched, self._ending, self._for_cell = "", False, False
+        try:
+            recorder.detach()
+            run = recorder.run
+            self.shell.push({name or self.free_name(): run})
+            return run
+        finally:
+            self.changed()
+
+    def leave(self) -> None:
+        """Take everything off the models; a run that is under way is lost."""
+        with self._lock:
+            self.armed, recorder, self.recorder = None, self.recorder, None
+            self._put_off()
+            self.watched = ""
+        if recorder is not None:
+            recorder.detach(quiet=True)
+
+    def free_name(self) -> str:
+        """The first of run, run_2, ... that is no variable yet."""
+        number = 1
+        while (name := "run" if number == 1 else f"run_{number}") in self.shell.user_ns:
+            number += 1
+        return name
+
+    def watch(self, name: str, probes: Sequence[str] | None, soon: Callable[[Callable[[], None]], None]) -> None:
+        """Watch as soon as can be: now, where no cell runs; else when the model's next forward, or the cell, has ended.
+
+        Parameters
+        ----------
+        name : str
+            Of a model that is listed.
+        probes : sequence of str, optional
+        soon : callable
+            Runs what it is given in the thread of the cells, when that is free.
+        """
+        model, options = self.model(name), _options(probes)
+        with self._lock:
+            self._free()
+            self.armed = None
+            self.waiting, self.probes = name, options.get("probes")
+
+            begin = self._begin = _Beginning(model, lambda: self._begins(begin, model, name, options))
+        self.changed()
+        soon(begin)
+
+    def _begins(self, begin: _Beginning, model: Any, name: str, options: dict[str, Any]) -> None:
+        with self._lock:
+            if self._begin is not begin:  # it came about another way, or was called off
+                return
+            self._put_off()
+        try:
+            self.attach(model, name, options)
+        except bnviz.BnvizError as error:
+            self.said = str(error)
+            self.changed()
+
+    def _put_off(self) -> None:
+        """Nothing is to begin any more."""
+        if self._begin is not None:
+            self._begin.call_off()
+        self._begin, self.waiting = None, ""
+
+    def watch_next(self, name: str, probes: Sequence[str] | None) -> None:
+        """Watch while the next cell runs."""
+        self.model(name)
+        with self._lock:
+            self._free()
+            self.armed = name, _options(probes)
+        self.changed()
+
+    def stop(self, soon: Callable[[Callable[[], None]], None]) -> None:
+        """Watch no further at once, and close the run when the thread of the cells is free."""
+        with self._lock:
+            if self.armed is not None or self._begin is not None:
+                self.armed = None
+                self._put_off()
+            elif self.recorder is None:
+                raise CaptureError("Nothing is watched.")
+            else:
+                self._ending = True
+                self.recorder.cancel()
+                soon(self._end)
+        self.changed()
+
+    def _end(self) -> None:
+        if self._ending:
+            try:
+                self.detach()
+            except bnviz.BnvizError as error:
+                self.said = str(error)
+                self.changed()
+
+    def _free(self) -> None:
+        if self.recorder is not None or self.waiting:
+            raise CaptureError(f"{self.watched or self.waiting} is watched already; stop that first.")
+
+    # ------------------------------------------------------------------ cells
+
+    def cell_begins(self, *_: Any) -> None:
+        """IPython's pre_run_cell; cells inside a cell magic are part of it."""
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self.cell = self.shell.execution_count
+        begin, armed = self._begin, self.armed
+        self.armed = None
+        if begin is not None:
+            begin()
+        if armed is not None:
+            try:
+                self.attach(self.model(armed[0]), *armed)
+                self._for_cell = True
+            except bnviz.BnvizError as error:
+                self.said = str(error)
+        self.changed()
+
+    def cell_ends(self, *_: Any) -> None:
+        """IPython's post_run_cell."""
+        self._depth = max(0, self._depth - 1)
+        if self._depth:
+            return
+        self.cell = None
+        if self._for_cell and self.recorder is not None:
+            self._ending = True
+        if self._begin is not None:
+            self._begin()
+        self._end()
+        self.changed()
+
+
+class _Beginning:
+    """What begins when it is called, or when the next forward of a model has ended, whichever comes first."""
+
+    def __init__(self, model: Any, begin: Callable[[], None]) -> None:
+        self._begin = begin
+        self._hook = model.register_forward_hook(lambda *_: self())
+
+    def __call__(self) -> None:
+        """Begin."""
+        self._begin()
+
+    def call_off(self) -> None:
+        """Leave the model as it was."""
+        self._hook.remove()
+
+
+def _options(probes: Sequence[str] | None) -> dict[str, Any]:
+    return {} if probes is None else {"probes": tuple(probes)}
+
+
+def _of_model(name: str, model: Any) -> dict[str, Any]:
+    lazy = sys.modules["torch"].nn.parameter.is_lazy
+    count = sum(parameter.numel() for parameter in model.parameters() if not lazy(parameter))
+    return {"name": name, "class": type(model).__name__, "parameters": quantities.counted(count, "parameter")}
+
+
+def _of_run(name: str, run: Any) -> dict[str, Any]:
+    given = run.provenance
+    forwards = quantities.counted(given["calls"], "forward") if "calls" in given else ""
+    return {
+        "name": name,
+        "model": str(given.get("model") or "the model"),
+        "words": " · ".join(one for one in (forwards, quantities.size(run.nbytes)) if one),
+        "records": list(run.kinds),
+    }
+
+
+def _probes() -> list[dict[str, Any]]:
+    """Once torch is there: without it there is nothing to watch either."""
+    if "torch" not in sys.modules:
+        return []
+    from bnviz import catalog
+
+    specs = [catalog.load("probes", name).spec for name in catalog.names("probes")]
+    return [{"name": spec.name, "summary": spec.doc.partition("\n")[0], "default": spec.default} for spec in specs]

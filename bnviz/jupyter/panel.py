@@ -1,0 +1,162 @@
+"""What the side panel may ask of a kernel: each action of `protocol.ACTIONS` is one public call."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import bnviz
+from bnviz import quantities
+from bnviz.errors import BnvizError
+
+from .desk import Desk
+from .link import Link
+from .protocol import Request
+
+Facts = Mapping[str, Any]
+Tell = Callable[[Facts], None]
+
+
+class Panel:
+    """Ties one desk to the windows that look at its kernel.
+
+    Parameters
+    ----------
+    desk : Desk
+
+    Raises
+    ------
+    RuntimeError
+        Made outside of a cell of a Jupyter kernel.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._loop = asyncio.get_running_loop()  # of the thread that runs cells, as this is
+        self._reports: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._link = Link(self._answer, desk.state, self._live, bnviz.__version__)
+
+    def open(self) -> None:
+        """From now on windows see this kernel, and cells are noticed."""
+        self._desk.changed = self._link.changed
+        events = self._desk.shell.events
+        events.register("pre_run_cell", self._desk.cell_begins)
+        events.register("post_run_cell", self._desk.cell_ends)
+        self._link.open()
+
+    def close(self) -> None:
+        """Windows hear that it is gone."""
+        self._link.close()
+        self._desk.changed = lambda: None
+        events = self._desk.shell.events
+        events.unregister("pre_run_cell", self._desk.cell_begins)
+        events.unregister("post_run_cell", self._desk.cell_ends)
+
+    def show(self) -> None:
+        """Have the windows bring the panel to the front."""
+        self._link.tell({"kind": "show"})
+
+    def _live(self) -> Facts | None:
+        recorder = self._desk.recorder
+        if recorder is None:
+            return None
+        from . import live  # NumPy: loading the magics does without
+
+        return live.facts(recorder)
+
+    def _soon(self, act: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(act)
+
+    # ------------------------------------------------------------------ actions
+
+    def _answer(self, request: Request, tell: Tell) -> tuple[Facts, list[bytes]]:
+        done: tuple[Facts, list[bytes]] = getattr(self, f"_do_{request.action}")(tell, **request.arguments)
+        return done
+
+    def _do_refresh(self, _: Tell) -> tuple[Facts, list[bytes]]:
+        return {}, []
+
+    def _do_watch(self, _: Tell, model: str, probes: list[str] | None = None) -> tuple[Facts, list[bytes]]:
+        self._desk.watch(model, probes, self._soon)
+        return {}, []
+
+    def _do_watch_next(self, _: Tell, model: str, probes: list[str] | None = None) -> tuple[Facts, list[bytes]]:
+        self._desk.watch_next(model, probes)
+        return {}, []
+
+    def _do_stop(self, _: Tell) -> tuple[Facts, list[bytes]]:
+        self._desk.stop(self._soon)
+        return {}, []
+
+    def _do_report(self, tell: Tell, run: str) -> tuple[Facts, list[bytes]]:
+        return _said(self._report(run, tell)), []
+
+    def _do_page(self, tell: Tell, run: str, diagnostic: str | None = None) -> tuple[Facts, list[bytes]]:
+        from bnviz.page import page
+        from bnviz.report import Report
+
+        from .frame import embedded
+
+        report = self._report(run, tell)
+        if diagnostic is not None:
+            report.judgement(diagnostic)  # says which there are
+            report = Report(report.run, {diagnostic: report.outcomes[diagnostic]})
+        return {}, [gzip.compress(embedded(page(report)).encode(), 6, mtime=0)]
+
+    def _do_export(self, tell: Tell, run: str, path: str) -> tuple[Facts, list[bytes]]:
+        from bnviz.page import written_here
+
+        target = Path(path).expanduser()
+        if target.exists() and not written_here(target):
+            raise BnvizError(f"{target} was not written by bnviz and is left alone; name another file.")
+        written = self._report(run, tell).save(target, overwrite=True)
+        return {"path": str(written), "size": quantities.size(written.stat().st_size)}, []
+
+    def _do_open(self, _: Tell, path: str) -> tuple[Facts, list[bytes]]:
+        run, name = bnviz.open(Path(path).expanduser()), self._desk.free_name()
+        self._desk.shell.push({name: run})
+        return {"run": name}, []
+
+    def _report(self, name: str, tell: Tell) -> Any:
+        """The report on a run, made once."""
+        run = self._desk.run(name)
+        found = self._reports.get(run)
+        if found is None:
+            found = bnviz.diagnose(
+                run, progress=lambda done, total, what: tell({"done": done, "total": total, "what": what})
+            )
+            self._reports[run] = found
+        return found
+
+
+def _said(report: Any) -> Facts:
+    """The findings and what can be looked at, as text."""
+    from bnviz.findings import place, saving_words
+
+    findings = [
+        {
+            "severity": one.severity,
+            "sentence": one.sentence,
+            "advice": one.advice,
+            "place": place(one.where),
+            "saving": saving_words(one),
+            "where": _plain(one.where),
+            "diagnostic": one.code.partition("/")[0],
+        }
+        for one in report.findings
+    ]
+    views = [{"diagnostic": name, "title": report.judgement(name).title} for name in report.names]
+    return {"model": report.model, "findings": findings, "views": views, "failures": dict(report.failures)}
+
+
+def _plain(where: Facts) -> dict[str, Any]:
+    """Coordinates as JSON holds them."""
+    plain: dict[str, Any] = {}
+    for name, value in where.items():
+        some = value.tolist() if hasattr(value, "tolist") else value
+        plain[name] = list(some) if isinstance(some, tuple) else some
+    return plain
