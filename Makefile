@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lab bench coverage lint clean
+.PHONY: help demo test lab panel bench coverage lint clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -21,9 +21,13 @@ demo: $(READY) ## watch real models, diagnose them, write demo/report.html
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(if $(shell command -v npm),cd labextension && npm test --silent,@echo "no npm: the side panel's own tests were left out")
 
 lab: $(READY) ## open JupyterLab on the quickstart notebook
 	$(BIN)/jupyter lab notebooks/quickstart.ipynb
+
+panel: $(READY) ## build JupyterLab's side panel again, after a change in labextension/
+	cd labextension && PATH="$(abspath $(BIN)):$$PATH" npm install --silent && PATH="$(abspath $(BIN)):$$PATH" npm run build:prod
 
 bench: $(READY) ## print what a capture costs, beside its peers where they are installed, and the kernels' rates
 	$(BIN)/python -m bench.capture
@@ -34,9 +38,10 @@ bench: $(READY) ## print what a capture costs, beside its peers where they are i
 coverage: $(READY) ## capture every model type of transformers and others, write docs/coverage.md
 	$(BIN)/python -m bench.coverage --write docs/coverage.md
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## ruff, mypy, prettier and eslint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(if $(shell command -v npm),cd labextension && npm run lint --silent,@echo "no npm: TypeScript was left out")
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) demo build dist bnviz/labextension labextension/lib labextension/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -64,6 +64,11 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+def _jupyter_labextension_paths() -> list[dict[str, str]]:
+    """Where JupyterLab finds the side panel of a checkout."""
+    return [{"src": "labextension", "dest": "bnviz"}]
+
+
 def load_ipython_extension(shell: Any) -> None:
     """`%load_ext bnviz`: register the magics."""
     from .jupyter import load

@@ -58,7 +58,7 @@ def draw(outcome: Outcome) -> list[Drawn]:
 
 
 def _drawn(view: Any, outcome: Outcome) -> Drawn:
-    from bokeh.embed import json_item
+    from bokeh.document import Document
 
     from .views import style
 
@@ -66,8 +66,12 @@ def _drawn(view: Any, outcome: Outcome) -> Drawn:
     try:
         root = style.settle(view(outcome.result))
         width, height = style.extent(root)
-        models = root.references()
-        document = json.dumps(json_item(root), separators=(",", ":"))
+        whole = (
+            Document()
+        )  # `bokeh.embed.json_item` would also check it for a server, for as long as all the rest takes
+        whole.add_root(root)
+        models = whole.models
+        document = json.dumps({"doc": whole.to_json(deferred=False)}, separators=(",", ":"))
     except Exception as error:  # one figure's error is its own
         return Drawn(name, caption, error=f"{type(error).__name__}: {error}")
     evaluates = any(type(model).__name__.startswith("CustomJS") for model in models)

@@ -6,8 +6,9 @@ import base64
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,13 +72,17 @@ def written_here(path: Path) -> bool:
         return False
 
 
-def page(*reports: Report) -> str:
-    """The whole file: one report, or several beside each other with one list of findings."""
+def page(*reports: Report, whole: bool = True) -> str:
+    """The whole file: one report, or several beside each other with one list of findings.
+
+    Not `whole`: only the figures of a report and what was found in them, for a place that shows the rest itself.
+    """
     from .views import style
 
     parts = _parts(reports)
     drawn = [(at, each) for part in parts for some in part.figures.values() for at, each in some if not each.error]
-    library = _library({bundle for _, each in drawn for bundle in each.bundles}) if drawn else ""
+    bundles = frozenset(bundle for _, each in drawn for bundle in each.bundles)
+    library = _library(bundles)
     script = style.page_script(report=True)
     policy = _policy(script, library, evaluates=any(each.evaluates for _, each in drawn))
     title = ", ".join(report.model for report in reports)
@@ -88,9 +93,9 @@ def page(*reports: Report) -> str:
 <style>{style.page_css(report=True)}</style></head><body>
 <div class="bar"><div><div id="status" role="status" aria-live="polite">{_NO_SCRIPT}</div>
 <button id="theme" type="button" hidden>Dark theme</button></div></div>
-<main>{_one(parts[0]) if len(parts) == 1 else _several(parts)}
+<main>{_several(parts) if len(parts) > 1 else _one(parts[0]) if whole else _sections(parts[0]) + _findings(parts)}
 <footer>bnviz {__version__}. This file holds everything it shows and reaches no network.</footer></main>
-{_stored("bokeh", library)}
+{_stored_library(bundles)}
 {"".join(_stored(f"doc-{at}", each.document) for at, each in drawn)}
 <script>{script}</script></body></html>
 """
@@ -140,13 +145,19 @@ def _stored(at: str, text: str) -> str:
     return f'<script type="application/octet-stream" id="{escape(at)}">{packed}</script>'
 
 
-def _library(bundles: Iterable[str]) -> str:
+@cache
+def _stored_library(bundles: frozenset[str]) -> str:
+    """BokehJS does not change while Python runs, and takes a quarter of a second to compress."""
+    return _stored("bokeh", _library(bundles))
+
+
+@cache
+def _library(bundles: frozenset[str]) -> str:
     """The BokehJS bundles that are needed, as one script."""
     import bokeh
 
     folder = Path(bokeh.__file__).parent / "server" / "static" / "js"
-    chosen = set(bundles)
-    return "\n;".join((folder / f"{name}.min.js").read_text(encoding="utf-8") for name in _BUNDLES if name in chosen)
+    return "\n;".join((folder / f"{name}.min.js").read_text(encoding="utf-8") for name in _BUNDLES if name in bundles)
 
 
 def _policy(script: str, library: str, *, evaluates: bool) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
+from torch import Tensor
 
-from .shelf import Shelf, _Waiting
+from .shelf import Shelf, _Waiting, to_host
+
+BACK = 4096  # rows that are looked through, from the newest on
 
 
 def latest(shelf: Shelf, record: str, variable: str) -> dict[tuple[int, str], np.ndarray]:
@@ -16,27 +19,18 @@ def latest(shelf: Shelf, record: str, variable: str) -> dict[tuple[int, str], np
     microseconds a layer; the capture may go on in another thread meanwhile.
     """
     found: dict[tuple[int, str], np.ndarray] = {}
-    for at, values in _newest_first(shelf, record):
-        if at in found:  # a step further back
-            break
-        if variable in values:
-            found[at] = values[variable]
+    # Both copies are made at once, which another thread does not come between. What lies there is not always in the order of
+    # forwards: decode steps that were read late, and texts of a joined batch, come layer by layer.
+    for one in reversed(list(shelf._waiting)):
+        if isinstance(one, _Waiting) and one.record == record and (one.site.layer, one.site.part) not in found:
+            value = one.values.get(variable)
+            if value is not None and _here(value):
+                found[one.site.layer, one.site.part] = to_host([value])[0]
+    for (_, layer, part), row in list(islice(reversed(shelf.rows.get(record, {}).items()), BACK)):
+        if (layer, part) not in found and variable in row.values:
+            found[layer, part] = row.values[variable]
     return dict(sorted(found.items()))
 
 
-def _newest_first(shelf: Shelf, record: str) -> Iterator[tuple[tuple[int, str], dict[str, np.ndarray]]]:
-    """Copies of the lists are made at once, which another thread does not come between."""
-    for one in reversed(list(shelf._waiting)):
-        if isinstance(one, _Waiting) and one.record == record:
-            values = one.values
-            here = {
-                name: v if isinstance(v, np.ndarray) else v.numpy(force=True) for name, v in values.items() if _here(v)
-            }
-            if here:
-                yield (one.site.layer, one.site.part), here
-    for (_, layer, part), row in reversed(list(shelf.rows.get(record, {}).items())):
-        yield (layer, part), row.values
-
-
-def _here(value: object) -> bool:
-    return isinstance(value, np.ndarray) or bool(getattr(value, "is_cpu", False))
+def _here(value: Tensor | np.ndarray) -> bool:
+    return isinstance(value, np.ndarray) or value.is_cpu

@@ -30,7 +30,7 @@ class Desk:
     recorder : Recorder, optional
         What watches now.
     watched : str
-        What its model is called.
+        What its model is called; until its run is there.
     waiting : str
         A model that is watched as soon as it can be.
     armed : tuple of str and dict, optional
@@ -52,7 +52,7 @@ class Desk:
         self.said = ""  # what a watching that was put off came to
         self._begin: _Beginning | None = None
         self._ending = self._for_cell = False
-        self._depth = 0
+        self._running: list[Any] = []  # cells, each inside the one before it
         self._lock = threading.RLock()
 
     # ------------------------------------------------------------------ what there is
@@ -96,7 +96,7 @@ class Desk:
     def state(self) -> dict[str, Any]:
         """All of it, small and as JSON can hold it."""
         with self._lock:
-            watching = self.watched if self.recorder is not None else self.waiting
+            watching = self.watched or self.waiting
             return {
                 "models": [_of_model(*one) for one in sorted(models.candidates(self.shell.user_ns).items())],
                 "runs": [_of_run(*one) for one in self.runs().items()],
@@ -104,7 +104,7 @@ class Desk:
                 "watching": {
                     "model": watching,
                     "probes": None if self.probes is None else list(self.probes),
-                    "waiting": self.recorder is None,
+                    "waiting": not self.watched,
                     "ending": self._ending,
                 }
                 if watching
@@ -143,13 +143,22 @@ class Desk:
             if self.recorder is None:
                 raise CaptureError("Nothing is watched.")
             recorder, self.recorder = self.recorder, None
-            self.watched, self._ending, self._for_cell = "", False, False
+            self._ending, self._for_cell = True, False
+        self.changed()
         try:
             recorder.detach()
             run = recorder.run
-            self.shell.push({name or self.free_name(): run})
+            self.keep(run, name)
+            self.watched = ""
             return run
+        except KeyboardInterrupt:  # nothing is lost: it can be stopped again
+            self.recorder = recorder
+            raise
+        except BaseException:
+            self.watched = ""
+            raise
         finally:
+            self._ending = False
             self.changed()
 
     def leave(self) -> None:
@@ -161,11 +170,12 @@ class Desk:
         if recorder is not None:
             recorder.detach(quiet=True)
 
-    def free_name(self) -> str:
-        """The first of run, run_2, ... that is no variable yet."""
-        number = 1
-        while (name := "run" if number == 1 else f"run_{number}") in self.shell.user_ns:
-            number += 1
+    def keep(self, run: Any, name: str | None = None) -> str:
+        """Put a run among the user's variables, under `name` or the first of run, run_2, ... that is none yet; its name."""
+        with self._lock:
+            free = ("run", *(f"run_{number}" for number in range(2, 2 + len(self.shell.user_ns))))
+            name = name or next(one for one in free if one not in self.shell.user_ns)
+            self.shell.push({name: run})
         return name
 
     def watch(self, name: str, probes: Sequence[str] | None, soon: Callable[[Callable[[], None]], None]) -> None:
@@ -182,10 +192,9 @@ class Desk:
         model, options = self.model(name), _options(probes)
         with self._lock:
             self._free()
-            self.armed = None
-            self.waiting, self.probes = name, options.get("probes")
-
-            begin = self._begin = _Beginning(model, lambda: self._begins(begin, model, name, options))
+            begin = _Beginning(model, lambda mine: self._begins(mine, model, name, options))
+            self._begin, self.armed = begin, None
+            self.waiting, self.probes, self.said = name, options.get("probes"), ""
         self.changed()
         soon(begin)
 
@@ -211,7 +220,7 @@ class Desk:
         self.model(name)
         with self._lock:
             self._free()
-            self.armed = name, _options(probes)
+            self.armed, self.said = (name, _options(probes)), ""
         self.changed()
 
     def stop(self, soon: Callable[[Callable[[], None]], None]) -> None:
@@ -224,7 +233,8 @@ class Desk:
                 raise CaptureError("Nothing is watched.")
             else:
                 self._ending = True
-                self.recorder.cancel()
+                if self.cell is not None:  # the cell goes on, and may for long
+                    self.recorder.cancel()
                 soon(self._end)
         self.changed()
 
@@ -237,17 +247,17 @@ class Desk:
                 self.changed()
 
     def _free(self) -> None:
-        if self.recorder is not None or self.waiting:
+        if self.watched or self.waiting:
             raise CaptureError(f"{self.watched or self.waiting} is watched already; stop that first.")
 
     # ------------------------------------------------------------------ cells
 
-    def cell_begins(self, *_: Any) -> None:
+    def cell_begins(self, info: Any) -> None:
         """IPython's pre_run_cell; cells inside a cell magic are part of it."""
-        self._depth += 1
-        if self._depth > 1:
+        self._running.append(info)
+        if len(self._running) > 1:
             return
-        self.cell = self.shell.execution_count
+        self.cell = _number(self.shell)
         begin, armed = self._begin, self.armed
         self.armed = None
         if begin is not None:
@@ -260,10 +270,14 @@ class Desk:
                 self.said = str(error)
         self.changed()
 
-    def cell_ends(self, *_: Any) -> None:
-        """IPython's post_run_cell."""
-        self._depth = max(0, self._depth - 1)
-        if self._depth:
+    def cell_ends(self, result: Any) -> None:
+        """IPython's post_run_cell: without a result where the cell was cancelled, and for an empty cell, which never began."""
+        ended = [at for at, info in enumerate(self._running) if result is None or info is result.info]
+        del self._running[ended[-1] if ended else len(self._running) :]
+        if self._running:
+            return
+        if not ended:  # the cell that loaded this, too, may have made a model
+            self.changed()
             return
         self.cell = None
         if self._for_cell and self.recorder is not None:
@@ -277,17 +291,24 @@ class Desk:
 class _Beginning:
     """What begins when it is called, or when the next forward of a model has ended, whichever comes first."""
 
-    def __init__(self, model: Any, begin: Callable[[], None]) -> None:
+    def __init__(self, model: Any, begin: Callable[[_Beginning], None]) -> None:
         self._begin = begin
         self._hook = model.register_forward_hook(lambda *_: self())
 
     def __call__(self) -> None:
         """Begin."""
-        self._begin()
+        self._begin(self)
 
     def call_off(self) -> None:
         """Leave the model as it was."""
         self._hook.remove()
+
+
+def _number(shell: Any) -> int:
+    """Of the cell that begins, as a notebook shows it: newer versions of IPython have counted on already."""
+    inputs = getattr(shell.history_manager, "input_hist_parsed", None)
+    count: int = shell.execution_count
+    return count if inputs is None else min(count, len(inputs))
 
 
 def _options(probes: Sequence[str] | None) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Link:
         self._answer, self._state, self._live = answer, state, live
         self._hello = protocol.hello(self.session, version)
         self._comms: Any = get_comm_manager()
+        self._windows: dict[str, Any] = {}
         self._stream: Any = None
         self._wake, self._stop = threading.Event(), threading.Event()
         self._stale = True
@@ -69,10 +70,11 @@ class Link:
         self._stop.set()
         self._wake.set()
         self._comms.unregister_target(protocol.TARGET, self._window)
-        if self._stream is not None:
-            self._stream.close()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(2)
+        for comm in (*self._windows.values(), self._stream):  # when nothing more is said on them
+            if comm is not None:
+                comm.close()
 
     def changed(self) -> None:
         """Something of the state did; from any thread, costs nothing."""
@@ -106,27 +108,29 @@ class Link:
             return facts is not None
         except Exception as error:  # a variable that changes while it is read; said again at the next beat
             _log.info("panel: %s: %s", type(error).__name__, error)
-            self._stale = True
+            self._stale, self._said = True, None
             return True
 
     def _say_state(self) -> None:
         state = protocol.state(self._state())
         if state != self._said:
+            self._said = state  # before it is sent: a window that comes meanwhile has it sent again
             self._stream.send(state)
-            self._said = state
 
     # ------------------------------------------------------------------ windows to kernel
 
     def _window(self, comm: Any, _: Any) -> None:
         """A window has opened a comm."""
         comm.on_msg(lambda message: self._asked(comm, message["content"]["data"]))
+        comm.on_close(lambda _: self._windows.pop(comm.comm_id, None))
+        self._windows[comm.comm_id] = comm
         comm.send(self._hello)
         self._said = None  # it has heard nothing yet
         self.changed()
 
     def _asked(self, comm: Any, message: Any) -> None:
         number = message.get("request") if isinstance(message, Mapping) else None
-        number = number if isinstance(number, int) else -1
+        number = number if type(number) is int else -1  # True is none
         try:
             request = protocol.request(message)
             facts, buffers = self._answer(

@@ -66,7 +66,7 @@ class Panel:
             return None
         from . import live  # NumPy: loading the magics does without
 
-        return live.facts(recorder)
+        return live.facts(recorder, self._desk.shell.user_ns)
 
     def _soon(self, act: Callable[[], None]) -> None:
         self._loop.call_soon_threadsafe(act)
@@ -105,7 +105,7 @@ class Panel:
         if diagnostic is not None:
             report.judgement(diagnostic)  # says which there are
             report = Report(report.run, {diagnostic: report.outcomes[diagnostic]})
-        return {}, [gzip.compress(embedded(page(report)).encode(), 6, mtime=0)]
+        return {}, [gzip.compress(embedded(page(report, whole=diagnostic is None)).encode(), 6, mtime=0)]
 
     def _do_export(self, tell: Tell, run: str, path: str) -> tuple[Facts, list[bytes]]:
         from bnviz.page import written_here
@@ -117,9 +117,7 @@ class Panel:
         return {"path": str(written), "size": quantities.size(written.stat().st_size)}, []
 
     def _do_open(self, _: Tell, path: str) -> tuple[Facts, list[bytes]]:
-        run, name = bnviz.open(Path(path).expanduser()), self._desk.free_name()
-        self._desk.shell.push({name: run})
-        return {"run": name}, []
+        return {"run": self._desk.keep(bnviz.open(Path(path).expanduser()))}, []
 
     def _report(self, name: str, tell: Tell) -> Any:
         """The report on a run, made once."""

@@ -90,7 +90,8 @@ def _arguments(action: str, given: Any) -> dict[str, Any]:
             continue
         texts = value if kind is list and isinstance(value, list) else [value]
         if not isinstance(value, kind) or not all(isinstance(text, str) and len(text) <= LONGEST for text in texts):
-            raise SchemaError(f"{name!r} of {action!r} must be {'a list of texts' if kind is list else 'a text'}.")
+            what = "a list of texts" if kind is list else "a text"
+            raise SchemaError(f"{name!r} of {action!r} must be {what} of at most {LONGEST} characters.")
     return found
 
 

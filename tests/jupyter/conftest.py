@@ -1,7 +1,8 @@
-"""One real Jupyter server with its own folders, and one real browser, for the tests of this folder that ask for them."""
+"""What tests of this folder ask for: one real Jupyter server with its own folders, one real browser, a shell's desk."""
 
 from __future__ import annotations
 
+import builtins
 import importlib.util
 import os
 import re
@@ -35,6 +36,7 @@ FLAGS = [
     "--disable-dev-shm-usage",
     "--force-color-profile=srgb",
 ]
+PANEL = Path(bnviz.__file__).parent / "labextension"  # as it was built last
 MISSING = [
     name for name in ("jupyterlab", "notebook", "ipykernel", "playwright") if importlib.util.find_spec(name) is None
 ]
@@ -52,13 +54,19 @@ class Server:
         settings.mkdir(parents=True)
         quiet = '{"fetchNews": "false", "checkForUpdates": false}'
         (settings / "notification.jupyterlab-settings").write_text(quiet)
+        if PANEL.exists():
+            (base / "labextensions").mkdir()
+            (base / "labextensions" / "bnviz").symlink_to(PANEL)
         self.token = secrets.token_hex(16)
         self.log = (base / "server.log").open("w")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
         self.process = subprocess.Popen(
-            self._command(), env=self._environment(base), stdout=self.log, stderr=subprocess.STDOUT
+            [*self._command(), f"--LabServerApp.extra_labextensions_path={base / 'labextensions'}"],
+            env=self._environment(base),
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
         )
         self._wait()
 
@@ -209,3 +217,26 @@ def new_tab(browser: Any, server: Server) -> Callable[[], AbstractContextManager
 def tab(new_tab: Callable[[], AbstractContextManager[Tab]]) -> Iterator[Tab]:
     with new_tab() as one:
         yield one
+
+
+@pytest.fixture
+def desk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The desk of a real IPython shell with a small model in it; it notices cells as in a kernel."""
+    monkeypatch.delattr(builtins, "_", raising=False)  # a doctest leaves one, and IPython then keeps none of its own
+    interactiveshell = pytest.importorskip("IPython.core.interactiveshell")
+    from tests.capture.test_sites import Body, PreNorm
+
+    from .desks import Later, X
+
+    shell = interactiveshell.InteractiveShell.instance(colors="nocolor")
+    shell.run_line_magic("load_ext", "bnviz")
+    made = shell._bnviz_magics.desk
+    shell.push({"x": X, "net": Body(PreNorm).eval(), "desk": made, "later": Later()})
+    for name, notice in (("pre_run_cell", made.cell_begins), ("post_run_cell", made.cell_ends)):
+        shell.events.register(name, notice)
+    yield made
+    for name, notice in (("pre_run_cell", made.cell_begins), ("post_run_cell", made.cell_ends)):
+        shell.events.unregister(name, notice)
+    shell.run_line_magic("unload_ext", "bnviz")
+    shell.history_manager.end_session()
+    interactiveshell.InteractiveShell.clear_instance()

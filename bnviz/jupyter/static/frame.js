@@ -46,6 +46,7 @@
   // Tall enough for the page, but not taller than a window lets it be read; a height set by hand is kept.
   let given = '';
   const fit = () => {
+    if ('fixed' in frame.dataset) return; // a tab has a height of its own
     if (given && frame.style.height !== given) return;
     const most = Math.max(480, 0.8 * notebook.innerHeight);
     given = `${Math.ceil(Math.min(most, document.documentElement.getBoundingClientRect().height))}px`;

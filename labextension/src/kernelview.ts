@@ -1,0 +1,67 @@
+import { TranslationBundle } from '@jupyterlab/translation';
+
+import { h } from './dom';
+import { KernelLink } from './link';
+import { LiveSection } from './livesection';
+import { IReport, reportOf } from './protocol';
+import { RunsSection } from './runs';
+import { WatchSection } from './watch';
+
+export interface IPanelActs {
+  view(link: KernelLink, run: string, diagnostic: string | undefined, title: string): void;
+  export(link: KernelLink, run: string): Promise<void>;
+  failed(why: string): void;
+  probes(): string[];
+}
+
+/** All that the panel shows of one kernel; it stays while another notebook is in view. */
+export class KernelView {
+  constructor(
+    readonly link: KernelLink,
+    trans: TranslationBundle,
+    acts: IPanelActs
+  ) {
+    const tell = (error: Error) => acts.failed(error.message);
+    this.watch = new WatchSection(
+      trans,
+      {
+        watch: (model, probes) => void link.ask('watch', { model, probes }).catch(tell),
+        watchNext: (model, probes) => void link.ask('watch_next', { model, probes }).catch(tell),
+        stop: () => void link.ask('stop', {}).catch(tell)
+      },
+      acts.probes
+    );
+    this.live = new LiveSection(trans);
+    this.runs = new RunsSection(trans, {
+      report: async (run, told): Promise<IReport> => reportOf((await link.ask('report', { run }, told)).reply),
+      view: (run, diagnostic, title) => acts.view(link, run, diagnostic, title),
+      export: run => void acts.export(link, run).catch(tell)
+    });
+    this.node.append(this.watch.node, this.live.node, this.runs.node);
+    link.changed.connect(this.update, this);
+    this.update();
+  }
+
+  readonly node = h('div', { class: 'bnviz-Kernel' });
+
+  private update(): void {
+    const { state, live, phase } = this.link;
+    this.node.classList.toggle('bnviz-past', phase !== 'live');
+    this.live.update(state?.watching ? live : null);
+    if (state && state !== this.seen) {
+      const ended = this.cell !== null && state.cell === null;
+      this.seen = state;
+      this.cell = state.cell;
+      this.watch.update(state);
+      if (phase === 'live') {
+        this.runs.update(state.runs, ended);
+      }
+    }
+  }
+
+  private readonly watch: WatchSection;
+  private readonly live: LiveSection;
+  private readonly runs: RunsSection;
+  private seen: unknown = null;
+  private cell: number | null = null;
+}

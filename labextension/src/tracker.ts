@@ -1,0 +1,107 @@
+import { ISessionContext } from '@jupyterlab/apputils';
+import { ConsolePanel, IConsoleTracker } from '@jupyterlab/console';
+import { INotebookTracker, NotebookPanel } from '@jupyterlab/notebook';
+import { Kernel } from '@jupyterlab/services';
+import { IDisposable } from '@lumino/disposable';
+import { ISignal, Signal } from '@lumino/signaling';
+
+import { KernelLink } from './link';
+
+export type Place = NotebookPanel | ConsolePanel;
+
+/** Follows the notebook or console in view, and hands out the link of its kernel. */
+export class LinkTracker implements IDisposable {
+  constructor(
+    private readonly notebooks: INotebookTracker,
+    private readonly consoles: IConsoleTracker | null,
+    readonly connects: () => boolean
+  ) {
+    notebooks.currentChanged.connect(this.onPlace, this);
+    consoles?.currentChanged.connect(this.onPlace, this);
+    this.follow(notebooks.currentWidget ?? consoles?.currentWidget ?? null);
+  }
+
+  /** Of the kernel in view; null where there is none. */
+  get current(): KernelLink | null {
+    return this._current;
+  }
+  /** The notebook or console in view. */
+  get place(): Place | null {
+    return this._place;
+  }
+  get changed(): ISignal<this, void> {
+    return this._changed;
+  }
+  /** A kernel asks for the panel. */
+  get shown(): ISignal<this, void> {
+    return this._shown;
+  }
+  get isDisposed(): boolean {
+    return this._disposed;
+  }
+
+  /** The link of a kernel, made at first. */
+  linkOf(kernel: Kernel.IKernelConnection | null | undefined): KernelLink | null {
+    if (!kernel || kernel.isDisposed) {
+      return null;
+    }
+    let link = this.links.get(kernel);
+    if (!link) {
+      link = new KernelLink(kernel);
+      this.links.set(kernel, link);
+      link.shown.connect(() => this._shown.emit());
+      kernel.disposed.connect(() => this.links.delete(kernel));
+    }
+    return link;
+  }
+
+  /** The notebook or console at a path, open in this window. */
+  at(path: string): Place | null {
+    const places: Place[] = [];
+    this.notebooks.forEach(one => places.push(one));
+    this.consoles?.forEach(one => places.push(one));
+    return places.find(one => pathOf(one) === path) ?? null;
+  }
+
+  dispose(): void {
+    this._disposed = true;
+    this.notebooks.currentChanged.disconnect(this.onPlace, this);
+    this.consoles?.currentChanged.disconnect(this.onPlace, this);
+    this.session?.kernelChanged.disconnect(this.onKernel, this);
+    this.links.forEach(link => link.dispose());
+    Signal.clearData(this);
+  }
+
+  private onPlace(_: unknown, place: Place | null): void {
+    this.follow(place ?? this.notebooks.currentWidget ?? this.consoles?.currentWidget ?? null);
+  }
+
+  private follow(place: Place | null): void {
+    this.session?.kernelChanged.disconnect(this.onKernel, this);
+    this._place = place;
+    this.session = place?.sessionContext ?? null;
+    this.session?.kernelChanged.connect(this.onKernel, this);
+    place?.disposed.connect(() => this._place === place && this.follow(null));
+    this.onKernel();
+  }
+
+  private onKernel(): void {
+    this._current = this.linkOf(this.session?.session?.kernel);
+    if (this._current && this.connects()) {
+      void this._current.open();
+    }
+    this._changed.emit();
+  }
+
+  private links = new Map<Kernel.IKernelConnection, KernelLink>();
+  private session: ISessionContext | null = null;
+  private _place: Place | null = null;
+  private _current: KernelLink | null = null;
+  private _disposed = false;
+  private _changed = new Signal<this, void>(this);
+  private _shown = new Signal<this, void>(this);
+}
+
+export function pathOf(place: Place): string {
+  return place.sessionContext.path;
+}

@@ -1,0 +1,196 @@
+import { TranslationBundle } from '@jupyterlab/translation';
+
+import { h, replace } from './dom';
+import { IState } from './protocol';
+
+export interface IWatchActs {
+  watch(model: string, probes: string[] | undefined): void;
+  watchNext(model: string, probes: string[] | undefined): void;
+  stop(): void;
+}
+
+/** Which model is watched, with which probes: the models that live in the kernel, and what may be done with them. */
+export class WatchSection {
+  constructor(
+    private readonly trans: TranslationBundle,
+    private readonly acts: IWatchActs,
+    private readonly preferred: () => string[]
+  ) {}
+
+  readonly node = h('section', { class: 'bnviz-Section', 'aria-label': 'Watch' });
+
+  update(state: IState): void {
+    const { trans } = this;
+    this.node.setAttribute('aria-label', trans.__('Watch'));
+    const names = state.models.map(model => model.name);
+    if (!names.includes(this.model)) {
+      this.model = names[0] ?? '';
+    }
+    if (!names.length && !state.watching) {
+      replace(this.node, h('h3', {}, trans.__('Models')), h('p', { class: 'bnviz-muted' }, this.none()));
+      return;
+    }
+    replace(
+      this.node,
+      h('h3', {}, trans.__('Models')),
+      this.models(state),
+      this.buttons(state),
+      state.said ? h('p', { class: 'bnviz-error', role: 'alert' }, state.said) : null,
+      this.probes(state)
+    );
+  }
+
+  private none(): string {
+    return this.trans.__('No model yet: no variable of this kernel is a torch.nn.Module. Run the cell that makes one.');
+  }
+
+  private models(state: IState): HTMLElement {
+    const rows = state.models.map(model => {
+      const watched = state.watching?.model === model.name;
+      const input = h('input', {
+        type: 'radio',
+        name: 'bnviz-model',
+        value: model.name,
+        'data-key': `model-${model.name}`,
+        checked: model.name === this.model,
+        disabled: state.watching !== null,
+        onchange: () => {
+          this.model = model.name;
+        }
+      });
+      return h(
+        'label',
+        { class: 'bnviz-Row', title: `${model.class}, ${model.parameters}` },
+        input,
+        h('code', {}, model.name),
+        h('span', { class: 'bnviz-muted bnviz-grow' }, `${model.class} · ${model.parameters}`),
+        watched ? h('span', { class: 'bnviz-badge' }, this.watchedWord(state)) : null
+      );
+    });
+    return h('div', { role: 'radiogroup', 'aria-label': this.trans.__('Models of this kernel') }, ...rows);
+  }
+
+  private watchedWord(state: IState): string {
+    const { trans } = this;
+    if (state.watching?.ending) {
+      return trans.__('stopping');
+    }
+    return state.watching?.waiting ? trans.__('from its next forward') : trans.__('watched');
+  }
+
+  private buttons(state: IState): HTMLElement {
+    const { trans } = this;
+    const busy = state.watching !== null || state.next_cell !== null;
+    const button = (key: string, text: string, title: string, disabled: boolean, act: () => void, main = false) =>
+      h(
+        'button',
+        {
+          class: `jp-mod-styled ${main ? 'jp-mod-accept' : 'jp-mod-reject'} bnviz-button`,
+          'data-key': key,
+          title,
+          disabled,
+          onclick: act
+        },
+        text
+      );
+    if (busy) {
+      const ending = state.watching?.ending ?? false;
+      const what = state.next_cell
+        ? trans.__('%1 is watched while the next cell runs.', state.next_cell)
+        : ending
+          ? trans.__('The run is closed when the cell has ended.')
+          : '';
+      return h(
+        'div',
+        { class: 'bnviz-Buttons' },
+        button('stop', trans.__('Stop'), trans.__('Watch no further'), ending, () => this.acts.stop(), true),
+        what ? h('span', { class: 'bnviz-muted' }, what) : null
+      );
+    }
+    return h(
+      'div',
+      { class: 'bnviz-Buttons' },
+      button(
+        'watch',
+        trans.__('Watch'),
+        trans.__('Watch this model from now on'),
+        !this.model,
+        () => this.acts.watch(this.model, this.chosen(state)),
+        true
+      ),
+      button(
+        'watch-next',
+        trans.__('Watch next cell'),
+        trans.__('Watch this model while the next cell runs'),
+        !this.model,
+        () => this.acts.watchNext(this.model, this.chosen(state))
+      )
+    );
+  }
+
+  private probes(state: IState): HTMLElement {
+    const { trans } = this;
+    const chosen = this.set(state);
+    const rows = state.probes.map(probe =>
+      h(
+        'label',
+        { class: 'bnviz-Row', title: probe.summary },
+        h('input', {
+          type: 'checkbox',
+          'data-key': `probe-${probe.name}`,
+          checked: chosen.has(probe.name),
+          disabled: state.watching !== null,
+          onchange: (event: Event) => this.toggle(state, probe.name, (event.target as HTMLInputElement).checked)
+        }),
+        h('code', {}, probe.name),
+        h('span', { class: 'bnviz-muted bnviz-grow bnviz-line' }, probe.summary)
+      )
+    );
+    const details = h(
+      'details',
+      { open: this.unfolded },
+      h(
+        'summary',
+        { 'data-key': 'probes' },
+        trans.__('Probes'),
+        h('span', { class: 'bnviz-muted' }, ` ${this.summary(state)}`)
+      ),
+      ...rows
+    );
+    details.addEventListener('toggle', () => {
+      this.unfolded = details.open;
+    });
+    return details;
+  }
+
+  private summary(state: IState): string {
+    return this.own === null && !this.preferred().length
+      ? this.trans.__('the usual ones')
+      : this.trans.__('%1 chosen', String(this.set(state).size));
+  }
+
+  private set(state: IState): Set<string> {
+    const known = state.probes.map(probe => probe.name);
+    const preferred = this.preferred().filter(name => known.includes(name));
+    const usual = state.probes.filter(probe => probe.default).map(probe => probe.name);
+    return new Set(this.own ?? (preferred.length ? preferred : usual));
+  }
+
+  /** What is asked for; undefined: what the kernel takes by default, for not all of it suits every model. */
+  private chosen(state: IState): string[] | undefined {
+    return this.own === null && !this.preferred().length ? undefined : [...this.set(state)];
+  }
+
+  private toggle(state: IState, name: string, on: boolean): void {
+    const set = this.set(state);
+    on ? set.add(name) : set.delete(name);
+    const usual = state.probes.filter(probe => probe.default).map(probe => probe.name);
+    const same = set.size === usual.length && usual.every(one => set.has(one));
+    this.own = same || !set.size ? null : [...set];
+    this.update(state);
+  }
+
+  private model = '';
+  private own: string[] | null = null;
+  private unfolded = false;
+}

@@ -1,0 +1,252 @@
+import { TranslationBundle } from '@jupyterlab/translation';
+import { readFileSync } from 'fs';
+import { join } from 'path';
+
+import { Curve, MOST } from '../src/curve';
+import { h, replace } from '../src/dom';
+import { LiveSection } from '../src/livesection';
+import { ILive, IReport, IRun, IState } from '../src/protocol';
+import { RunsSection, titled } from '../src/runs';
+import { Strip, written } from '../src/strip';
+import { WatchSection } from '../src/watch';
+
+/** Texts as they are written, with what is put into them. */
+const trans = {
+  __: (text: string, ...given: string[]) => text.replace(/%(\d)/g, (_, at) => given[Number(at) - 1])
+} as unknown as TranslationBundle;
+const load = (name: string) =>
+  JSON.parse(readFileSync(join(__dirname, '..', '..', 'tests', 'jupyter', 'messages', name), 'utf8'));
+const idle = (more: Partial<IState> = {}): IState => ({
+  ...load('state.json'),
+  watching: null,
+  next_cell: null,
+  ...more
+});
+const settled = () => new Promise(resolve => setTimeout(resolve));
+
+describe('numbers', () => {
+  it.each([
+    [21.6321, '1', '21.6'],
+    [3.5694, 'nat', '3.57 nat'],
+    [0.00123, '1', '0.0012'],
+    [1234.5, '1', '1235'],
+    [0, '1', '0'],
+    [-0.5, '1', '−0.500']
+  ])('%d %s is written %s', (value, unit, text) => {
+    expect(written(value, unit)).toBe(text);
+  });
+});
+
+describe('a strip', () => {
+  const strip = { name: 'load', title: 'Load', unit: '1', values: [1, null, 4], stretch: 1 };
+
+  it('has a column a layer, as tall as its number', () => {
+    const drawn = new Strip(trans, () => undefined);
+    drawn.update(strip);
+    const bars = [...drawn.node.querySelectorAll('rect')];
+    expect(bars.map(bar => bar.getAttribute('height'))).toEqual(['9.00', '1.00', '36.00']);
+    expect(bars.map(bar => bar.textContent)).toEqual(['layer 0: 1.00', 'layer 1: not measured', 'layer 2: 4.00']);
+    expect(drawn.node.querySelector('svg')!.getAttribute('aria-label')).toBe('Load: largest 4.00 at layer 2');
+  });
+
+  it('is drawn again in place, with fewer columns too', () => {
+    const drawn = new Strip(trans, () => undefined);
+    drawn.update(strip);
+    const first = drawn.node.querySelector('rect');
+    drawn.update({ ...strip, values: [2, 2] });
+    expect(drawn.node.querySelectorAll('rect')).toHaveLength(2);
+    expect(drawn.node.querySelector('rect')).toBe(first);
+  });
+
+  it('tells which layer was clicked, where a column is several too', () => {
+    const layers: number[] = [];
+    const drawn = new Strip(trans, layer => layers.push(layer));
+    drawn.update({ ...strip, stretch: 2 });
+    drawn.node.querySelectorAll('rect')[2].dispatchEvent(new MouseEvent('click', { bubbles: true }));
+    expect(layers).toEqual([4]);
+  });
+});
+
+describe('what is live', () => {
+  it('is hidden until something is, and then the same elements', () => {
+    const section = new LiveSection(trans);
+    section.update(null);
+    expect(section.node.hidden).toBe(true);
+    const live: ILive = load('live.json');
+    section.update(live);
+    const strips = [...section.node.querySelectorAll('svg')];
+    section.update({ ...live, words: '9 forwards' });
+    expect(section.node.hidden).toBe(false);
+    expect(strips).toHaveLength(live.strips.length + live.values.length);
+    expect([...section.node.querySelectorAll('svg')]).toEqual(strips);
+    expect(section.node.querySelector('.bnviz-words')!.textContent).toBe('9 forwards');
+  });
+});
+
+describe('a curve', () => {
+  const points = (curve: Curve) => curve.node.querySelector('polyline')!.getAttribute('points')!.split(' ');
+
+  it('goes from its least to its largest, over the time there is', () => {
+    const curve = new Curve(trans, 'loss');
+    [3, 1, 2].forEach((value, i) => curve.add(i, value));
+    expect(points(curve)).toEqual(['0.0,2.0', '160.0,46.0', '320.0,24.0']);
+    expect(curve.node.querySelector('svg')!.getAttribute('aria-label')).toBe('loss: now 2.00, from 1.00 to 3.00');
+  });
+
+  it('holds so many points however long it takes, the newest among them, and takes no time twice', () => {
+    const curve = new Curve(trans, 'loss');
+    for (let i = 0; i < 10 * MOST; i++) {
+      curve.add(i, i);
+      curve.add(i, -1);
+      curve.add(i + 0.5, NaN);
+      expect(curve.length).toBeLessThanOrEqual(MOST);
+    }
+    expect(points(curve).at(-1)).toBe('320.0,2.0');
+    expect(points(curve)[0]).toBe('0.0,46.0');
+  });
+
+  it('begins anew with another capture', () => {
+    const section = new LiveSection(trans);
+    const live: ILive = load('live.json');
+    section.update({ ...live, seconds: 9 });
+    section.update({ ...live, seconds: 1, values: [{ name: 'loss', value: 5 }] });
+    expect(section.node.querySelector('polyline')!.getAttribute('points')).toBe('0.0,24.0');
+  });
+});
+
+describe('watching', () => {
+  const asked: unknown[] = [];
+  const acts = {
+    watch: (...given: unknown[]) => asked.push(['watch', ...given]),
+    watchNext: (...given: unknown[]) => asked.push(['next', ...given]),
+    stop: () => asked.push(['stop'])
+  };
+  const click = (section: WatchSection, key: string) =>
+    section.node.querySelector<HTMLElement>(`[data-key="${key}"]`)!.click();
+  beforeEach(() => asked.splice(0));
+
+  it('asks for the usual probes unless others are chosen', () => {
+    const section = new WatchSection(trans, acts, () => []);
+    const state = idle();
+    document.body.append(section.node); // a box that is nowhere does not change
+    section.update(state);
+    click(section, 'watch');
+    const usual = state.probes.filter(probe => probe.default).map(probe => probe.name);
+    click(section, `probe-${usual[0]}`);
+    click(section, 'watch-next');
+    click(section, `probe-${usual[0]}`);
+    click(section, 'watch');
+    const model = state.models[0].name;
+    expect(asked).toEqual([
+      ['watch', model, undefined],
+      ['next', model, usual.slice(1)],
+      ['watch', model, undefined]
+    ]);
+    section.node.remove();
+  });
+
+  it('asks for what the settings prefer, of what there is', () => {
+    const section = new WatchSection(trans, acts, () => ['attention', 'unheard of']);
+    section.update(idle());
+    click(section, 'watch');
+    expect(asked[0]).toEqual(['watch', idle().models[0].name, ['attention']]);
+  });
+
+  it('says what is on and offers to stop it', () => {
+    const section = new WatchSection(trans, acts, () => []);
+    const model = idle().models[0].name;
+    section.update(idle({ watching: { model, probes: null, waiting: true, ending: false } }));
+    expect(section.node.querySelector('.bnviz-badge')!.textContent).toBe('from its next forward');
+    click(section, 'stop');
+    expect(asked).toEqual([['stop']]);
+    section.update(idle({ next_cell: model }));
+    expect(section.node.textContent).toContain(`${model} is watched while the next cell runs.`);
+  });
+
+  it('says what to do where there is no model', () => {
+    const section = new WatchSection(trans, acts, () => []);
+    section.update(idle({ models: [] }));
+    expect(section.node.textContent).toContain('No model yet');
+    expect(section.node.querySelector('button')).toBeNull();
+  });
+
+  it('keeps the focus where it was', () => {
+    const section = new WatchSection(trans, acts, () => []);
+    document.body.append(section.node);
+    section.update(idle());
+    section.node.querySelector<HTMLElement>('[data-key=watch-next]')!.focus();
+    section.update(idle({ cell: 3 }));
+    expect((document.activeElement as HTMLElement).dataset.key).toBe('watch-next');
+    section.node.remove();
+  });
+});
+
+describe('runs', () => {
+  const run = (name: string): IRun => ({ name, model: 'net', words: '1 forward', records: ['attention'] });
+  const report: IReport = load('reply_report.json');
+
+  it('choose the newest, show its findings and open what is asked for', async () => {
+    const opened: unknown[] = [];
+    const section = new RunsSection(trans, {
+      report: async () => report,
+      view: (...given) => opened.push(given),
+      export: name => opened.push(['export', name])
+    });
+    section.update([run('run')], false);
+    section.update([run('run'), run('run_2')], false);
+    await settled();
+    const pressed = [...section.node.querySelectorAll('.bnviz-Run')].map(row => row.getAttribute('aria-pressed'));
+    expect(pressed).toEqual(['false', 'true']);
+    section.node.querySelector<HTMLElement>('[data-key=finding-0]')!.click();
+    section.node.querySelector<HTMLElement>('[data-key=export]')!.click();
+    const of = report.findings[0].diagnostic;
+    expect(opened).toEqual([
+      ['run_2', of, titled(of)],
+      ['export', 'run_2']
+    ]);
+  });
+
+  it('say why there is no report', async () => {
+    const section = new RunsSection(trans, {
+      report: () => Promise.reject(new Error('This run is empty.')),
+      view: () => undefined,
+      export: () => undefined
+    });
+    section.update([run('run')], false);
+    await settled();
+    expect(section.node.querySelector('[role=alert]')!.textContent).toBe('This run is empty.');
+  });
+
+  it('forget a report that comes after another run was chosen', async () => {
+    let late: (report: IReport) => void = () => undefined;
+    const section = new RunsSection(trans, {
+      report: name =>
+        name === 'run' ? new Promise(resolve => (late = resolve)) : Promise.resolve({ ...report, findings: [] }),
+      view: () => undefined,
+      export: () => undefined
+    });
+    section.update([run('run')], false);
+    section.update([run('run'), run('run_2')], false);
+    await settled();
+    late(report);
+    await settled();
+    expect(section.node.textContent).toContain('Nothing found above the limits.');
+  });
+
+  it.each([
+    ['kv_importance', 'KV importance'],
+    ['roofline', 'Roofline']
+  ])('%s is titled %s', (name, title) => {
+    expect(titled(name)).toBe(title);
+  });
+});
+
+describe('elements', () => {
+  it('take text as text', () => {
+    const bad = '<img src=x onerror=alert(1)>';
+    const made = h('p', { title: bad }, bad);
+    replace(made, bad);
+    expect(made.querySelector('img')).toBeNull();
+    expect(made.textContent).toBe(bad);
+  });
+});
