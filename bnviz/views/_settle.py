@@ -55,7 +55,8 @@ def settle(root: LayoutDOM) -> LayoutDOM:
     """
     from .style import tap
 
-    for model in root.references():
+    models = list(root.references())  # a walk over every property of every model
+    for model in models:
         if isinstance(model, Widget):
             model.stylesheets = [InlineStyleSheet(css=_WIDGET), *model.stylesheets]
         if isinstance(model, Glyph) and getattr(model, "text_font", None) in (FONT, MONO):
@@ -68,7 +69,7 @@ def settle(root: LayoutDOM) -> LayoutDOM:
             if model.sizing_mode is None:
                 model.update(sizing_mode="stretch_width", max_width=model.max_width or model.width)
             _selectable(model, tap)
-    for model in root.references():
+    for model in models:
         if isinstance(model, Column):
             model.children = [_titled(child) for child in model.children]
         if isinstance(model, Row):
