@@ -77,6 +77,7 @@ export class BnvizPanel extends Widget {
     this.link?.changed.disconnect(this.render, this);
     this.link = link;
     link?.changed.connect(this.render, this);
+    this.tracker.place?.title.changed.connect(this.render, this); // once a place: a second time connects nothing
     this.said = '';
     let view: KernelView | null = null;
     if (link) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib.util
+import json
 import os
 import re
 import secrets
@@ -54,6 +55,10 @@ class Server:
         settings.mkdir(parents=True)
         quiet = '{"fetchNews": "false", "checkForUpdates": false}'
         (settings / "notification.jupyterlab-settings").write_text(quiet)
+        foreign = base / "data" / "kernels" / "foreign"  # a kernel that says it runs another language
+        foreign.mkdir(parents=True)
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        (foreign / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "Foreign", "language": "R"}))
         if PANEL.exists():
             (base / "labextensions").mkdir()
             (base / "labextensions" / "bnviz").symlink_to(PANEL)
@@ -121,9 +126,9 @@ class Server:
             self.process.wait()
         self.log.close()
 
-    def write(self, name: str, *cells: str) -> Path:
+    def write(self, name: str, *cells: str, kernel: str = "python3") -> Path:
         book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-        book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        book.metadata["kernelspec"] = {"name": kernel, "display_name": kernel, "language": "python"}
         nbformat.write(book, self.root / name)
         return self.root / name
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+import bnviz
 
 from .conftest import PANEL
 
@@ -14,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not PANEL.exists(), reason="the panel is not built: npm run build:prod in labextension/"),
 ]
 
+SHOTS = Path(bnviz.__file__).parents[1] / "build" / "screenshots"  # of every test as it ended, to look at
 MODEL = """
 import torch
 from bnviz.demo.models import load
@@ -90,14 +95,16 @@ class Shown:
 
 
 @pytest.fixture
-def shown(tab: Any, server: Any, request: pytest.FixtureRequest) -> Shown:
+def shown(tab: Any, server: Any, request: pytest.FixtureRequest) -> Iterator[Shown]:
     """A notebook of its own with a model, the panel in front, bnviz not loaded yet."""
     (server.root / "enough").unlink(missing_ok=True)
     name = f"{request.node.name}.ipynb"
     server.write(name, MODEL, LONG, "model(ids);")
     tab.open(name)
     tab.command("bnviz:show-panel")
-    return Shown(tab)
+    yield Shown(tab)
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    tab.page.screenshot(path=SHOTS / f"{request.node.name}.png")
 
 
 @pytest.fixture
@@ -272,6 +279,79 @@ def test_notebook_7_has_the_panel(tab: Any, server: Any) -> None:
     tab.run(1)
     shown.see(".bnviz-Run")
     assert tab.outside == []
+
+
+def test_two_windows_show_the_same_kernel(loaded: Shown, new_tab: Any) -> None:
+    name = loaded.page.evaluate("() => book().context.path")
+    loaded.tab.command("docmanager:save")
+    with new_tab() as second:
+        second.open(name)
+        second.command("bnviz:show-panel")
+        other = Shown(second)
+        other.state("live")
+        loaded.press("watch")
+        other.see("[data-key=stop]")
+        loaded.start(1)
+        loaded.more_calls()
+        other.more_calls()
+        other.press("stop")
+        loaded.page.locator("#bnviz-panel .bnviz-badge", has_text="stopping").wait_for()
+        loaded.enough()
+        loaded.ended()
+        assert other.see(".bnviz-Run").inner_text() == loaded.see(".bnviz-Run").inner_text()
+
+
+def test_a_kernel_that_died_leaves_what_was_seen(loaded: Shown) -> None:
+    loaded.press("watch")
+    loaded.see(".bnviz-badge")
+    loaded.page.evaluate("""() => { void book().sessionContext.session.kernel.requestExecute(
+        {code: 'import os; os._exit(1)'}); }""")
+    loaded.page.wait_for_function(
+        "() => ['stale', 'dead'].includes(document.querySelector('#bnviz-panel').dataset.state)"
+    )
+    assert loaded.see("label.bnviz-Row code").inner_text() == "model"
+
+
+def test_a_kernel_with_another_protocol_is_told_so(shown: Shown) -> None:
+    shown.page.evaluate("""() => book().sessionContext.session.kernel.requestExecute({code:
+        'import bnviz.jupyter.protocol as p; p.VERSION = 99\\n%load_ext bnviz'}).done.then(() => null)""")
+    shown.state("other")
+    assert "speaks protocol 99" in shown.see(".bnviz-Note").inner_text()
+    assert shown.page.locator("#bnviz-panel [data-key=watch]").count() == 0
+
+
+def test_a_kernel_of_another_language_is_left_alone(tab: Any, server: Any) -> None:
+    server.write("foreign.ipynb", "1", kernel="foreign")
+    tab.open("foreign.ipynb")
+    tab.command("bnviz:show-panel")
+    shown = Shown(tab)
+    shown.state("foreign")
+    assert "does not run Python" in shown.see(".bnviz-Status").inner_text()
+
+
+def test_a_saved_run_opens_from_the_file_browser(loaded: Shown) -> None:
+    watched(loaded)
+    loaded.page.evaluate("""() => book().sessionContext.session.kernel.requestExecute(
+        {code: "run.save('kept.zarr', overwrite=True)"}).done.then(() => null)""")
+    loaded.tab.command("filebrowser:refresh")
+    loaded.page.locator(".jp-DirListing-item", has_text="kept.zarr").click(button="right")
+    loaded.page.locator(".lm-Menu-itemLabel", has_text="Open as bnviz Run").click()
+    row = loaded.page.locator("#bnviz-panel .bnviz-Run[data-key='run-run_2']")
+    row.wait_for()
+    assert row.inner_text().split("\n")[1] == loaded.see(".bnviz-Run").inner_text().split("\n")[1]
+
+
+def test_a_renamed_notebook_keeps_its_tabs(loaded: Shown) -> None:
+    watched(loaded)
+    loaded.press("view-expert_load")
+    loaded.view()
+    loaded.page.evaluate("() => book().context.rename('renamed.ipynb')")
+    loaded.page.wait_for_function("() => book().context.path === 'renamed.ipynb'")
+    loaded.press("view-expert_load")
+    loaded.page.wait_for_function(
+        "() => document.querySelector('#bnviz-panel .bnviz-Status').textContent.startsWith('renamed')"
+    )
+    assert loaded.page.locator(".bnviz-View").count() == 1
 
 
 def test_a_magic_brings_the_panel_to_the_front(shown: Shown) -> None:
