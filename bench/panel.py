@@ -102,10 +102,12 @@ def measure(tab: Tab) -> None:
     tab.page.locator("[data-key=stop]").click()
     tab.page.locator(".bnviz-Run").wait_for(timeout=120_000)
     tab.run(5)
-    tab.page.evaluate("() => { book().content.activeCellIndex = 6; }")
-    first, last = tab.page.evaluate(REPORT)
-    line("a report on 32 layers, first figure", first / 1e3, 2.0)
-    line("a report on 32 layers, last figure", last / 1e3, 2.0)
+    for when in ("the first of a kernel", "another"):
+        tab.page.evaluate("() => { book().content.activeCellIndex = 6; }")
+        tab.command("notebook:clear-cell-output")
+        first, last = tab.page.evaluate(REPORT)
+        line(f"a report on 32 layers, {when}: first figure", first / 1e3, 2.0)
+        line(f"a report on 32 layers, {when}: last figure", last / 1e3, 2.0)
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 import threading
+import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,6 +54,8 @@ class Desk:
         self.said = ""  # what a watching that was put off came to
         self._begin: _Beginning | None = None
         self._ending = self._for_cell = False
+        self._model: Callable[[], Any] = lambda: None  # what is watched or waits; it may be called otherwise by now
+        self._ids: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._running: list[Any] = []  # cells, each inside the one before it
         self._lock = threading.RLock()
 
@@ -99,13 +103,14 @@ class Desk:
             watching = self.watched or self.waiting
             return {
                 "models": [_of_model(*one) for one in sorted(models.candidates(self.shell.user_ns).items())],
-                "runs": [_of_run(*one) for one in self.runs().items()],
+                "runs": [{**_of_run(*one), "id": self._id(one[1])} for one in self.runs().items()],
                 "probes": _probes(),
                 "watching": {
                     "model": watching,
                     "probes": None if self.probes is None else list(self.probes),
                     "waiting": not self.watched,
                     "ending": self._ending,
+                    "gone": watching.isidentifier() and self.shell.user_ns.get(watching) is not self._model(),
                 }
                 if watching
                 else None,
@@ -113,6 +118,10 @@ class Desk:
                 "cell": self.cell,
                 "said": self.said,
             }
+
+    def _id(self, run: Any) -> str:
+        """Another one for each run: the next under the same name may look the same."""
+        return self._ids.setdefault(run, uuid.uuid4().hex[:8])
 
     # ------------------------------------------------------------------ watching
 
@@ -129,6 +138,7 @@ class Desk:
             recorder = bnviz.capture(model, **options)
             recorder.attach()
             self.recorder, self.watched, self.probes, self.said = recorder, name, options.get("probes"), ""
+            self._model = weakref.ref(model)
         self.changed()
 
     def detach(self, name: str | None = None) -> Any:
@@ -193,7 +203,7 @@ class Desk:
         with self._lock:
             self._free()
             begin = _Beginning(model, lambda mine: self._begins(mine, model, name, options))
-            self._begin, self.armed = begin, None
+            self._begin, self.armed, self._model = begin, None, weakref.ref(model)
             self.waiting, self.probes, self.said = name, options.get("probes"), ""
         self.changed()
         soon(begin)

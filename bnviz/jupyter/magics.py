@@ -32,6 +32,19 @@ class BnvizMagics(Magics):  # type: ignore[misc]
         self.desk = Desk(shell)
         self.panel: Panel | None = None
 
+    def open_panel(self, _: Any = None) -> None:
+        """Link this shell to JupyterLab; once, and only where a loop runs its cells."""
+        self.wait_no_more()
+        with suppress(RuntimeError, ImportError):  # a kernel that runs its cells in another way has no panel
+            panel = Panel(self.desk)
+            panel.open()
+            self.panel = panel
+
+    def wait_no_more(self) -> None:
+        """Leave the first cell alone."""
+        with suppress(ValueError):
+            self.shell.events.unregister("pre_run_cell", self.open_panel)
+
     @no_var_expand  # type: ignore[untyped-decorator]
     @line_cell_magic  # type: ignore[untyped-decorator]
     def bnviz(self, line: str, cell: str | None = None) -> Any:
@@ -157,10 +170,9 @@ def register(shell: Any) -> None:
     shell.register_magics(magics)
     complete.register(shell)
     if getattr(shell, "kernel", None) is not None:
-        with suppress(RuntimeError, ImportError):  # a kernel that runs its cells in another way has no panel
-            panel = Panel(magics.desk)
-            panel.open()
-            magics.panel = panel
+        magics.open_panel()
+        if magics.panel is None:  # a profile loads this before the kernel has a loop: with the first cell, then
+            shell.events.register("pre_run_cell", magics.open_panel)
 
 
 def withdraw(shell: Any) -> None:
@@ -172,6 +184,7 @@ def withdraw(shell: Any) -> None:
     complete.withdraw(shell)
     for kind in ("line", "cell"):
         shell.magics_manager.magics[kind].pop("bnviz", None)
+    magics.wait_no_more()
     if magics.panel is not None:
         magics.panel.close()
     magics.desk.leave()

@@ -37,7 +37,9 @@ class Panel:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._loop = asyncio.get_running_loop()  # of the thread that runs cells, as this is
-        self._reports: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._made: weakref.WeakKeyDictionary[Any, Facts] = (
+            weakref.WeakKeyDictionary()
+        )  # parts of reports, which hold no run
         self._link = Link(self._answer, desk.state, self._live, bnviz.__version__)
 
     def open(self) -> None:
@@ -120,15 +122,18 @@ class Panel:
         return {"run": self._desk.keep(bnviz.open(Path(path).expanduser()))}, []
 
     def _report(self, name: str, tell: Tell) -> Any:
-        """The report on a run, made once."""
+        """The report on a run, diagnosed once."""
+        from bnviz.report import Report
+
         run = self._desk.run(name)
-        found = self._reports.get(run)
-        if found is None:
-            found = bnviz.diagnose(
+        made = self._made.get(run)
+        if made is None:
+            report = bnviz.diagnose(
                 run, progress=lambda done, total, what: tell({"done": done, "total": total, "what": what})
             )
-            self._reports[run] = found
-        return found
+            made = {"outcomes": report.outcomes, "failures": report.failures, "absent": report.absent}
+            self._made[run] = made
+        return Report(run, **made)
 
 
 def _said(report: Any) -> Facts:

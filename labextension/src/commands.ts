@@ -47,7 +47,7 @@ export function addCommands({ app, panel, tracker, tabs, trans, icon, selected }
   commands.addCommand(CommandIDs.load, {
     label: trans.__('Load bnviz in This Kernel'),
     caption: trans.__('Run %load_ext bnviz'),
-    isEnabled: () => tracker.current !== null && !live(),
+    isEnabled: () => panel.loadable,
     describedBy: { args: NONE },
     execute: () => panel.load()
   });
@@ -57,12 +57,9 @@ export function addCommands({ app, panel, tracker, tabs, trans, icon, selected }
     icon: args => (args.toolbar ? icon : undefined),
     isEnabled: () => tracker.current !== null,
     describedBy: { args: { type: 'object', properties: { toolbar: { type: 'boolean' } } } },
-    execute: async () => {
+    execute: () => {
       app.shell.activateById(panel.id);
-      const models = tracker.current?.state?.models ?? [];
-      if (live() && models.length === 1 && !watching()) {
-        await tracker.current!.ask('watch_next', { model: models[0].name }).catch(tell);
-      }
+      panel.watchNext();
     }
   });
   commands.addCommand(CommandIDs.stop, {

@@ -68,7 +68,7 @@ const plugin: JupyterFrontEndPlugin<void> = {
   ) => {
     const trans = (translator ?? nullTranslator).load('bnviz');
     const settings = new Settings();
-    const tracker = new LinkTracker(notebooks, consoles, () => settings.connects);
+    const tracker = new LinkTracker(app.shell, notebooks, consoles, () => settings.connects, trans);
     const tabs = new Tabs(app, tracker, trans, icon);
     const panel = new BnvizPanel(tracker, trans, icon, {
       view: (link, run, diagnostic, title) => {

@@ -44,17 +44,20 @@ export class KernelView {
 
   readonly node = h('div', { class: 'bnviz-Kernel' });
 
+  watchNext(): void {
+    this.watch.next();
+  }
+
   private update(): void {
     const { state, live, phase } = this.link;
     this.node.classList.toggle('bnviz-past', phase !== 'live');
+    this.node.hidden = phase === 'live' && state === null; // what there is belongs to the kernel before
     this.live.update(state?.watching ? live : null);
     if (state && state !== this.seen) {
-      const ended = this.cell !== null && state.cell === null;
       this.seen = state;
-      this.cell = state.cell;
       this.watch.update(state);
       if (phase === 'live') {
-        this.runs.update(state.runs, ended);
+        this.runs.update(state.runs);
       }
     }
   }
@@ -63,5 +66,4 @@ export class KernelView {
   private readonly live: LiveSection;
   private readonly runs: RunsSection;
   private seen: unknown = null;
-  private cell: number | null = null;
 }

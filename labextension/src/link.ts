@@ -1,4 +1,5 @@
 import { Kernel, KernelMessage } from '@jupyterlab/services';
+import { TranslationBundle } from '@jupyterlab/translation';
 import { JSONObject, UUID } from '@lumino/coreutils';
 import { IDisposable } from '@lumino/disposable';
 import { ISignal, Signal } from '@lumino/signaling';
@@ -8,8 +9,8 @@ import { Action, IActions, IHello, ILive, IProgress, IReply, IState, read, reque
 /**
  * How a kernel stands to this window.
  *
- * `unasked`: not yet, for the settings say so; `foreign`: it runs another language; `absent`: bnviz is not loaded there; `other`: its bnviz speaks another protocol; `stale`: it
- * was restarted, what is shown is from before.
+ * `unasked`: not yet, for the settings say so; `foreign`: it runs another language; `absent`: bnviz is not loaded there; `other`: its
+ * bnviz speaks another protocol; `stale`: it was restarted or bnviz unloaded, what is shown is from before.
  */
 export type Phase = 'unasked' | 'connecting' | 'foreign' | 'absent' | 'other' | 'live' | 'stale' | 'dead';
 
@@ -31,7 +32,10 @@ const WINDOW = UUID.uuid4();
 
 /** The link of this window to one kernel; it lives as long as the connection to it, and outlives a change of notebook. */
 export class KernelLink implements IDisposable {
-  constructor(readonly kernel: Kernel.IKernelConnection) {
+  constructor(
+    readonly kernel: Kernel.IKernelConnection,
+    private readonly trans: TranslationBundle
+  ) {
     kernel.statusChanged.connect(this.onStatus, this);
     kernel.disposed.connect(this.dispose, this);
     if (kernel.handleComms) {
@@ -68,10 +72,16 @@ export class KernelLink implements IDisposable {
     if (this.asking || this._disposed || !this.kernel.handleComms) {
       return;
     }
+    if (this.kernel.status === 'dead') {
+      return this.setPhase('dead');
+    }
     const opening = (this.asking = this.opened());
     const comm = await opening.catch(() => null);
     if (comm === null && this.asking === opening) {
       this.asking = null;
+      if (this._phase === 'connecting') {
+        this.setPhase('absent');
+      }
     }
   }
 
@@ -83,7 +93,7 @@ export class KernelLink implements IDisposable {
   async ask<A extends Action>(action: A, given: IActions[A], told?: (progress: IProgress) => void): Promise<IAnswer> {
     const comm = await this.asking;
     if (!comm || this._phase !== 'live') {
-      throw new Error('This kernel has no bnviz at the moment.');
+      throw new Error(this.trans.__('This kernel has no bnviz at the moment.'));
     }
     const number = ++this.numbered;
     return new Promise((resolve, reject) => {
@@ -100,7 +110,7 @@ export class KernelLink implements IDisposable {
     if (!this.kernel.isDisposed && this.kernel.handleComms) {
       this.kernel.removeCommTarget(TARGET, this.onOpenedByKernel);
     }
-    this.giveUp('The kernel is gone.');
+    this.giveUp(this.trans.__('The kernel is gone.'));
     Signal.clearData(this);
   }
 
@@ -149,20 +159,35 @@ export class KernelLink implements IDisposable {
     const key = `bnviz:subshell:${this.kernel.id}`;
     const had = sessionStorage.getItem(key);
     if (had) {
-      const there = await this.control('list_subshell_request');
+      const there = await this.control('list_subshell_request', {});
       if ((there?.subshell_id as string[] | undefined)?.includes(had)) {
         return had;
       }
     }
-    const made = await this.control('create_subshell_request');
-    const id = (made?.subshell_id as string | undefined) ?? null;
-    if (id) {
-      sessionStorage.setItem(key, id);
-    }
-    return id;
+    const take = (made: JSONObject | null) => {
+      const id = (made?.subshell_id as string | undefined) ?? null;
+      if (id) {
+        sessionStorage.setItem(key, id);
+      }
+      return (this.shell = id);
+    };
+    return take(await this.control('create_subshell_request', {}, take)); // or later: a kernel may be slow to start
   }
 
-  private async control(msgType: string): Promise<JSONObject | null> {
+  /** A kernel that bnviz is not in keeps no thread for it. */
+  private leaveSubshell(): void {
+    if (this.shell) {
+      sessionStorage.removeItem(`bnviz:subshell:${this.kernel.id}`);
+      void this.control('delete_subshell_request', { subshell_id: this.shell });
+      this.shell = null;
+    }
+  }
+
+  private async control(
+    msgType: string,
+    content: JSONObject,
+    late?: (reply: JSONObject) => void
+  ): Promise<JSONObject | null> {
     const { kernel } = this;
     try {
       const message = KernelMessage.createMessage({
@@ -170,15 +195,19 @@ export class KernelLink implements IDisposable {
         channel: 'control',
         username: kernel.username,
         session: kernel.clientId,
-        content: {}
+        content
       } as any) as any;
       let timer = 0;
-      const late = new Promise<null>(resolve => {
+      const over = new Promise<null>(resolve => {
         timer = window.setTimeout(() => resolve(null), CONTROL_PATIENCE);
       });
-      const reply = await Promise.race([kernel.sendControlMessage(message, true).done, late]);
+      const done = kernel.sendControlMessage(message, true).done.then(said => said?.content as unknown as JSONObject);
+      const reply = await Promise.race([done, over]);
       window.clearTimeout(timer);
-      return (reply?.content as unknown as JSONObject) ?? null;
+      if (reply === null && late) {
+        void done.then(late, () => undefined);
+      }
+      return reply ?? null;
     } catch {
       return null;
     }
@@ -246,13 +275,16 @@ export class KernelLink implements IDisposable {
     if (reply.ok) {
       asked?.resolve({ reply, buffers });
     } else {
-      asked?.reject(new Error(reply.error ?? 'The kernel refused.'));
+      asked?.reject(new Error(reply.error ?? this.trans.__('The kernel refused.')));
     }
   }
 
   private drop(): void {
     this.asking = this.stream = null;
-    this.giveUp('bnviz was unloaded in this kernel.');
+    this.giveUp(this.trans.__('bnviz was unloaded in this kernel.'));
+    if (this._hello === null) {
+      this.leaveSubshell();
+    }
     this.setPhase(this._hello === null ? 'absent' : 'stale');
   }
 
@@ -266,8 +298,9 @@ export class KernelLink implements IDisposable {
     const gone = ['restarting', 'autorestarting', 'terminating', 'dead'];
     if (gone.includes(status)) {
       this.asking = this.stream = null; // JupyterLab drops the comms of such a kernel itself
-      this.giveUp('The kernel was stopped.');
-      this.setPhase(status === 'dead' ? 'dead' : this._hello === null ? 'connecting' : 'stale');
+      this.giveUp(this.trans.__('The kernel was stopped.'));
+      const as = ['unasked', 'foreign'].includes(this._phase) ? this._phase : 'absent'; // a new kernel has no bnviz
+      this.setPhase(status === 'dead' ? 'dead' : this._hello === null ? as : 'stale');
     }
   }
 

@@ -19,6 +19,7 @@ export class LiveSection {
       this.notes
     );
     this.node.setAttribute('aria-label', trans.__('Live'));
+    this.bar.setAttribute('aria-label', trans.__('Share of the budget that is kept'));
     this.node.hidden = true;
   }
 

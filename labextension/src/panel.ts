@@ -10,6 +10,8 @@ import { LinkTracker } from './tracker';
 
 export type Shown = KernelLink['phase'] | 'no-place' | 'no-kernel' | 'held';
 
+const LOADABLE: Shown[] = ['unasked', 'absent', 'stale'];
+
 /** The side panel: the kernel of the notebook or console in view, and how to mend it where it can't be looked at. */
 export class BnvizPanel extends Widget {
   constructor(
@@ -32,27 +34,58 @@ export class BnvizPanel extends Widget {
       this.body
     );
     tracker.changed.connect(this.follow, this);
-    this.stopHearing = onSelect(chosen => this.choose(inWords(chosen)));
+    this.stopHearing = onSelect(chosen => this.choose(inWords(chosen, trans)));
     this.follow();
+  }
+
+  /** Whether bnviz may be loaded in the kernel in view. */
+  get loadable(): boolean {
+    return LOADABLE.includes(this.shown);
   }
 
   /** Run `%load_ext bnviz` in the kernel in view. */
   async load(): Promise<void> {
     const link = this.tracker.current;
-    if (!link) {
+    if (!link || !this.loadable || this.loading.has(link)) {
       return;
     }
     this.said = '';
-    const done = await link.kernel.requestExecute({ code: '%load_ext bnviz', store_history: false }).done;
-    const { status, ename, evalue } = done.content as { status: string; ename?: string; evalue?: string };
-    if (status === 'error') {
-      this.said =
-        ename === 'ModuleNotFoundError'
-          ? this.trans.__('bnviz is not installed in this kernel. Run: %pip install bnviz')
-          : `${ename}: ${evalue}`;
-      this.render();
-    } else {
+    this.loading.add(link);
+    this.render();
+    const said = await this.loaded(link);
+    this.loading.delete(link);
+    if (!said) {
       void link.open();
+    }
+    if (link === this.link) {
+      this.said = said;
+      this.render();
+    }
+  }
+
+  /** Why it was not loaded; empty where it was. */
+  private async loaded(link: KernelLink): Promise<string> {
+    const { trans } = this;
+    try {
+      const done = await link.kernel.requestExecute({ code: '%load_ext bnviz', store_history: false }).done;
+      const { status, ename, evalue } = done.content as { status: string; ename?: string; evalue?: string };
+      if (status === 'error') {
+        return ename === 'ModuleNotFoundError'
+          ? trans.__('bnviz is not installed in this kernel. Run: %pip install bnviz')
+          : `${ename}: ${evalue}`;
+      }
+      return status === 'ok'
+        ? ''
+        : trans.__('The cell before it failed, and the kernel did not load bnviz. Press again.');
+    } catch {
+      return trans.__('The kernel was stopped.');
+    }
+  }
+
+  /** Watch the one model that there is while the next cell runs; of several, the panel shows which. */
+  watchNext(): void {
+    if (this.link && this.shown === 'live') {
+      this.views.get(this.link)?.watchNext();
     }
   }
 
@@ -89,11 +122,7 @@ export class BnvizPanel extends Widget {
   }
 
   private choose(words: string): void {
-    const clear = h(
-      'button',
-      { class: 'bnviz-plain', onclick: () => (select([]), this.choose('')) },
-      this.trans.__('clear')
-    );
+    const clear = h('button', { class: 'bnviz-plain', onclick: () => select([]) }, this.trans.__('clear'));
     replace(this.chosen, words ? h('span', {}, this.trans.__('Selected: %1', words)) : null, words ? clear : null);
     this.chosen.hidden = !words;
   }
@@ -104,14 +133,14 @@ export class BnvizPanel extends Widget {
     const texts: Record<Shown, string> = {
       'no-place': trans.__('Open a notebook or a console'),
       'no-kernel': trans.__('%1 has no kernel', name),
-      held: trans.__('Another window part holds the messages of this kernel'),
+      held: trans.__('%1 shares its kernel with what was closed', name),
       unasked: trans.__('%1 has not been asked', name),
       connecting: trans.__('Connecting to %1', name),
       foreign: trans.__('%1 does not run Python', name),
       absent: trans.__('bnviz is not loaded in %1', name),
       other: trans.__('bnviz in %1 does not fit this panel', name),
       live: this.link?.state?.cell ? trans.__('%1 · cell runs', name) : name,
-      stale: trans.__('%1 was restarted', name),
+      stale: trans.__('bnviz is no longer loaded in %1', name),
       dead: trans.__('The kernel of %1 is dead', name)
     };
     this.node.dataset.state = shown;
@@ -120,7 +149,7 @@ export class BnvizPanel extends Widget {
     }
     this.status.title = texts[shown];
     const advice = this.advice(shown);
-    const key = `${shown}|${this.said}`;
+    const key = `${shown}|${this.said}|${this.isLoading}`;
     if (key !== this.noted) {
       this.noted = key;
       replace(this.note, ...advice);
@@ -135,7 +164,7 @@ export class BnvizPanel extends Widget {
     const words: Partial<Record<Shown, string>> = {
       'no-place': trans.__('A model is watched in the kernel it lives in: open its notebook, and this panel follows.'),
       'no-kernel': trans.__('Choose a kernel in the notebook’s toolbar.'),
-      held: trans.__('Open the notebook before the console of the same kernel, and reload this page.'),
+      held: trans.__('Its messages went there. Reload this page to go on.'),
       foreign: trans.__('bnviz watches PyTorch models in Python kernels.'),
       unasked: trans.__('Connecting automatically is switched off in the settings.'),
       absent: trans.__('Load it to see the models of this kernel; nothing of your code is run.'),
@@ -151,15 +180,25 @@ export class BnvizPanel extends Widget {
     if (!text) {
       return this.said ? [h('p', { class: 'bnviz-error', role: 'alert' }, this.said)] : [];
     }
+    const wait = h(
+      'p',
+      { class: 'bnviz-muted', role: 'status' },
+      trans.__('It is loaded as soon as the kernel is free.')
+    );
     const load = h(
       'button',
       { class: 'jp-mod-styled jp-mod-accept bnviz-button', 'data-key': 'load', onclick: () => void this.load() },
       trans.__('Load bnviz')
     );
     const said = this.said ? [h('p', { class: 'bnviz-error', role: 'alert' }, this.said)] : [];
-    return [h('p', {}, text), ...(['unasked', 'absent', 'stale'].includes(shown) ? [load] : []), ...said];
+    return [h('p', {}, text), ...(LOADABLE.includes(shown) ? [this.isLoading ? wait : load] : []), ...said];
   }
 
+  private get isLoading(): boolean {
+    return this.link !== null && this.loading.has(this.link);
+  }
+
+  private readonly loading = new Set<KernelLink>();
   private readonly status = h('span', { class: 'bnviz-Status', role: 'status' });
   private readonly chosen = h('div', { class: 'bnviz-Chosen', role: 'status', hidden: true });
   private readonly note = h('div', { class: 'bnviz-Note' });

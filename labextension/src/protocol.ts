@@ -22,6 +22,8 @@ export interface IModel {
 
 export interface IRun {
   name: string;
+  /** Another one for each run: the next under the same name may look the same. */
+  id: string;
   model: string;
   words: string;
   records: string[];
@@ -38,6 +40,8 @@ export interface IWatching {
   probes: string[] | null;
   waiting: boolean;
   ending: boolean;
+  /** No variable of that name is that model any more. */
+  gone: boolean;
 }
 
 export interface IState {
@@ -161,9 +165,9 @@ const SHAPES: Record<Message['kind'], Check> = {
   hello: having({ protocol: number, session: text, version: text }),
   state: having({
     models: list(having({ name: text, class: text, parameters: text })),
-    runs: list(having({ name: text, model: text, words: text, records: list(text) })),
+    runs: list(having({ name: text, id: text, model: text, words: text, records: list(text) })),
     probes: list(having({ name: text, summary: text, default: truth })),
-    watching: orNull(having({ model: text, probes: orNull(list(text)), waiting: truth, ending: truth })),
+    watching: orNull(having({ model: text, probes: orNull(list(text)), waiting: truth, ending: truth, gone: truth })),
     next_cell: orNull(text),
     cell: orNull(number),
     said: text

@@ -27,8 +27,9 @@ export class RunsSection {
 
   readonly node = h('section', { class: 'bnviz-Section' });
 
-  /** `again`: cells have run since, a name may mean another run. */
-  update(runs: IRun[], again: boolean): void {
+  update(runs: IRun[]): void {
+    const idOf = (name: string) => this.runs.find(run => run.name === name)?.id;
+    const before = idOf(this.chosen);
     const names = runs.map(run => run.name);
     const fresh = names.filter(name => !this.names.includes(name));
     this.names = names;
@@ -43,8 +44,8 @@ export class RunsSection {
     }
     if (fresh.length) {
       this.choose(fresh[fresh.length - 1]);
-    } else if (again && this.chosen) {
-      void this.load();
+    } else if (this.chosen && idOf(this.chosen) !== before) {
+      this.choose(this.chosen, true); // the name means another run
     }
   }
 
@@ -73,8 +74,8 @@ export class RunsSection {
     );
   }
 
-  private choose(name: string): void {
-    if (name !== this.chosen) {
+  private choose(name: string, anew = false): void {
+    if (name !== this.chosen || anew) {
       this.chosen = name;
       this.report = null;
       replace(this.body);
@@ -130,6 +131,7 @@ export class RunsSection {
         ? this.button('more', trans.__('Show %1 more', String(more)), () => {
             this.all = true;
             this.renderReport(report);
+            this.body.querySelector<HTMLElement>(`[data-key=finding-${FEW}]`)?.focus(); // the button is gone
           })
         : null,
       h('h4', {}, trans.__('Views')),
@@ -153,12 +155,19 @@ export class RunsSection {
       h(
         'button',
         { class: `bnviz-Finding bnviz-${one.severity}`, 'data-key': `finding-${i}`, onclick: jump, title: one.advice },
-        h('span', { class: 'bnviz-mark' }, `${MARK[one.severity]} ${one.severity}`),
+        h('span', { class: 'bnviz-mark' }, `${MARK[one.severity]} ${this.severity(one)}`),
         h('span', { class: 'bnviz-sentence' }, one.sentence),
         h('span', { class: 'bnviz-muted' }, [one.place, one.saving].filter(Boolean).join(' · ')),
         one.advice ? h('span', { class: 'bnviz-advice' }, one.advice) : null
       )
     );
+  }
+
+  private severity({ severity }: IFinding): string {
+    const { trans } = this;
+    return { high: trans.__('high'), medium: trans.__('medium'), low: trans.__('low'), note: trans.__('note') }[
+      severity
+    ];
   }
 
   private view(diagnostic: string, title: string): HTMLElement {

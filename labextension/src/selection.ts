@@ -1,3 +1,5 @@
+import { TranslationBundle } from '@jupyterlab/translation';
+
 /** One selection for all of a window: cells, tabs and the panel tell each other on one bus, with no kernel. */
 
 export type Address = Record<string, number | string>;
@@ -33,14 +35,11 @@ export function selectAgain(): void {
   }
 }
 
-/** Hear what is chosen elsewhere; returns what stops it. */
+/** Hear what is chosen, here or elsewhere; returns what stops it. */
 export function onSelect(heard: (chosen: Address[]) => void): () => void {
   const listen = (event: Event) => {
-    const { chosen, from } = (event as CustomEvent).detail;
-    current = chosen;
-    if (from !== US) {
-      heard(chosen);
-    }
+    current = (event as CustomEvent).detail.chosen;
+    heard(current);
   };
   bus().addEventListener('select', listen);
   return () => bus().removeEventListener('select', listen);
@@ -57,12 +56,19 @@ export function addresses(where: Record<string, unknown>): Address[] {
 }
 
 /** A place in words, as figures say it. */
-export function inWords(chosen: Address[]): string {
+export function inWords(chosen: Address[], trans: TranslationBundle): string {
   const one = chosen[chosen.length - 1];
   if (!one) {
     return '';
   }
-  const names = ['layer', 'head', 'kv_head', 'expert', 'token'].filter(name => name in one);
-  const place = names.map(name => `${name.replace('_', ' ')} ${one[name]}`).join(', ');
+  const words: Record<string, (at: string) => string> = {
+    layer: at => trans.__('layer %1', at),
+    head: at => trans.__('head %1', at),
+    kv_head: at => trans.__('kv head %1', at),
+    expert: at => trans.__('expert %1', at),
+    token: at => trans.__('token %1', at)
+  };
+  const names = Object.keys(words).filter(name => name in one);
+  const place = names.map(name => words[name](String(one[name]))).join(', ');
   return [place, one.path].filter(Boolean).join(' · ');
 }

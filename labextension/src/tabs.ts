@@ -2,6 +2,7 @@ import { JupyterFrontEnd } from '@jupyterlab/application';
 import { WidgetTracker } from '@jupyterlab/apputils';
 import { TranslationBundle } from '@jupyterlab/translation';
 import { LabIcon } from '@jupyterlab/ui-components';
+import { TabPanel } from '@lumino/widgets';
 
 import { KernelLink } from './link';
 import { LinkTracker, pathOf, Place } from './tracker';
@@ -27,13 +28,21 @@ export class Tabs {
       const other = this.widgets.find(one => one !== tab && one.isAttached && one.args.path === args.path)?.id;
       const ref = other ?? this.tracker.at(args.path)?.id;
       this.app.shell.add(tab, 'main', { mode: other ? 'tab-after' : 'split-right', ref, activate: false });
+      if (!tab.isAttached) {
+        tab.addClass('bnviz-below'); // Notebook 7 has one document in its main area
+        this.app.shell.add(tab, 'down');
+      }
     }
     link ??= this.tracker.linkOf(this.tracker.at(args.path)?.sessionContext.session?.kernel);
     if (link) {
-      tab.from(link);
+      tab.from(link, true);
     }
     this.follow(this.tracker.at(args.path));
     this.app.shell.activateById(tab.id);
+    const below = tab.parent?.parent;
+    if (below instanceof TabPanel) {
+      below.currentWidget = tab; // which Notebook 7 leaves behind the others
+    }
   }
 
   /** A notebook that is renamed keeps its tabs. */

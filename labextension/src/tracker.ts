@@ -1,7 +1,9 @@
+import { JupyterFrontEnd } from '@jupyterlab/application';
 import { ISessionContext } from '@jupyterlab/apputils';
 import { ConsolePanel, IConsoleTracker } from '@jupyterlab/console';
 import { INotebookTracker, NotebookPanel } from '@jupyterlab/notebook';
 import { Kernel } from '@jupyterlab/services';
+import { TranslationBundle } from '@jupyterlab/translation';
 import { IDisposable } from '@lumino/disposable';
 import { ISignal, Signal } from '@lumino/signaling';
 
@@ -12,12 +14,15 @@ export type Place = NotebookPanel | ConsolePanel;
 /** Follows the notebook or console in view, and hands out the link of its kernel. */
 export class LinkTracker implements IDisposable {
   constructor(
+    private readonly shell: JupyterFrontEnd.IShell,
     private readonly notebooks: INotebookTracker,
     private readonly consoles: IConsoleTracker | null,
-    readonly connects: () => boolean
+    readonly connects: () => boolean,
+    private readonly trans: TranslationBundle
   ) {
     notebooks.currentChanged.connect(this.onPlace, this);
     consoles?.currentChanged.connect(this.onPlace, this);
+    shell.currentChanged?.connect(this.onShell, this); // back from the console to the notebook, which was the last of its kind
     this.follow(notebooks.currentWidget ?? consoles?.currentWidget ?? null);
   }
 
@@ -40,40 +45,68 @@ export class LinkTracker implements IDisposable {
     return this._disposed;
   }
 
-  /** The link of a kernel, made at first. */
-  linkOf(kernel: Kernel.IKernelConnection | null | undefined): KernelLink | null {
-    if (!kernel || kernel.isDisposed) {
+  /** The link of a kernel, made at first: of the notebook and the console on one kernel, only one connection hears comms. */
+  linkOf(asked: Kernel.IKernelConnection | null | undefined): KernelLink | null {
+    if (!asked || asked.isDisposed) {
       return null;
     }
+    const kernels = this.places().map(place => place.sessionContext.session?.kernel);
+    const hears = (one: (typeof kernels)[number]) => one?.id === asked.id && !one.isDisposed && one.handleComms;
+    const kernel = asked.handleComms ? asked : (kernels.find(hears) ?? asked);
     let link = this.links.get(kernel);
     if (!link) {
-      link = new KernelLink(kernel);
+      link = new KernelLink(kernel, this.trans);
       this.links.set(kernel, link);
       link.shown.connect(() => this._shown.emit());
-      kernel.disposed.connect(() => this.links.delete(kernel));
+      kernel.disposed.connect(() => {
+        this.links.delete(kernel);
+        if (this._current === link && !this._disposed) {
+          this.onKernel(); // a console whose notebook was closed
+        }
+      });
     }
     return link;
   }
 
   /** The notebook or console at a path, open in this window. */
   at(path: string): Place | null {
+    return this.places().find(one => pathOf(one) === path) ?? null;
+  }
+
+  private places(): Place[] {
     const places: Place[] = [];
     this.notebooks.forEach(one => places.push(one));
     this.consoles?.forEach(one => places.push(one));
-    return places.find(one => pathOf(one) === path) ?? null;
+    return places;
   }
 
   dispose(): void {
     this._disposed = true;
     this.notebooks.currentChanged.disconnect(this.onPlace, this);
     this.consoles?.currentChanged.disconnect(this.onPlace, this);
+    this.shell.currentChanged?.disconnect(this.onShell, this);
     this.session?.kernelChanged.disconnect(this.onKernel, this);
     this.links.forEach(link => link.dispose());
     Signal.clearData(this);
   }
 
   private onPlace(_: unknown, place: Place | null): void {
+    const shown = this.inView();
+    if (shown && shown !== place) {
+      return; // the last of its kind is another one, what is in view is not: a notebook was closed beside a console
+    }
     this.follow(place ?? this.notebooks.currentWidget ?? this.consoles?.currentWidget ?? null);
+  }
+
+  private inView(): Place | undefined {
+    return this.places().find(one => one === this.shell.currentWidget);
+  }
+
+  private onShell(): void {
+    const place = this.inView();
+    if (place && place !== this._place) {
+      this.follow(place);
+    }
   }
 
   private follow(place: Place | null): void {
@@ -81,8 +114,14 @@ export class LinkTracker implements IDisposable {
     this._place = place;
     this.session = place?.sessionContext ?? null;
     this.session?.kernelChanged.connect(this.onKernel, this);
-    place?.disposed.connect(() => this._place === place && this.follow(null));
+    place?.disposed.connect(this.onGone, this);
     this.onKernel();
+  }
+
+  private onGone(place: Place): void {
+    if (this._place === place) {
+      this.follow(null);
+    }
   }
 
   private onKernel(): void {

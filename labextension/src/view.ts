@@ -32,23 +32,29 @@ class ViewContent extends Widget {
 
   async load(link: KernelLink): Promise<void> {
     const { run, diagnostic, title } = this.args;
+    const turn = ++this.turn;
+    const current = () => turn === this.turn && !this.isDisposed;
     if (!this.loaded) {
       this.say(this.trans.__('Reading %1', run));
     }
     try {
       const { buffers } = await link.ask('page', { run, diagnostic }, ({ done, total, what }) => {
-        if (!this.loaded && total > done) {
+        if (current() && !this.loaded && total > done) {
           this.say(`${what} (${done + 1} / ${total})`);
         }
       });
       const srcdoc = await inflated(buffers[0]);
-      replace(this.node, h('iframe', { title, 'data-fixed': true, srcdoc, onload: selectAgain }));
+      if (current()) {
+        replace(this.node, h('iframe', { title, 'data-fixed': true, srcdoc, onload: selectAgain }));
+      }
     } catch (error) {
-      if (!this.loaded) {
+      if (current() && !this.loaded) {
         this.say((error as Error).message);
       }
     }
   }
+
+  private turn = 0;
 
   private say(words: string): void {
     replace(this.node, h('p', { class: 'bnviz-muted', role: 'status' }, words));
@@ -76,25 +82,25 @@ export class ViewTab extends MainAreaWidget<Widget> {
     return `bnviz-view:${path}:${run}:${diagnostic ?? ''}`;
   }
 
-  /** Fill it from a kernel now, or when that is there. */
-  from(link: KernelLink): void {
-    if (link === this.link) {
-      if (link.phase === 'live') {
-        void this.page.load(link);
-      }
-      return;
+  /** Fill it from a kernel now, or when that is there; `anew`: the run of that name may be another by now. */
+  from(link: KernelLink, anew = false): void {
+    if (link !== this.link) {
+      this.link?.changed.disconnect(this.onChanged, this);
+      this.link = link;
+      link.changed.connect(this.onChanged, this);
     }
-    this.link?.changed.disconnect(this.onChanged, this);
-    this.link = link;
-    link.changed.connect(this.onChanged, this);
-    this.onChanged();
+    if (anew && link.phase === 'live') {
+      this.session = link.hello?.session;
+      void this.page.load(link);
+    } else {
+      this.onChanged();
+    }
   }
 
   private onChanged(): void {
     if (this.link?.phase === 'live' && this.session !== this.link.hello?.session) {
-      const had = this.page.loaded;
       this.session = this.link.hello?.session;
-      if (!had) {
+      if (!this.page.loaded) {
         void this.page.load(this.link);
       }
     }

@@ -21,13 +21,20 @@ export class WatchSection {
 
   update(state: IState): void {
     const { trans } = this;
+    const held = this.focused('.bnviz-Buttons');
+    this.state = state;
     this.node.setAttribute('aria-label', trans.__('Watch'));
     const names = state.models.map(model => model.name);
     if (!names.includes(this.model)) {
       this.model = names[0] ?? '';
     }
     if (!names.length && !state.watching) {
-      replace(this.node, h('h3', {}, trans.__('Models')), h('p', { class: 'bnviz-muted' }, this.none()));
+      replace(
+        this.node,
+        h('h3', {}, trans.__('Models')),
+        h('p', { class: 'bnviz-muted' }, this.none()),
+        this.said(state)
+      );
       return;
     }
     replace(
@@ -35,9 +42,29 @@ export class WatchSection {
       h('h3', {}, trans.__('Models')),
       this.models(state),
       this.buttons(state),
-      state.said ? h('p', { class: 'bnviz-error', role: 'alert' }, state.said) : null,
+      this.said(state),
       this.probes(state)
     );
+    if (held && !this.focused('*')) {
+      this.node.querySelector<HTMLElement>('.bnviz-Buttons button')?.focus(); // Stop is where Watch was
+    }
+  }
+
+  /** Watch the next cell as the button does, where it is plain which model is meant. */
+  next(): void {
+    const { state } = this;
+    if (state?.models.length === 1 && !state.watching && !state.next_cell) {
+      this.acts.watchNext(this.model, this.chosen(state));
+    }
+  }
+
+  private focused(within: string): boolean {
+    const element = this.node.contains(document.activeElement) ? document.activeElement : null;
+    return Boolean(element?.closest(within)) && element !== this.node;
+  }
+
+  private said({ said }: IState): HTMLElement | null {
+    return said ? h('p', { class: 'bnviz-error', role: 'alert' }, said) : null;
   }
 
   private none(): string {
@@ -46,7 +73,7 @@ export class WatchSection {
 
   private models(state: IState): HTMLElement {
     const rows = state.models.map(model => {
-      const watched = state.watching?.model === model.name;
+      const watched = state.watching?.model === model.name && !state.watching.gone;
       const input = h('input', {
         type: 'radio',
         name: 'bnviz-model',
@@ -81,15 +108,15 @@ export class WatchSection {
   private buttons(state: IState): HTMLElement {
     const { trans } = this;
     const busy = state.watching !== null || state.next_cell !== null;
-    const button = (key: string, text: string, title: string, disabled: boolean, act: () => void, main = false) =>
+    const button = (key: string, text: string, title: string, off: boolean, act: () => void, main = false) =>
       h(
         'button',
         {
           class: `jp-mod-styled ${main ? 'jp-mod-accept' : 'jp-mod-reject'} bnviz-button`,
           'data-key': key,
           title,
-          disabled,
-          onclick: act
+          'aria-disabled': off, // it keeps the focus
+          onclick: () => off || act()
         },
         text
       );
@@ -99,7 +126,9 @@ export class WatchSection {
         ? trans.__('%1 is watched while the next cell runs.', state.next_cell)
         : ending
           ? trans.__('The run is closed when the cell has ended.')
-          : '';
+          : state.watching?.gone
+            ? trans.__('Watched is the model that %1 was before.', state.watching.model)
+            : '';
       return h(
         'div',
         { class: 'bnviz-Buttons' },
@@ -185,11 +214,12 @@ export class WatchSection {
     const set = this.set(state);
     on ? set.add(name) : set.delete(name);
     const usual = state.probes.filter(probe => probe.default).map(probe => probe.name);
-    const same = set.size === usual.length && usual.every(one => set.has(one));
+    const same = !this.preferred().length && set.size === usual.length && usual.every(one => set.has(one));
     this.own = same || !set.size ? null : [...set];
     this.update(state);
   }
 
+  private state: IState | null = null;
   private model = '';
   private own: string[] | null = null;
   private unfolded = false;

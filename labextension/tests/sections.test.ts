@@ -155,7 +155,7 @@ describe('watching', () => {
   it('says what is on and offers to stop it', () => {
     const section = new WatchSection(trans, acts, () => []);
     const model = idle().models[0].name;
-    section.update(idle({ watching: { model, probes: null, waiting: true, ending: false } }));
+    section.update(idle({ watching: { model, probes: null, waiting: true, ending: false, gone: false } }));
     expect(section.node.querySelector('.bnviz-badge')!.textContent).toBe('from its next forward');
     click(section, 'stop');
     expect(asked).toEqual([['stop']]);
@@ -170,6 +170,60 @@ describe('watching', () => {
     expect(section.node.querySelector('button')).toBeNull();
   });
 
+  it('does not say of another model that it is watched', () => {
+    const section = new WatchSection(trans, acts, () => []);
+    const model = idle().models[0].name;
+    section.update(idle({ watching: { model, probes: null, waiting: false, ending: false, gone: true } }));
+    expect(section.node.querySelector('.bnviz-badge')).toBeNull();
+    expect(section.node.textContent).toContain(`Watched is the model that ${model} was before.`);
+  });
+
+  it('says what went wrong where no model is left', () => {
+    const section = new WatchSection(trans, acts, () => []);
+    section.update(idle({ models: [], said: 'Unknown model.' }));
+    expect(section.node.querySelector('[role=alert]')!.textContent).toBe('Unknown model.');
+  });
+
+  it('takes the usual probes where the settings prefer others', () => {
+    const section = new WatchSection(trans, acts, () => ['attention']);
+    document.body.append(section.node);
+    const state = idle();
+    const usual = state.probes.filter(probe => probe.default).map(probe => probe.name);
+    section.update(state);
+    usual.filter(name => name !== 'attention').forEach(name => click(section, `probe-${name}`));
+    click(section, 'watch');
+    expect(new Set((asked[0] as unknown[])[2] as string[])).toEqual(new Set(usual));
+    section.node.remove();
+  });
+
+  it('watches the next cell for a command, with what is chosen, where one model is meant', () => {
+    const section = new WatchSection(trans, acts, () => ['attention']);
+    section.next();
+    section.update(idle());
+    section.next();
+    section.update(idle({ models: idle().models.slice(0, 1) }));
+    section.next();
+    expect(asked).toEqual([['next', idle().models[0].name, ['attention']]]);
+  });
+
+  it('gives Stop the focus that Watch had, and Watch that of Stop', () => {
+    const section = new WatchSection(trans, acts, () => []);
+    document.body.append(section.node);
+    const key = () => (document.activeElement as HTMLElement).dataset.key;
+    const watching = { model: idle().models[0].name, probes: null, waiting: false, ending: false, gone: false };
+    section.update(idle());
+    section.node.querySelector<HTMLElement>('[data-key=watch]')!.focus();
+    section.update(idle({ watching }));
+    expect(key()).toBe('stop');
+    section.update(idle({ watching: { ...watching, ending: true } }));
+    expect(key()).toBe('stop');
+    click(section, 'stop'); // it is ending already
+    expect(asked).toEqual([]);
+    section.update(idle());
+    expect(key()).toBe('watch');
+    section.node.remove();
+  });
+
   it('keeps the focus where it was', () => {
     const section = new WatchSection(trans, acts, () => []);
     document.body.append(section.node);
@@ -182,7 +236,13 @@ describe('watching', () => {
 });
 
 describe('runs', () => {
-  const run = (name: string): IRun => ({ name, model: 'net', words: '1 forward', records: ['attention'] });
+  const run = (name: string, id = name): IRun => ({
+    name,
+    id,
+    model: 'net',
+    words: '1 forward',
+    records: ['attention']
+  });
   const report: IReport = load('reply_report.json');
 
   it('choose the newest, show its findings and open what is asked for', async () => {
@@ -192,8 +252,8 @@ describe('runs', () => {
       view: (...given) => opened.push(given),
       export: name => opened.push(['export', name])
     });
-    section.update([run('run')], false);
-    section.update([run('run'), run('run_2')], false);
+    section.update([run('run')]);
+    section.update([run('run'), run('run_2')]);
     await settled();
     const pressed = [...section.node.querySelectorAll('.bnviz-Run')].map(row => row.getAttribute('aria-pressed'));
     expect(pressed).toEqual(['false', 'true']);
@@ -206,13 +266,30 @@ describe('runs', () => {
     ]);
   });
 
+  it('show the report of another run under the same name, though it looks the same', async () => {
+    let asked = 0;
+    const section = new RunsSection(trans, {
+      report: async () => ({ ...report, findings: report.findings.slice(0, ++asked) }),
+      view: () => undefined,
+      export: () => undefined
+    });
+    section.update([run('run')]);
+    await settled();
+    section.update([run('run')]);
+    await settled();
+    expect(section.node.querySelectorAll('.bnviz-Finding')).toHaveLength(1);
+    section.update([run('run', 'another')]);
+    await settled();
+    expect(asked).toBe(2);
+  });
+
   it('say why there is no report', async () => {
     const section = new RunsSection(trans, {
       report: () => Promise.reject(new Error('This run is empty.')),
       view: () => undefined,
       export: () => undefined
     });
-    section.update([run('run')], false);
+    section.update([run('run')]);
     await settled();
     expect(section.node.querySelector('[role=alert]')!.textContent).toBe('This run is empty.');
   });
@@ -225,8 +302,8 @@ describe('runs', () => {
       view: () => undefined,
       export: () => undefined
     });
-    section.update([run('run')], false);
-    section.update([run('run'), run('run_2')], false);
+    section.update([run('run')]);
+    section.update([run('run'), run('run_2')]);
     await settled();
     late(report);
     await settled();

@@ -1,5 +1,8 @@
+import { TranslationBundle } from '@jupyterlab/translation';
+
 import { Address, addresses, inWords, onSelect, select, selectAgain } from '../src/selection';
 
+const trans = { __: (text: string, at: string) => text.replace('%1', at) } as TranslationBundle;
 const BUS = Symbol.for('bnviz');
 const bus = () => (window as any)[BUS] as EventTarget;
 const elsewhere = (chosen: Address[]) =>
@@ -35,19 +38,19 @@ describe('a place in words', () => {
     [[{ layer: 1, head: 3, path: 'model.layers.1' }], 'layer 1, head 3 · model.layers.1'],
     [[{ layer: 0 }, { layer: 2, kv_head: 1 }], 'layer 2, kv head 1']
   ])('%j is %p', (chosen, words) => {
-    expect(inWords(chosen as Address[])).toBe(words);
+    expect(inWords(chosen as Address[], trans)).toBe(words);
   });
 });
 
 describe('one selection for the window', () => {
-  it('is heard from elsewhere, not from itself, and no longer when that is ended', () => {
+  it('is heard from here and elsewhere, and no longer when that is ended', () => {
     const heard: Address[][] = [];
     const end = onSelect(chosen => heard.push(chosen));
     select([{ layer: 1 }]);
     elsewhere([{ layer: 2 }]);
     end();
     elsewhere([{ layer: 3 }]);
-    expect(heard).toEqual([[{ layer: 2 }]]);
+    expect(heard).toEqual([[{ layer: 1 }], [{ layer: 2 }]]);
   });
 
   it('is told again to what comes later', () => {

@@ -28,7 +28,13 @@ def test_attach_and_detach(desk: Desk) -> None:
     net, told = names(desk)["net"], list[tuple[bool, bool]]()
     desk.changed = lambda: told.append((desk.state()["watching"] is not None, bool(desk.state()["runs"])))
     desk.attach(net, "net", {"probes": ("activations",)})
-    assert desk.state()["watching"] == {"model": "net", "probes": ["activations"], "waiting": False, "ending": False}
+    assert desk.state()["watching"] == {
+        "model": "net",
+        "probes": ["activations"],
+        "waiting": False,
+        "ending": False,
+        "gone": False,
+    }
     net(X)
     run = desk.detach()
     assert names(desk)["run"] is run
@@ -114,7 +120,13 @@ def test_leave_takes_everything_off(desk: Desk) -> None:
 def test_watch_begins_when_the_thread_of_the_cells_is_free(desk: Desk) -> None:
     net, later = names(desk)["net"], Later()
     desk.watch("net", ["activations"], later)
-    assert desk.state()["watching"] == {"model": "net", "probes": ["activations"], "waiting": True, "ending": False}
+    assert desk.state()["watching"] == {
+        "model": "net",
+        "probes": ["activations"],
+        "waiting": True,
+        "ending": False,
+        "gone": False,
+    }
     later.free()
     assert desk.state()["watching"]["waiting"] is False
     assert ran(desk, "net(x); net(x)").success

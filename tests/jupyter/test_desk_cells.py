@@ -27,7 +27,13 @@ def test_watch_next_watches_one_cell(desk: Desk) -> None:
     assert desk.state()["watching"] is None
     assert ran(desk, "net(x); net(x); within = desk.state()").success
     within = names(desk)["within"]
-    assert within["watching"] == {"model": "net", "probes": ["activations"], "waiting": False, "ending": False}
+    assert within["watching"] == {
+        "model": "net",
+        "probes": ["activations"],
+        "waiting": False,
+        "ending": False,
+        "gone": False,
+    }
     assert (within["next_cell"], within["cell"]) == (None, 1)
     assert names(desk)["run"].provenance["calls"] == 2
     assert untouched(names(desk)["net"])
@@ -141,6 +147,24 @@ def test_the_state_may_be_asked_for_while_a_lazy_model_is_made_real(desk: Desk) 
     assert ran(desk, "lazy(x[0, :1, :4])").success
     assert asked[0][0]["parameters"] == "15 parameters"
     assert desk.state()["models"][0]["parameters"] == "23 parameters"
+
+
+def test_the_state_tells_another_model_or_run_of_the_same_name(desk: Desk) -> None:
+    net = names(desk)["net"]
+    desk.attach(net, "net", {"probes": ("activations",)})
+    assert desk.state()["watching"]["gone"] is False
+    names(desk)["net"] = Body(PreNorm).eval()
+    assert desk.state()["watching"]["gone"] is True
+    del names(desk)["net"]
+    assert desk.state()["watching"]["gone"] is True
+    desk.leave()
+    names(desk)["run"] = bnviz.Run({}, {})
+    first = desk.state()["runs"]
+    assert desk.state()["runs"] == first
+    names(desk)["run"] = bnviz.Run({}, {})
+    again = desk.state()["runs"]
+    assert first[0].pop("id") != again[0].pop("id")
+    assert first == again
 
 
 def test_names_that_are_not_there_are_answered_with_those_that_are(desk: Desk) -> None:

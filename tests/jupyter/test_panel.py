@@ -188,6 +188,14 @@ def test_a_report_says_how_far_it_is_and_comes_once(kernel: Kernel, window: Wind
     kernel.run("del again")
 
 
+def test_a_run_that_is_let_go_is_freed_though_it_had_a_report(kernel: Kernel, window: Window) -> None:
+    kernel.run("import gc, weakref\nagain = seen.__class__({kind: seen[kind] for kind in seen.kinds}, {})")
+    window.answer("report", run="again")
+    kernel.run("gone = weakref.ref(again)\ndel again")
+    window.answer("report", run="seen")  # the request before it is over
+    assert kernel.printed("gc.collect(); print(gone())").splitlines()[-1] == "None"
+
+
 def test_a_page_is_a_document_of_one_diagnostic_or_of_all(kernel: Kernel, window: Window) -> None:
     names = [one["diagnostic"] for one in window.answer("report", run="seen").data["views"]]
     whole, one = window.answer("page", run="seen"), window.answer("page", run="seen", diagnostic=names[0])

@@ -130,6 +130,8 @@ def watched(shown: Shown) -> None:
 
 def test_a_kernel_without_bnviz_is_told_so_and_mended_by_a_button(shown: Shown) -> None:
     shown.state("absent")
+    shown.page.evaluate("() => book().sessionContext.session.kernel.restart()")
+    shown.state("absent")
     assert "is not loaded in" in shown.see(".bnviz-Status").inner_text()
     shown.press("load")
     shown.state("live")
@@ -234,7 +236,7 @@ def test_a_restarted_kernel_leaves_what_was_seen_and_is_loaded_again(loaded: Sho
     assert loaded.page.locator("#bnviz-panel .bnviz-Finding").count() > 0
     loaded.press("load")
     loaded.state("live")
-    assert "No run yet" in loaded.see(".bnviz-RunList").inner_text()
+    loaded.page.locator("#bnviz-panel .bnviz-RunList", has_text="No run yet").wait_for()
 
 
 def test_each_notebook_has_a_view_of_its_own(loaded: Shown, server: Any) -> None:
@@ -278,6 +280,8 @@ def test_notebook_7_has_the_panel(tab: Any, server: Any) -> None:
     shown.see("[data-key=stop]")
     tab.run(1)
     shown.see(".bnviz-Run")
+    shown.press("view-expert_load")  # below the notebook: its main area has one document
+    assert shown.view().locator("body").bounding_box()["height"] > 200
     assert tab.outside == []
 
 
@@ -341,10 +345,27 @@ def test_a_saved_run_opens_from_the_file_browser(loaded: Shown) -> None:
     assert row.inner_text().split("\n")[1] == loaded.see(".bnviz-Run").inner_text().split("\n")[1]
 
 
+def test_a_console_of_the_notebook_shows_its_kernel_until_that_is_closed(loaded: Shown) -> None:
+    loaded.tab.command("notebook:create-console")
+    loaded.page.locator(".jp-CodeConsole").wait_for()
+    loaded.state("live")
+    assert loaded.see("label.bnviz-Row code").inner_text() == "model"
+    loaded.page.evaluate("() => book().dispose()")
+    loaded.state("held")
+    assert "Reload this page" in loaded.see(".bnviz-Note").inner_text()
+
+
 def test_a_renamed_notebook_keeps_its_tabs(loaded: Shown) -> None:
     watched(loaded)
     loaded.press("view-expert_load")
     loaded.view()
+    loaded.page.evaluate("() => { window.page = document.querySelector('.bnviz-View iframe'); }")
+    first = loaded.page.evaluate("() => book().context.path")
+    loaded.tab.command("notebook:create-new", kernelName="python3")
+    loaded.state("absent")
+    loaded.tab.command("docmanager:open", path=first)
+    loaded.state("live")
+    assert loaded.page.evaluate("() => page.isConnected")  # in view again, it is as it was left
     loaded.page.evaluate("() => book().context.rename('renamed.ipynb')")
     loaded.page.wait_for_function("() => book().context.path === 'renamed.ipynb'")
     loaded.press("view-expert_load")

@@ -82,6 +82,17 @@ def test_a_restarted_kernel_is_another_session(kernel: Kernel) -> None:
     assert again.hello()["session"] == second
 
 
+def test_loaded_by_a_profile_the_link_comes_with_the_first_cell(kernel: Kernel) -> None:
+    profile = kernel.folder / "ipython" / "profile_default"
+    profile.mkdir(parents=True, exist_ok=True)
+    (profile / "ipython_config.py").write_text("c.InteractiveShellApp.extensions = ['bnviz']")
+    kernel.restart()
+    assert session(kernel.run("%load_ext bnviz"))  # what the panel's button does
+    said = kernel.run("1")
+    assert not any(one.kind == "comm_open" for one in said)
+    assert kernel.printed(THREADS).strip() == "['bnviz-panel']"
+
+
 def test_without_torch_there_is_nothing_to_watch_and_nothing_is_imported(kernel: Kernel) -> None:
     kernel.run("%load_ext bnviz")
     window = Window(kernel)
