@@ -28,6 +28,7 @@ lab: $(READY) ## open JupyterLab on the quickstart notebook
 
 panel: $(READY) ## build JupyterLab's side panel again, after a change in labextension/
 	cd labextension && PATH="$(abspath $(BIN)):$$PATH" npm install --silent && PATH="$(abspath $(BIN)):$$PATH" npm run build:prod
+	$(BIN)/jupyter-builder develop --overwrite .
 
 bench: $(READY) ## print what a capture costs, beside its peers where they are installed, and the kernels' rates
 	$(BIN)/python -m bench.capture
