@@ -25,6 +25,8 @@ import pytest
 
 import bnviz
 
+from .shown import LONG, MODEL, SHOTS, Shown
+
 CHROMIUM = os.environ.get("BNVIZ_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
     "--no-sandbox",
@@ -245,3 +247,25 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     shell.run_line_magic("unload_ext", "bnviz")
     shell.history_manager.end_session()
     interactiveshell.InteractiveShell.clear_instance()
+
+
+@pytest.fixture
+def shown(tab: Any, server: Any, request: pytest.FixtureRequest) -> Iterator[Shown]:
+    """A notebook of its own with a model, the panel in front, bnviz not loaded yet."""
+    (server.root / "enough").unlink(missing_ok=True)
+    name = f"{request.node.name}.ipynb"
+    server.write(name, MODEL, LONG, "model(ids);")
+    tab.open(name)
+    tab.command("bnviz:show-panel")
+    yield Shown(tab)
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    tab.page.screenshot(path=SHOTS / f"{request.node.name}.png")
+
+
+@pytest.fixture
+def loaded(shown: Shown) -> Shown:
+    shown.tab.run(0)
+    shown.state("absent")
+    shown.press("load")
+    shown.state("live")
+    return shown
