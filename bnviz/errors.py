@@ -37,6 +37,17 @@ class MissingDependency(BnvizError, ImportError):
     """An optional package is needed here and not installed."""
 
 
+def words_of(error: BaseException) -> str:
+    """What an error says: its own words where they are meant for a person, else with the name of its kind.
+
+    Examples
+    --------
+    >>> words_of(StoreError("run.zip exists.")), words_of(ZeroDivisionError("by zero"))
+    ('run.zip exists.', 'ZeroDivisionError: by zero')
+    """
+    return str(error) if isinstance(error, BnvizError) else f"{type(error).__name__}: {error}"
+
+
 def unknown(what: str, name: str, choices: Iterable[str]) -> UnknownName:
     """The error for `name`, with the valid choices and the nearest one.
 

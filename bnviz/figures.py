@@ -66,9 +66,8 @@ def _drawn(view: Any, outcome: Outcome) -> Drawn:
     try:
         root = style.settle(view(outcome.result))
         width, height = style.extent(root)
-        whole = (
-            Document()
-        )  # `bokeh.embed.json_item` would also check it for a server, for as long as all the rest takes
+        # `bokeh.embed.json_item` would also look it through for mistakes, at every page
+        whole = Document()
         whole.add_root(root)
         models = whole.models
         document = json.dumps({"doc": whole.to_json(deferred=False)}, separators=(",", ":"))

@@ -6,9 +6,8 @@ import base64
 import gzip
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,8 +80,7 @@ def page(*reports: Report, whole: bool = True) -> str:
 
     parts = _parts(reports)
     drawn = [(at, each) for part in parts for some in part.figures.values() for at, each in some if not each.error]
-    bundles = frozenset(bundle for _, each in drawn for bundle in each.bundles)
-    library = _library(bundles)
+    library = _library({bundle for _, each in drawn for bundle in each.bundles}) if drawn else ""
     script = style.page_script(report=True)
     policy = _policy(script, library, evaluates=any(each.evaluates for _, each in drawn))
     title = ", ".join(report.model for report in reports)
@@ -95,7 +93,7 @@ def page(*reports: Report, whole: bool = True) -> str:
 <button id="theme" type="button" hidden>Dark theme</button></div></div>
 <main>{_several(parts) if len(parts) > 1 else _one(parts[0]) if whole else _sections(parts[0]) + _findings(parts)}
 <footer>bnviz {__version__}. This file holds everything it shows and reaches no network.</footer></main>
-{_stored_library(bundles)}
+{_stored("bokeh", library)}
 {"".join(_stored(f"doc-{at}", each.document) for at, each in drawn)}
 <script>{script}</script></body></html>
 """
@@ -145,14 +143,7 @@ def _stored(at: str, text: str) -> str:
     return f'<script type="application/octet-stream" id="{escape(at)}">{packed}</script>'
 
 
-@cache
-def _stored_library(bundles: frozenset[str]) -> str:
-    """BokehJS does not change while Python runs, and takes a quarter of a second to compress."""
-    return _stored("bokeh", _library(bundles))
-
-
-@cache
-def _library(bundles: frozenset[str]) -> str:
+def _library(bundles: Collection[str]) -> str:
     """The BokehJS bundles that are needed, as one script."""
     import bokeh
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bnviz.counts import SiteCount
-from bnviz.errors import BnvizError, CaptureError
+from bnviz.errors import BnvizError, CaptureError, words_of
 from bnviz.observation import Site
 from bnviz.quantities import counted
 from bnviz.run import Run
@@ -334,15 +334,15 @@ class Session:
         A sampler that this machine does not have or permit is no error of a capture that did not name it.
         """
         probe = self._probes.pop(name, None)
-        sentence = str(error) if isinstance(error, BnvizError) else f"{type(error).__name__}: {error}"
+        said = words_of(error)
         self.notes.append(
-            f"{name} stopped at call {max(self.clock.calls - 1, 0)}: {sentence.rstrip('.')}. The model was not affected."
+            f"{name} stopped at call {max(self.clock.calls - 1, 0)}: {said.rstrip('.')}. The model was not affected."
         )
         unasked = (
             not self._named and isinstance(error, BnvizError) and probe is not None and "process" in probe.spec.uses
         )
         if self.options.strict and not unasked:
-            raise CaptureError(f"Probe {name!r} failed: {sentence}") from error
+            raise CaptureError(f"Probe {name!r} failed: {said}") from error
 
     def _completing(self, audience: Audience) -> Callable[[bool], None]:
         def complete(apart: bool) -> None:
@@ -371,10 +371,10 @@ class Session:
 
     def _trouble(self, where: str, error: Exception) -> None:
         """A place that could not be read is left alone from then on; strict raises."""
-        sentence = str(error) if isinstance(error, BnvizError) else f"{type(error).__name__}: {error}"
-        self.notes.append(f"{where} was not read: {sentence.rstrip('.')}. The model was not affected.")
+        said = words_of(error)
+        self.notes.append(f"{where} was not read: {said.rstrip('.')}. The model was not affected.")
         if self.options.strict:
-            raise CaptureError(f"Reading {where} failed: {sentence}") from error
+            raise CaptureError(f"Reading {where} failed: {said}") from error
 
     def _note_compiled(self) -> None:
         if self._plan.compiled or is_compiled(self.model):

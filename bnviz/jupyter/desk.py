@@ -11,13 +11,16 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import bnviz
 from bnviz import quantities
-from bnviz.errors import CaptureError, unknown
+from bnviz.errors import BnvizError, CaptureError, unknown, words_of
 
 from . import models
+
+Progress = Callable[[int, int, str], None]
 
 
 class Desk:
@@ -56,6 +59,9 @@ class Desk:
         self._ending = self._for_cell = False
         self._model: Callable[[], Any] = lambda: None  # what is watched or waits; it may be called otherwise by now
         self._ids: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self._made: weakref.WeakKeyDictionary[Any, dict[str, Any]] = (
+            weakref.WeakKeyDictionary()
+        )  # of reports: no run in it
         self._running: list[Any] = []  # cells, each inside the one before it
         self._lock = threading.RLock()
 
@@ -96,6 +102,31 @@ class Desk:
         if name not in found:
             raise unknown("run", name, found)
         return found[name]
+
+    def report(self, run: Any, progress: Progress | None = None) -> Any:
+        """The report on a run, diagnosed once, whoever asks."""
+        made = self._made.get(run)
+        if made is None:
+            report = bnviz.diagnose(run, progress=progress)
+            made = {"outcomes": report.outcomes, "failures": report.failures, "absent": report.absent}
+            self._made[run] = made
+        return bnviz.Report(run, **made)
+
+    def export(self, report: Any, path: str) -> Path:
+        """Write a report, over an earlier one of that name.
+
+        Raises
+        ------
+        BnvizError
+            What is there was not written by bnviz.
+        """
+        from bnviz.page import written_here
+
+        target = Path(path).expanduser()
+        if target.exists() and not written_here(target):
+            raise BnvizError(f"{target} was not written by bnviz and is left alone; name another file.")
+        written: Path = report.save(target, overwrite=True)
+        return written
 
     def state(self) -> dict[str, Any]:
         """All of it, small and as JSON can hold it."""
@@ -213,11 +244,7 @@ class Desk:
             if self._begin is not begin:  # it came about another way, or was called off
                 return
             self._put_off()
-        try:
-            self.attach(model, name, options)
-        except bnviz.BnvizError as error:
-            self.said = str(error)
-            self.changed()
+        self._tried(lambda: self.attach(model, name, options))
 
     def _put_off(self) -> None:
         """Nothing is to begin any more."""
@@ -250,11 +277,15 @@ class Desk:
 
     def _end(self) -> None:
         if self._ending:
-            try:
-                self.detach()
-            except bnviz.BnvizError as error:
-                self.said = str(error)
-                self.changed()
+            self._tried(self.detach)
+
+    def _tried(self, act: Callable[[], Any]) -> None:
+        """What goes wrong is told: this may run in a forward of the user's, and at the end of a cell of theirs."""
+        try:
+            act()
+        except Exception as error:
+            self.said = words_of(error)
+            self.changed()
 
     def _free(self) -> None:
         if self.watched or self.waiting:
@@ -273,11 +304,8 @@ class Desk:
         if begin is not None:
             begin()
         if armed is not None:
-            try:
-                self.attach(self.model(armed[0]), *armed)
-                self._for_cell = True
-            except bnviz.BnvizError as error:
-                self.said = str(error)
+            self._tried(lambda: self.attach(self.model(armed[0]), *armed))
+            self._for_cell = self.recorder is not None
         self.changed()
 
     def cell_ends(self, result: Any) -> None:

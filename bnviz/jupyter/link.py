@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bnviz.errors import words_of
+
 from . import protocol
 
 PAUSE = 0.5  # seconds between two messages of a kind
@@ -107,7 +109,7 @@ class Link:
                 self._stream.send(protocol.live(facts))
             return facts is not None
         except Exception as error:  # a variable that changes while it is read; said again at the next beat
-            _log.info("panel: %s: %s", type(error).__name__, error)
+            _log.info("panel: %s", words_of(error))
             self._stale, self._said = True, None
             return True
 
@@ -133,13 +135,8 @@ class Link:
         number = number if type(number) is int else -1  # True is none
         try:
             request = protocol.request(message)
-            facts, buffers = self._answer(
-                request, lambda told: comm.send({"kind": "progress", "request": number, **told})
-            )
+            facts, buffers = self._answer(request, lambda told: comm.send(protocol.progress(number, told)))
             comm.send(protocol.reply(number, facts), buffers=buffers)
         except Exception as error:
-            from bnviz.errors import BnvizError
-
-            known = isinstance(error, BnvizError)
-            comm.send(protocol.refusal(number, str(error) if known else f"{type(error).__name__}: {error}"))
+            comm.send(protocol.refusal(number, words_of(error)))
         self.changed()

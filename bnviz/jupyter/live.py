@@ -116,7 +116,7 @@ def _number(value: Any) -> float | None:
 def _memory() -> dict[str, Any] | None:
     """Bytes the process has now: of its GPU where it uses one; None where the system does not say."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch is not None and torch.cuda.is_initialized():
         held, where = int(torch.cuda.memory_allocated()), "on the GPU"
     else:
         try:

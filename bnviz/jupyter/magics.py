@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from IPython.core.error import UsageError
@@ -71,7 +70,7 @@ class BnvizMagics(Magics):  # type: ignore[misc]
                 self._keep_until_fault(recorder, asked.output)
             raise
         self.shell.push({asked.output: recorder.run})
-        display(recorder.run if asked.quiet else bnviz.diagnose(recorder.run))
+        display(recorder.run if asked.quiet else self.desk.report(recorder.run))
 
     def _keep_until_fault(self, recorder: Any, name: str) -> None:
         """The cell failed: hand over what was seen, if anything was."""
@@ -110,15 +109,10 @@ class BnvizMagics(Magics):  # type: ignore[misc]
             print(f"  note: {note}")
 
     def _report(self, asked: argparse.Namespace) -> Any:
-        report = bnviz.diagnose(self._run(asked.run))
+        report = self.desk.report(self._run(asked.run))
         if asked.file is None:
             return report
-        from bnviz.page import written_here
-
-        target = Path(asked.file)
-        if target.exists() and not written_here(target):
-            raise UsageError(f"{target} was not written by bnviz and is left alone; name another file.")
-        written = report.save(target, overwrite=True)  # a cell is run again and again
+        written = self.desk.export(report, asked.file)  # over what it wrote before: a cell is run again and again
         print(f"{written} · {quantities.size(written.stat().st_size)}")
         return None
 

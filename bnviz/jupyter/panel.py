@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import bnviz
 from bnviz import quantities
-from bnviz.errors import BnvizError
 
+from . import protocol
 from .desk import Desk
 from .link import Link
 from .protocol import Request
@@ -37,9 +36,6 @@ class Panel:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._loop = asyncio.get_running_loop()  # of the thread that runs cells, as this is
-        self._made: weakref.WeakKeyDictionary[Any, Facts] = (
-            weakref.WeakKeyDictionary()
-        )  # parts of reports, which hold no run
         self._link = Link(self._answer, desk.state, self._live, bnviz.__version__)
 
     def open(self) -> None:
@@ -60,7 +56,7 @@ class Panel:
 
     def show(self) -> None:
         """Have the windows bring the panel to the front."""
-        self._link.tell({"kind": "show"})
+        self._link.tell(protocol.show())
 
     def _live(self) -> Facts | None:
         recorder = self._desk.recorder
@@ -78,9 +74,6 @@ class Panel:
     def _answer(self, request: Request, tell: Tell) -> tuple[Facts, list[bytes]]:
         done: tuple[Facts, list[bytes]] = getattr(self, f"_do_{request.action}")(tell, **request.arguments)
         return done
-
-    def _do_refresh(self, _: Tell) -> tuple[Facts, list[bytes]]:
-        return {}, []
 
     def _do_watch(self, _: Tell, model: str, probes: list[str] | None = None) -> tuple[Facts, list[bytes]]:
         self._desk.watch(model, probes, self._soon)
@@ -110,30 +103,16 @@ class Panel:
         return {}, [gzip.compress(embedded(page(report, whole=diagnostic is None)).encode(), 6, mtime=0)]
 
     def _do_export(self, tell: Tell, run: str, path: str) -> tuple[Facts, list[bytes]]:
-        from bnviz.page import written_here
-
-        target = Path(path).expanduser()
-        if target.exists() and not written_here(target):
-            raise BnvizError(f"{target} was not written by bnviz and is left alone; name another file.")
-        written = self._report(run, tell).save(target, overwrite=True)
+        written = self._desk.export(self._report(run, tell), path)
         return {"path": str(written), "size": quantities.size(written.stat().st_size)}, []
 
     def _do_open(self, _: Tell, path: str) -> tuple[Facts, list[bytes]]:
         return {"run": self._desk.keep(bnviz.open(Path(path).expanduser()))}, []
 
     def _report(self, name: str, tell: Tell) -> Any:
-        """The report on a run, diagnosed once."""
-        from bnviz.report import Report
-
-        run = self._desk.run(name)
-        made = self._made.get(run)
-        if made is None:
-            report = bnviz.diagnose(
-                run, progress=lambda done, total, what: tell({"done": done, "total": total, "what": what})
-            )
-            made = {"outcomes": report.outcomes, "failures": report.failures, "absent": report.absent}
-            self._made[run] = made
-        return Report(run, **made)
+        return self._desk.report(
+            self._desk.run(name), lambda done, total, what: tell({"done": done, "total": total, "what": what})
+        )
 
 
 def _said(report: Any) -> Facts:

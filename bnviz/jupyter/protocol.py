@@ -25,7 +25,6 @@ VERSION = 1
 TARGET = "bnviz"
 LONGEST = 4096  # characters of a text in a request
 ACTIONS: dict[str, dict[str, type]] = {
-    "refresh": {},
     "watch": {"model": str, "probes": list},
     "watch_next": {"model": str, "probes": list},
     "stop": {},
@@ -113,6 +112,16 @@ def live(facts: Mapping[str, Any]) -> dict[str, Any]:
 def reply(number: int, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The answer to a request."""
     return {"kind": "reply", "request": number, "ok": True, **facts}
+
+
+def progress(number: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """How far a request is: done of total, and at what."""
+    return {"kind": "progress", "request": number, **facts}
+
+
+def show() -> dict[str, Any]:
+    """Asks the windows for the panel."""
+    return {"kind": "show"}
 
 
 def refusal(number: int, error: str) -> dict[str, Any]:

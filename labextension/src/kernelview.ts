@@ -48,7 +48,16 @@ export class KernelView {
     this.watch.next();
   }
 
+  /** While nobody sees it nothing is drawn and no run is diagnosed: that would take time from the user's cells. */
+  show(seen: boolean): void {
+    this.visible = seen;
+    this.update();
+  }
+
   private update(): void {
+    if (!this.visible) {
+      return;
+    }
     const { state, live, phase } = this.link;
     this.node.classList.toggle('bnviz-past', phase !== 'live');
     this.node.hidden = phase === 'live' && state === null; // what there is belongs to the kernel before
@@ -66,4 +75,5 @@ export class KernelView {
   private readonly live: LiveSection;
   private readonly runs: RunsSection;
   private seen: unknown = null;
+  private visible = false;
 }

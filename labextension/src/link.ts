@@ -126,9 +126,7 @@ export class KernelLink implements IDisposable {
     }
     this.shell = await this.subshell();
     const comm = this.kernel.createComm(TARGET);
-    mainShell(comm);
-    comm.onMsg = message => this.take(message.content.data, message.buffers);
-    comm.onClose = () => this.drop();
+    this.hear(comm, () => this.drop());
     this.post('comm_open', {
       comm_id: comm.commId,
       target_name: TARGET,
@@ -222,13 +220,14 @@ export class KernelLink implements IDisposable {
 
   private listen(comm: Kernel.IComm): void {
     this.stream = comm;
-    mainShell(comm);
+    this.hear(comm, () => this.stream === comm && this.drop());
+  }
+
+  private hear(comm: Kernel.IComm, closed: () => void): void {
+    // JupyterLab would choose a shell by its settings; this link chooses its own.
+    (comm as { commsOverSubshells?: unknown }).commsOverSubshells = 'disabled';
     comm.onMsg = message => this.take(message.content.data, message.buffers);
-    comm.onClose = () => {
-      if (this.stream === comm) {
-        this.drop();
-      }
-    };
+    comm.onClose = closed;
   }
 
   private take(data: unknown, buffers?: Buffers): void {
@@ -323,11 +322,6 @@ export class KernelLink implements IDisposable {
   private _disposed = false;
   private _changed = new Signal<this, void>(this);
   private _shown = new Signal<this, void>(this);
-}
-
-/** JupyterLab would choose a shell by its settings; this link chooses its own. */
-function mainShell(comm: Kernel.IComm): void {
-  (comm as { commsOverSubshells?: unknown }).commsOverSubshells = 'disabled';
 }
 
 function whole(view: ArrayBuffer | ArrayBufferView): ArrayBuffer {

@@ -85,7 +85,7 @@ export class BnvizPanel extends Widget {
   /** Watch the one model that there is while the next cell runs; of several, the panel shows which. */
   watchNext(): void {
     if (this.link && this.shown === 'live') {
-      this.views.get(this.link)?.watchNext();
+      this.view?.watchNext();
     }
   }
 
@@ -117,8 +117,25 @@ export class BnvizPanel extends Widget {
       view = this.views.get(link) ?? new KernelView(link, this.trans, this.acts);
       this.views.set(link, view);
     }
-    replace(this.body, view?.node);
+    if (view !== this.view) {
+      this.view?.show(false);
+      this.view = view;
+      replace(this.body, view?.node);
+    }
+    view?.show(this.isVisible);
     this.render();
+  }
+
+  protected override onAfterShow(): void {
+    this.view?.show(true);
+  }
+
+  protected override onAfterHide(): void {
+    this.view?.show(false);
+  }
+
+  protected override onAfterAttach(): void {
+    this.view?.show(this.isVisible);
   }
 
   private choose(words: string): void {
@@ -206,6 +223,7 @@ export class BnvizPanel extends Widget {
   private readonly views = new WeakMap<KernelLink, KernelView>();
   private readonly stopHearing: () => void;
   private link: KernelLink | null = null;
+  private view: KernelView | null = null;
   private said = '';
   private noted = '';
 }

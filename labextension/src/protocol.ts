@@ -119,7 +119,6 @@ export type Message = IHello | IState | ILive | IProgress | IReply | IShow;
 
 /** Actions of a kernel and what each is given. */
 export interface IActions {
-  refresh: Record<string, never>;
   watch: { model: string; probes?: string[] };
   watch_next: { model: string; probes?: string[] };
   stop: Record<string, never>;

@@ -15,15 +15,16 @@ export class WatchSection {
     private readonly trans: TranslationBundle,
     private readonly acts: IWatchActs,
     private readonly preferred: () => string[]
-  ) {}
+  ) {
+    this.node.setAttribute('aria-label', trans.__('Models'));
+  }
 
-  readonly node = h('section', { class: 'bnviz-Section', 'aria-label': 'Watch' });
+  readonly node = h('section', { class: 'bnviz-Section' });
 
   update(state: IState): void {
     const { trans } = this;
     const held = this.focused('.bnviz-Buttons');
     this.state = state;
-    this.node.setAttribute('aria-label', trans.__('Watch'));
     const names = state.models.map(model => model.name);
     if (!names.includes(this.model)) {
       this.model = names[0] ?? '';
@@ -172,7 +173,7 @@ export class WatchSection {
           onchange: (event: Event) => this.toggle(state, probe.name, (event.target as HTMLInputElement).checked)
         }),
         h('code', {}, probe.name),
-        h('span', { class: 'bnviz-muted bnviz-grow bnviz-line' }, probe.summary)
+        h('span', { class: 'bnviz-muted bnviz-grow' }, probe.summary)
       )
     );
     const details = h(

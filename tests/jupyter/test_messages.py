@@ -67,7 +67,6 @@ def all_of_them(kernel: Kernel, folder: Path) -> Iterator[tuple[str, Heard]]:
     yield "hello", next(one for one in said if one.says("hello"))
     window = Window(kernel)
     yield "state_empty", kernel.heard_state(lambda state: not state["models"])
-    window.answer("refresh")
     kernel.run(MODEL)
     kernel.run(f"%%bnviz model -q -o seen -p {','.join(PROBES)}\nmodel(ids)")
     yield from watched(kernel, window, folder)

@@ -8,7 +8,7 @@
 
 /* The squares of before, after and after - before, and before.after, from `i` on, LANES values at a time, added to `sums`; where
  * that ended. With `to`, `other` is not after but what is added to before, and the sum is written there. A function of its own:
- * inlined, gcc 12 keeps sums that are taken apart later in memory, and the loop takes twice the time. */
+ * inlined, gcc 12 keeps sums that are taken apart later in memory. */
 static __attribute__((noinline)) int64_t NAME(piece)(const REAL *before, const REAL *other, REAL *to, int64_t i, int64_t end,
                                                      NAME(wide) sums[ROW_NUMBERS])
 {
