@@ -18,7 +18,7 @@ from bnviz.errors import UnknownName
 from bnviz.jupyter.desk import Desk
 from tests.capture.test_sites import Body, PreNorm
 
-from .desks import Later, names, ran, untouched
+from .desks import Later, X, names, ran, untouched
 
 
 def test_watch_next_watches_one_cell(desk: Desk) -> None:
@@ -178,3 +178,26 @@ def test_names_that_are_not_there_are_answered_with_those_that_are(desk: Desk) -
     assert desk.run("mine") is names(desk)["mine"]
     with pytest.raises(UnknownName, match=r"^Unknown run 'net'\. Valid: mine\.$"):
         desk.run("net")
+
+
+def test_what_goes_wrong_in_attaching_is_told_and_does_not_reach_the_forward(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of cheese")
+
+    monkeypatch.setattr("bnviz.jupyter.desk.bnviz.capture", broken)
+    net = names(desk)["net"]
+    desk.watch("net", None, Later())
+    assert net(X).shape == X.shape  # the forward after whose end it begins
+    assert desk.said == "RuntimeError: out of cheese"
+    assert desk.state()["watching"] is None and untouched(net)
+
+
+def test_a_run_is_diagnosed_once_whoever_asks(desk: Desk) -> None:
+    ran(desk, "%%bnviz net -q -p activations\nnet(x);")
+    asked: list[str] = []
+    run = desk.run("run")
+    first = desk.report(run, lambda _, __, what: asked.append(what))
+    assert asked[-1] == "" and desk.report(run, lambda *_: asked.append("again")).outcomes == first.outcomes
+    assert "again" not in asked

@@ -142,9 +142,15 @@ def test_a_renamed_notebook_keeps_its_tabs(loaded: Shown) -> None:
 def test_a_magic_brings_the_panel_to_the_front(shown: Shown) -> None:
     shown.tab.command("application:toggle-right-area")
     assert not shown.page.locator("#bnviz-panel").is_visible()
+    shown.tab.run(0)
     shown.page.evaluate("""() => book().sessionContext.session.kernel.requestExecute(
-        {code: '%load_ext bnviz\\n%bnviz panel'}).done.then(() => null)""")
+        {code: '%load_ext bnviz'}).done.then(() => null)""")
+    shown.state("live")
+    assert shown.page.locator("#bnviz-panel label.bnviz-Row").count() == 0  # hidden it draws nothing
+    shown.page.evaluate("""() => book().sessionContext.session.kernel.requestExecute(
+        {code: '%bnviz panel'}).done.then(() => null)""")
     shown.page.locator("#bnviz-panel").wait_for()
+    assert shown.see("label.bnviz-Row code").inner_text() == "model"
 
 
 def test_settings_say_what_is_watched(server: Any) -> None:
