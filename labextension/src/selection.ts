@@ -70,5 +70,6 @@ export function inWords(chosen: Address[], trans: TranslationBundle): string {
   };
   const names = Object.keys(words).filter(name => name in one);
   const place = names.map(name => words[name](String(one[name]))).join(', ');
-  return [place, one.path].filter(Boolean).join(' · ');
+  const shown = [place, one.path].filter(Boolean).join(' · ');
+  return chosen.length > 1 ? trans.__('%1 and %2 more', shown, String(chosen.length - 1)) : shown;
 }

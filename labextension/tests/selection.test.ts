@@ -2,7 +2,9 @@ import { TranslationBundle } from '@jupyterlab/translation';
 
 import { Address, addresses, inWords, onSelect, select, selectAgain } from '../src/selection';
 
-const trans = { __: (text: string, at: string) => text.replace('%1', at) } as TranslationBundle;
+const trans = {
+  __: (text: string, ...given: string[]) => text.replace(/%(\d)/g, (_, at) => given[Number(at) - 1])
+} as unknown as TranslationBundle;
 const BUS = Symbol.for('bnviz');
 const bus = () => (window as any)[BUS] as EventTarget;
 const elsewhere = (chosen: Address[]) =>
@@ -36,7 +38,7 @@ describe('a place in words', () => {
   it.each([
     [[], ''],
     [[{ layer: 1, head: 3, path: 'model.layers.1' }], 'layer 1, head 3 · model.layers.1'],
-    [[{ layer: 0 }, { layer: 2, kv_head: 1 }], 'layer 2, kv head 1']
+    [[{ layer: 0 }, { layer: 2, kv_head: 1 }], 'layer 2, kv head 1 and 1 more']
   ])('%j is %p', (chosen, words) => {
     expect(inWords(chosen as Address[], trans)).toBe(words);
   });
