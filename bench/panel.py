@@ -1,8 +1,8 @@
 """How fast the side panel is, in a real JupyterLab: `python -m bench.panel`.
 
 Printed beside the aim of each: `%load_ext bnviz` after torch; the panel's first paint; what lies between the kernel's sending of
-a live message and its being drawn, while a cell runs; a report on 32 layers, from its cell's start to its first and its last
-figure; the bytes a browser loads for the panel.
+a live message and its being drawn, while a cell runs; how long the model waits for findings meanwhile; a report on 32 layers,
+from its cell's start to its first and its last figure; the bytes a browser loads for the panel.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ def noting(facts):
     sent.append((facts["words"], time.time()))
     return plain(facts)
 protocol.live = noting
+from bnviz.jupyter.sofar import SoFar
+took, judge = [], SoFar._judge
+def timing(self, recorder):
+    began = time.perf_counter()
+    judge(self, recorder)
+    took.append(time.perf_counter() - began)
+SoFar._judge = timing
 """
 RUN = """
 end = time.time() + 20
@@ -82,7 +89,9 @@ def line(what: str, seconds: float, aim: float) -> None:
 
 def measure(tab: Tab) -> None:
     """All rows of one tab."""
-    tab.server.write("bench.ipynb", LOAD, MODEL, NOTED, RUN, "print(sent)", "report = bnviz.diagnose(run)", "report")
+    tab.server.write(
+        "bench.ipynb", LOAD, MODEL, NOTED, RUN, "print((sent, took))", "report = bnviz.diagnose(run)", "report"
+    )
     tab.open("bench.ipynb")
     line("%load_ext bnviz, torch imported", float(tab.run(0)[0]["text"]), 0.5)
     tab.command("bnviz:show-panel")
@@ -95,10 +104,15 @@ def measure(tab: Tab) -> None:
     tab.page.evaluate(DRAWN)
     tab.run(3)
     drawn = dict(tab.page.evaluate("() => drawn"))
-    sent = dict(eval(tab.run(4)[0]["text"]))  # what this file had the kernel print
+    told, took = eval(tab.run(4)[0]["text"])  # what this file had the kernel print
+    sent = dict(told)
     late = sorted(drawn[words] - at for words, at in sent.items() if words in drawn)
     line(f"live, from sent to drawn: median of {len(late)} in 20 s", statistics.median(late), 0.25)
     line("live, from sent to drawn: 90 %", late[-1 - len(late) // 10], 0.25)
+    first, *others = took
+    line("findings so far, the first time of a kernel", first, 1.0)
+    share = f"{sum(others) / 20:.1%} of the cell"
+    line(f"findings so far, {len(others)} times more, {share}: the longest", max(others, default=0.0), 0.25)
     tab.page.locator("[data-key=stop]").click()
     tab.page.locator(".bnviz-Run").wait_for(timeout=120_000)
     tab.run(5)

@@ -14,6 +14,7 @@ from bnviz.counts import SiteCount, caveats, refusal
 from bnviz.errors import CaptureError, StoreError
 from bnviz.gathered import Gathered
 from bnviz.layered import beside, of_layer
+from bnviz.rows import Row
 from bnviz.run import Run
 from bnviz.schema import ProbeSpec, Variable
 from bnviz.segments import declared as as_json
@@ -175,6 +176,14 @@ class Closing:
         paths = {record: self._paths_of(record) for record in streamed.extents}
         gathered = Gathered(streamed, beside_rows, paths, self._attrs_beside(clock), self._facts)
         return gathered.run() if self.stream is None else self._stored(gathered, self.stream, shelf.ceiling, notes)
+
+    def so_far(self, rows: Mapping[str, list[Row]], clock: Clock) -> Run:
+        """Some rows as a run, while the capture goes on: without labels, texts and what is no rows."""
+        numbers = {record: self._numbers(record) for record in rows}
+        streamed = Streamed(pieces_of(None, rows), {record: self._declared[record] for record in rows}, numbers)
+        paths = {record: self._paths_of(record) for record in rows}
+        facts = {**self._facts, "notes": [], "calls": clock.calls, "watched": clock.forwards_watched}
+        return Gathered(streamed, {}, paths, lambda name, layers: beside(self._attrs_of(name), layers), facts).run()
 
     def _stored(self, gathered: Gathered, stream: Stream, ceiling: int, notes: list[str]) -> Run:
         """The run, stored; where the disk refuses, the run in memory, and what was streamed stays."""

@@ -24,7 +24,7 @@ def latest(shelf: Shelf, record: str, variable: str) -> dict[tuple[int, str], np
     for one in reversed(list(shelf._waiting)):
         if isinstance(one, _Waiting) and one.record == record and (one.site.layer, one.site.part) not in found:
             value = one.values.get(variable)
-            if value is not None and _here(value):
+            if value is not None and here(value):
                 found[one.site.layer, one.site.part] = to_host([value])[0]
     for (_, layer, part), row in list(islice(reversed(shelf.rows.get(record, {}).items()), BACK)):
         if (layer, part) not in found and variable in row.values:
@@ -32,5 +32,6 @@ def latest(shelf: Shelf, record: str, variable: str) -> dict[tuple[int, str], np
     return dict(sorted(found.items()))
 
 
-def _here(value: Tensor | np.ndarray) -> bool:
+def here(value: Tensor | np.ndarray) -> bool:
+    """On the host."""
     return isinstance(value, np.ndarray) or value.is_cpu

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -194,6 +194,22 @@ class Recorder:
     def latest(self, record: str, variable: str) -> dict[tuple[int, str], np.ndarray]:
         """The newest value of a variable at each (layer, part), as far as it is on the host; in any thread."""
         return latest(self._attached().shelf, record, variable)
+
+    def between(self, act: Callable[[], None]) -> None:
+        """Have `act` called once, before the next forward, in the thread of that; asked from any thread.
+
+        For what reads the capture or the model, and should meet neither at work. The model waits for it; an error of it is
+        logged. Asked again before it came about, the later one is done.
+        """
+        self._attached().between.ask(act)
+
+    def newest(self) -> Run | None:
+        """The newest whole step as a run, while the capture goes on; called in what `between` calls.
+
+        None while no step is whole, and where it would take long (32 MiB of rows) or a GPU would have to be asked. What is
+        recorded beside steps (operators, memory, stacks) is not in it.
+        """
+        return self._attached().newest()
 
     def __repr__(self) -> str:
         if self._run is not None:

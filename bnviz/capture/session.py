@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from .arrival import Pending
 from .attention.tap import tap_attention
 from .audience import Audience
 from .beside import beside
+from .between import Between
 from .blocks.tap import follow_blocks, tap_blocks
 from .census import Census
 from .clock import Clock
@@ -40,6 +41,7 @@ from .gradients.tap import GradientTap, Needs, tap_gradients, wants_of
 from .instruments import Instruments
 from .layers import Layers
 from .modes import without_modes
+from .newest import newest
 from .options import Options, told
 from .plan import Plan, parts, sites
 from .progress import Progress, State
@@ -88,6 +90,7 @@ class Session:
         self.clock = Clock(options.step, options.when, options.every, self.shelf)
         self.census = Census(self._plan, self.clock)
         self._instruments = Instruments(self._probes, self._failed, notes)
+        self.between = Between(self._instruments.own)
         self._closing = Closing(model, self._plan, self._facts(), specs, options, self._layers, notes)
         self._closing.counts = partial(self.census.settled, self._layers)
         self.shelf.make_room = self._drain
@@ -216,7 +219,9 @@ class Session:
             self._ended = (self._instruments.records(), self.census.counts(self._layers), elapsed)
             self.shelf.drain()
             self._note_compiled()  # perhaps only meanwhile
-            self.notes += filter(None, (self._torn.note(), self._cancelled(), *self._rest()))
+            self.notes += filter(
+                None, (self._torn.note(), self._cancelled(), *self.shelf.shortfalls(self.options.budget))
+            )
         tables, counts, elapsed = self._ended
         return self._closing.close(self.shelf, tables, counts, self.clock, elapsed)
 
@@ -261,6 +266,7 @@ class Session:
         if self.shelf.crowded() or (stream is not None and self.shelf.waiting and stream.due):
             self._drain()
         self.progress.tick()
+        self.between()
         self._instruments.forward_begins(self.clock.calls)
         self._layers.begin()
         context = self.clock.begin(module, args, kwargs, part=part)
@@ -315,6 +321,11 @@ class Session:
             -1 if stream is None else stream.size,
             time.perf_counter() - self.started,
         )
+
+    def newest(self) -> Run | None:
+        """The newest whole step, where it can be had without disturbing anything."""
+        rows = newest(self.shelf)
+        return self._closing.so_far(rows, self.clock) if rows else None
 
     def _drain(self) -> None:
         """What waits to the host, and on to the disk where one is given."""
@@ -385,16 +396,3 @@ class Session:
     def _say(self, sentence: str) -> None:
         if sentence not in self.notes:
             self.notes.append(sentence)
-
-    def _rest(self) -> Iterator[str]:
-        """What was not kept, or not exactly."""
-        if self.shelf.inexact:
-            yield (
-                f"{self.shelf.inexact} observations of tokens that were taken back again could not be left out of sums over "
-                "queries: they had been added up before."
-            )
-        if self.shelf.full_at is not None:
-            yield (
-                f"budget of {self.options.budget} reached at step {self.shelf.full_at}: later observations were not kept. "
-                "Raise budget= or every=, or give path= to stream to disk."
-            )

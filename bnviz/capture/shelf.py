@@ -86,8 +86,8 @@ class Shelf:
     """
 
     def __init__(self, declared: Mapping[str, tuple[Variable, ...]], ceiling: int) -> None:
-        self._declared = {record: {v.name: v for v in some} for record, some in declared.items()}
-        self._axes = {r: {n: axes(v) for n, v in some.items()} for r, some in self._declared.items()}
+        self.declared = {record: {v.name: v for v in some} for record, some in declared.items()}
+        self._axes = {r: {n: axes(v) for n, v in some.items()} for r, some in self.declared.items()}
         self._waiting: list[_Waiting | _Move] = []
         self._live: set[int] = set()  # steps whose tokens may still be taken back, or change places
         self._written: dict[int, int] = {}  # of the last decode steps on disk: the tokens in their cache
@@ -186,7 +186,7 @@ class Shelf:
         for record, rows in self.rows.items():
             for at, row in rows.items():
                 if row.step in steps and row.phase == "decode" and row.end > length:
-                    rows[at] = shortened(row, self._declared[record], length)
+                    rows[at] = shortened(row, self.declared[record], length)
                     self.held += rows[at].nbytes - row.nbytes
                     self.inexact += 1
         self.inexact += sum(self._written.get(step, 0) > length for step in steps)
@@ -203,10 +203,11 @@ class Shelf:
         """
         made: dict[tuple[str, tuple[int, int, str]], list[Row]] = {}
         orders, last = self._orders()
-        for (one, values, valid), order in zip(self._on_the_host(), orders, strict=True):
-            row = self._row(one, values, valid)
-            row = row if one.limit is None else shortened(row, self._declared[one.record], one.limit)
-            row = row if order is None else taken(row, self._declared[one.record], *order)
+        waiting = [one for one in self._waiting if isinstance(one, _Waiting)]
+        for (one, values, valid), order in zip(self.on_the_host(waiting), orders, strict=True):
+            row = self.row(one, values, valid)
+            row = row if one.limit is None else shortened(row, self.declared[one.record], one.limit)
+            row = row if order is None else taken(row, self.declared[one.record], *order)
             made.setdefault((one.record, (row.step, row.layer, row.kind)), []).append(row)
         for record, rows in self.rows.items():
             for at in rows:
@@ -219,8 +220,8 @@ class Shelf:
             change -= 0 if before is None else before.nbytes
             if before is not None:
                 order = last.get(at[0])
-                some.insert(0, before if order is None else taken(before, self._declared[record], *order))
-            row = merged(some, self._declared[record])
+                some.insert(0, before if order is None else taken(before, self.declared[record], *order))
+            row = merged(some, self.declared[record])
             change += row.nbytes
             fresh.setdefault(record, {})[at] = row
         self._waiting, self._waiting_bytes, self._on_host = [], 0, True
@@ -258,37 +259,39 @@ class Shelf:
                     self._written[row.step] = max(row.end, self._written.get(row.step, 0))
         self._written = dict(list(self._written.items())[-FEW:])
 
-    def _on_the_host(self) -> Iterator[tuple[_Waiting, dict[str, np.ndarray], dict[str, np.ndarray]]]:
-        """Each observation that waits with its values and the masks it needs, copied together."""
-        waiting = [one for one in self._waiting if isinstance(one, _Waiting)]
+    def on_the_host(
+        self, waiting: Sequence[_Waiting]
+    ) -> Iterator[tuple[_Waiting, dict[str, np.ndarray], dict[str, np.ndarray]]]:
+        """Each of these observations that wait, with its values and the masks it needs, copied together."""
         tensors = [value for one in waiting for value in one.values.values()]
-        masks = {id(m): m for one in waiting for m in self._masks(one).values()}
+        masks = {id(m): m for one in waiting for m in self.masks(one).values()}
         arrays = iter(to_host([*tensors, *masks.values()]))
         values = [{name: next(arrays) for name in one.values} for one in waiting]
         known = dict(zip(masks, arrays, strict=True))
         for one, held in zip(waiting, values, strict=True):
-            yield one, held, {dim: known[id(m)] for dim, m in self._masks(one).items()}
+            yield one, held, {dim: known[id(m)] for dim, m in self.masks(one).items()}
 
     def _tokens(self, one: _Waiting) -> int:
         """Tokens of its call that an observation shows."""
         for name, value in one.values.items():
-            of = axes(self._declared[one.record][name])
+            of = axes(self.declared[one.record][name])
             batch = of.batch(value.shape)
             if batch is not None and of.token in GROWING:
                 return batch[1]
         return 1
 
-    def _masks(self, one: _Waiting) -> dict[str, Tensor]:
-        dims = {axes(self._declared[one.record][name]).token for name in one.values}
+    def masks(self, one: _Waiting) -> dict[str, Tensor]:
+        """By dim; and what is held and where tokens stand, where that was told."""
+        dims = {axes(self.declared[one.record][name]).token for name in one.values}
         found = {dim: m for dim, m in one.valid.items() if m is not None and dim in dims}
         beside = {HELD: one.context.held, POSITIONS: one.context.positions}
         return found | {name: m for name, m in beside.items() if m is not None}
 
-    def _row(self, one: _Waiting, values: dict[str, np.ndarray], masks: dict[str, np.ndarray]) -> Row:
+    def row(self, one: _Waiting, values: dict[str, np.ndarray], masks: dict[str, np.ndarray]) -> Row:
         """A row with an all-true mask where the model gave none, so that later masks of the same step can join it."""
         valid: dict[str, np.ndarray] = {}
         for name, value in values.items():
-            of = axes(self._declared[one.record][name])
+            of = axes(self.declared[one.record][name])
             batch, dim = of.batch(value.shape), of.token
             if batch is None or dim is None:
                 continue
@@ -306,6 +309,19 @@ class Shelf:
     def waiting(self) -> bool:
         """Something has not been drained."""
         return bool(self._waiting)
+
+    def shortfalls(self, budget: str | int) -> Iterator[str]:
+        """What was not kept, or not exactly, a sentence each."""
+        if self.inexact:
+            yield (
+                f"{self.inexact} observations of tokens that were taken back again could not be left out of sums over "
+                "queries: they had been added up before."
+            )
+        if self.full_at is not None:
+            yield (
+                f"budget of {budget} reached at step {self.full_at}: later observations were not kept. "
+                "Raise budget= or every=, or give path= to stream to disk."
+            )
 
 
 def _past(context: Context, valid: Mapping[str, np.ndarray], held: np.ndarray | None) -> np.ndarray | None:

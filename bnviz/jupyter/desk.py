@@ -10,7 +10,8 @@ import sys
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,23 @@ class Desk:
             self.watched = ""
         if recorder is not None:
             recorder.detach(quiet=True)
+
+    @contextmanager
+    def showing(self, recorder: Any, model: Any, name: str, probes: Sequence[str] | None) -> Iterator[None]:
+        """Someone else watches, and makes the run: told as being watched, unless something is already."""
+        with self._lock:
+            mine = not (self.watched or self.waiting)
+            if mine:
+                self.recorder, self.watched, self.said, self._model = recorder, name, "", weakref.ref(model)
+                self.probes = None if probes is None else tuple(probes)
+        self.changed()
+        try:
+            yield
+        finally:
+            with self._lock:
+                if mine and self.recorder is recorder:
+                    self.recorder, self.watched, self._ending = None, "", False
+            self.changed()
 
     def keep(self, run: Any, name: str | None = None) -> str:
         """Put a run among the user's variables, under `name` or the first of run, run_2, ... that is none yet; its name."""

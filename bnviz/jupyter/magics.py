@@ -58,10 +58,12 @@ class BnvizMagics(Magics):  # type: ignore[misc]
         asked = arguments.cell(line)
         model = models.named(self.shell, asked.model) if asked.model else models.only(self.shell)
         cell.check(self.shell, body)
+        found = models.candidates(self.shell.user_ns)
+        name = asked.model or next(one for one, other in found.items() if other is model)
         recorder = bnviz.capture(model, **_options(asked))
         error: BaseException | None = None
         try:
-            with recorder:
+            with recorder, self.desk.showing(recorder, model, name, asked.probes):
                 error = cell.run(self.shell, body, f"%%bnviz {line}")
                 if error is not None:
                     raise error

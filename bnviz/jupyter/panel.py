@@ -15,6 +15,7 @@ from . import protocol
 from .desk import Desk
 from .link import Link
 from .protocol import Request
+from .sofar import SoFar
 
 Facts = Mapping[str, Any]
 Tell = Callable[[Facts], None]
@@ -36,6 +37,7 @@ class Panel:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._loop = asyncio.get_running_loop()  # of the thread that runs cells, as this is
+        self._so_far, self._prepared = SoFar(), False
         self._link = Link(self._answer, desk.state, self._live, bnviz.__version__)
 
     def open(self) -> None:
@@ -61,10 +63,21 @@ class Panel:
     def _live(self) -> Facts | None:
         recorder = self._desk.recorder
         if recorder is None:
+            self._prepare()
             return None
         from . import live  # NumPy: loading the magics does without
 
-        return live.facts(recorder, self._desk.shell.user_ns)
+        return {**live.facts(recorder, self._desk.shell.user_ns), "findings": self._so_far.facts(recorder)}
+
+    def _prepare(self) -> None:
+        """Import what draws, once there is a run and while no cell runs: a first figure comes so much sooner."""
+        if self._prepared or self._desk.cell is not None or not self._desk.runs():
+            return
+        self._prepared = True
+        from bnviz import catalog, page  # noqa: F401
+
+        for _ in catalog.every("views"):
+            pass
 
     def _soon(self, act: Callable[[], None]) -> None:
         self._loop.call_soon_threadsafe(act)
@@ -117,28 +130,10 @@ class Panel:
 
 def _said(report: Any) -> Facts:
     """The findings and what can be looked at, as text."""
-    from bnviz.findings import place, saving_words
+    from bnviz.findings import saving_words
 
-    findings = [
-        {
-            "severity": one.severity,
-            "sentence": one.sentence,
-            "advice": one.advice,
-            "place": place(one.where),
-            "saving": saving_words(one),
-            "where": _plain(one.where),
-            "diagnostic": one.code.partition("/")[0],
-        }
-        for one in report.findings
-    ]
+    from .said import finding
+
+    findings = [{**finding(one), "advice": one.advice, "saving": saving_words(one)} for one in report.findings]
     views = [{"diagnostic": name, "title": report.judgement(name).title} for name in report.names]
     return {"model": report.model, "findings": findings, "views": views, "failures": dict(report.failures)}
-
-
-def _plain(where: Facts) -> dict[str, Any]:
-    """Coordinates as JSON holds them."""
-    plain: dict[str, Any] = {}
-    for name, value in where.items():
-        some = value.tolist() if hasattr(value, "tolist") else value
-        plain[name] = list(some) if isinstance(some, tuple) else some
-    return plain

@@ -203,3 +203,21 @@ def test_a_run_is_diagnosed_once_whoever_asks(desk: Desk) -> None:
     first = desk.report(run, lambda _, __, what: asked.append(what))
     assert asked[-1] == "" and desk.report(run, lambda *_: asked.append("again")).outcomes == first.outcomes
     assert "again" not in asked
+
+
+def test_a_watched_cell_is_told_while_it_runs(desk: Desk) -> None:
+    told: list[Any] = []
+    with desk.showing("recorder", names(desk)["net"], "net", ["activations"]):
+        told.append(desk.state()["watching"])
+        assert desk.recorder == "recorder"
+    assert told[0]["model"] == "net" and told[0]["probes"] == ["activations"] and not told[0]["gone"]
+    assert desk.state()["watching"] is None and desk.recorder is None
+
+
+def test_a_watched_cell_leaves_what_is_watched_already(desk: Desk) -> None:
+    desk.attach(names(desk)["net"], "net", {})
+    own = desk.recorder
+    with desk.showing("recorder", names(desk)["net"], "other", None):
+        assert desk.recorder is own and desk.watched == "net"
+    assert desk.recorder is own
+    desk.leave()

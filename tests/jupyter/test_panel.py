@@ -17,7 +17,7 @@ import bnviz
 from .kernels import Heard, Kernel, Window
 
 MODEL = """
-import torch
+import torch, bnviz
 from pathlib import Path
 from bnviz.demo.models import load
 model, _ = load("llama-bard")
@@ -126,6 +126,29 @@ def test_numbers_come_while_a_cell_runs_and_not_too_often(kernel: Kernel, window
     forwards = kernel.printed(f"print({name}.provenance['calls'])").strip()
     assert state["runs"][-1]["words"].startswith(f"{forwards} forwards · ")
     assert kernel.printed("print(model._forward_hooks, model._forward_pre_hooks)").count("OrderedDict()") == 2
+
+
+def test_a_cell_that_is_watched_by_its_magic_is_live_too(kernel: Kernel, window: Window, tmp_path: Path) -> None:
+    enough = tmp_path / "enough"
+    body = f"while not Path({str(enough)!r}).exists():\n    model(ids)"
+    running = kernel.begin(f"%%bnviz model -q -o magic -p activations\n{body}")
+    kernel.state(lambda state: (state["watching"] or {}).get("model") == "model")
+    assert kernel.live(lambda live: live["calls"] > 0).data["strips"][0]["name"] == "relative_change"
+    enough.touch()
+    kernel.end(running)
+    kernel.state(lambda state: state["watching"] is None and "magic" in [one["name"] for one in state["runs"]])
+    kernel.run("del magic")
+
+
+def test_what_draws_is_imported_when_there_is_a_run_and_nothing_else_to_do(tmp_path: Path) -> None:
+    made = Kernel(tmp_path)
+    made.run("%load_ext bnviz\nimport sys")
+    made.run(MODEL)
+    imported = "print('bnviz.views.style' in sys.modules, 'bokeh.plotting' in sys.modules)"
+    assert made.printed(imported).strip() == "False False"
+    made.run("with bnviz.capture(model, probes=['activations']) as recorder:\n    model(ids)\nrun = recorder.run")
+    assert any(made.printed(imported).strip() == "True True" for _ in range(500))
+    made.stop()
 
 
 def test_a_run_takes_no_name_that_is_in_use(kernel: Kernel, window: Window) -> None:
