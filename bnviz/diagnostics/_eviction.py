@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from bnviz.scores import AGGREGATES, Floats, Statistics, keep_order
 from ._passage import phases, places, step_row
 
 Ints = npt.NDArray[np.integer[Any]]
+_BY_KEY = (("step", "layer", "head", "key"), ("step", "layer", "kv_head", "key"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +48,47 @@ class Passage:
     bytes_per_token: float
 
 
+class _Cuts(Mapping[str, Floats]):
+    """The variables by key of one layer, step and sequence, read from records when they are asked for.
+
+    Parameters
+    ----------
+    parts : sequence of Dataset, int and array
+        A record, a row of its step axis, and where on its key axis the sequence lies.
+    layer : int
+        Of the layer axis.
+    """
+
+    def __init__(self, parts: Sequence[tuple[xr.Dataset, int, Ints]], layer: int) -> None:
+        self._layer = layer
+        self._from = {str(name): part for part in parts for name in part[0].data_vars if part[0][name].dims in _BY_KEY}
+
+    def __getitem__(self, name: str) -> Floats:
+        record, row, where = self._from[name]
+        return np.asarray(record[name].values[row, self._layer][..., where])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._from)
+
+    def __len__(self) -> int:
+        return len(self._from)
+
+
 def passage(attention: xr.Dataset, keys_values: xr.Dataset | None, step: int | None, sequence: int) -> Passage:
     """Cut one sequence out of the records."""
     row = step_row(attention, step)
     where = places(attention, row, sequence)
-    heads = attention.sizes["head"]
-    kv_heads, taken = heads, float("nan")
-    norms: Floats | None = None
+    mass = _cut(attention, "mass", row, where)
+    if mass is None:
+        raise NotCaptured('kv_importance needs attention.mass; add probes=["attention"] and run again.')
+    heads = kv_heads = attention.sizes["head"]
+    taken, parts = float("nan"), [(attention, row, where)]
     if keys_values is not None:
         kv_heads = int(keys_values.sizes["kv_head"])
-        norms, taken = _of_keys(attention, keys_values, row, sequence, len(where))
-    window = _window(attention)
-    arrays = {name: _cut(attention, name, row, where) for name in ("mass", "window_mass", "last_row")}
-    if arrays["mass"] is None:
-        raise NotCaptured('kv_importance needs attention.mass; add probes=["attention"] and run again.')
+        part, taken = _of_keys(attention, keys_values, row, sequence, len(where))
+        parts.append(part)
+    window = int(attention.attrs.get("window", 64))  # of the probe; its default where the record does not say
+    told = {**(keys_values.attrs if keys_values is not None else {}), **attention.attrs}
     layers = tuple(
         Statistics(
             keys=len(where),
@@ -68,19 +96,14 @@ def passage(attention: xr.Dataset, keys_values: xr.Dataset | None, step: int | N
             kv_heads=kv_heads,
             window=min(window, len(where)),
             layer=layer,
-            key_norm=None if norms is None else norms[layer],
-            **{name: None if array is None else array[layer] for name, array in arrays.items()},
+            options=told,
+            variables=_Cuts(parts, layer),
+            seen=_seen(attention, row, sequence, (layer, len(where))),
         )
         for layer in range(attention.sizes["layer"])
     )
-    mass, mass_of = _judged_by(attention, row, sequence, arrays["mass"])
-    return Passage(row, where, layers, mass, mass_of, taken)
-
-
-def _window(attention: xr.Dataset) -> int:
-    """The observation window the probe was told; its default where the record does not say."""
-    told: Any = attention.attrs.get("window", 64)
-    return int(told)
+    judged, mass_of = _judged_by(attention, row, sequence, mass)
+    return Passage(row, where, layers, judged, mass_of, taken)
 
 
 def _cut(record: xr.Dataset, name: str, row: int, where: Ints) -> Floats | None:
@@ -90,10 +113,34 @@ def _cut(record: xr.Dataset, name: str, row: int, where: Ints) -> Floats | None:
     return np.asarray(record[name].values[row][..., where], dtype=np.float64)
 
 
+def _seen(attention: xr.Dataset, row: int, sequence: int, of: tuple[int, int]) -> Floats | None:
+    """(key,): queries that see each key, from the keys that each query sees; None where that does not tell.
+
+    A query that sees no more keys than there are up to its own is taken to see the last of those, one that sees all, all.
+    """
+    layer, keys = of
+    if "visible" not in attention:
+        return None
+    queries = places(attention, row, sequence, dim="query")
+    if len(queries) != keys:
+        return None
+    visible = attention["visible"].values[row, layer][queries]
+    if not np.isfinite(visible).all():
+        return None
+    count, last = visible.astype(np.int64), np.arange(keys)
+    everything = count == keys
+    if not ((count <= last + 1) | everything).all():
+        return None
+    steps = np.zeros(keys + 1)
+    np.add.at(steps, np.where(everything, 0, last + 1 - count), 1)
+    np.add.at(steps, np.where(everything, keys, last + 1), -1)
+    return np.asarray(steps.cumsum()[:keys])
+
+
 def _of_keys(
     attention: xr.Dataset, keys_values: xr.Dataset, row: int, sequence: int, keys: int
-) -> tuple[Floats | None, float]:
-    """Key norms (layer, kv_head, key) and the bytes of a token, for the same step and layers as `attention`."""
+) -> tuple[tuple[xr.Dataset, int, Ints], float]:
+    """What lies by key in `keys_values` for the same step and layers as `attention`, and the bytes of a token."""
     step = int(attention["step"].values[row]) if "step" in attention.coords else None
     row = step_row(keys_values, step, name="keys_values") if "step" in keys_values.coords else row
     if "layer" in attention.coords and "layer" in keys_values.coords:
@@ -103,7 +150,8 @@ def _of_keys(
                 f"Layers {', '.join(map(str, absent))} are in the record attention and not in keys_values; "
                 f"capture both with the same sites."
             )
-        keys_values = keys_values.sel(layer=attention["layer"].values)
+        if not np.array_equal(attention["layer"].values, keys_values["layer"].values):
+            keys_values = keys_values.sel(layer=attention["layer"].values)
     where = places(keys_values, row, sequence)
     if len(where) != keys:
         raise SchemaError(
@@ -112,7 +160,7 @@ def _of_keys(
     taken = float("nan")
     if "bytes_per_token" in keys_values:
         taken = float(keys_values["bytes_per_token"].values[row].sum())
-    return _cut(keys_values, "key_norm", row, where), taken
+    return (keys_values, row, where), taken
 
 
 def _judged_by(attention: xr.Dataset, row: int, sequence: int, own: Floats) -> tuple[Floats, str]:

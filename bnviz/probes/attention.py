@@ -9,6 +9,8 @@ from bnviz.errors import SchemaError
 from bnviz.observation import AttentionSeen
 from bnviz.schema import ProbeSpec, Variable, probe
 
+from ._recent import ranged, recent
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,6 +29,15 @@ _QUERY = ("step", "layer", "head", "query")
         ),
         Variable("pivotal", _KEY, "query", "queries that gave a key more than an even share of what they see", "add"),
         Variable("last_row", _KEY, "1", "weight the last query gives a key, 0 to 1", "last"),
+        Variable(
+            "recent_mass", _KEY, "query", "attention a key received from the last `history` queries", "last", True
+        ),
+        Variable(
+            "recent_pivotal", _KEY, "query", "of the last `history` queries, those that are pivotal", "last", True
+        ),
+        Variable(
+            "ranged_mass", _KEY, "query", "window_mass with each query's weight times its position from 0", "last", True
+        ),
         Variable("entropy", _QUERY, "nat", "entropy of a query's weights, 0 (one key) to ln visible", "append"),
         Variable("sink_mass", _QUERY, "1", "weight on the first `sinks` keys of the sequence", "append"),
         Variable("local_mass", _QUERY, "1", "weight on keys nearer than `local`, itself included", "append"),
@@ -42,7 +53,7 @@ _QUERY = ("step", "layer", "head", "query")
             optional=True,
         ),
     ),
-    memory="(6 x 4 B a key + 6 x 4 B a query) x heads x layers, + bins^2 x 4 B a head, layer and step",
+    memory="(9 x 4 B a key + 6 x 4 B a query) x heads x layers, + bins^2 x 4 B a head, layer and step",
 )
 class Attention:
     """Attention of every head on every token, summed as the model runs, whichever kernel it uses.
@@ -54,6 +65,8 @@ class Attention:
     ----------
     window : int
         Queries at the end of a call that `window_mass` counts (SnapKV's observation window). A call with fewer counts all.
+    history : int
+        Queries at the end of a passage that `recent_mass` and `recent_pivotal` count (Scissorhands' history).
     sinks : int
         Keys at the start of a sequence that `sink_mass` counts.
     local : int
@@ -77,13 +90,16 @@ class Attention:
     `induction_mass` is also NaN where what followed the copy is the token itself or the one before it, and `echo_mass` where
     the copy is the token before: there a previous-token head would look the same.
 
+    `recent_mass` and `recent_pivotal` are those sums over the last `history` queries of a passage, `ranged_mass` = sum_i i p_ij
+    over its last `window` queries; decoding and keys of another text have none.
+
     Decode steps of one generation become one row: sums add up over them (so `window_mass` there is all decode queries),
     `peak` is the largest, `last_row` the last.
 
     Cost: one more product of queries and keys and one exponential a pair: about one attention forward on a CPU.
 
     Sources: H2O arXiv:2306.14048 (mass), SnapKV arXiv:2404.14469 (window), TOVA arXiv:2401.06104 (last row), StreamingLLM
-    arXiv:2309.17453 (sinks), RazorAttention arXiv:2407.15891 (echo and induction).
+    arXiv:2309.17453 (sinks), RazorAttention arXiv:2407.15891 (echo and induction), FINCH doi:10.1162/tacl_a_00716 (position).
 
     Examples
     --------
@@ -97,11 +113,14 @@ class Attention:
 
     spec: ClassVar[ProbeSpec]
 
-    def __init__(self, *, window: int = 64, sinks: int = 4, local: int = 128, bins: int = 64) -> None:
-        for name, value in (("window", window), ("sinks", sinks), ("local", local), ("bins", bins)):
+    def __init__(
+        self, *, window: int = 64, sinks: int = 4, local: int = 128, bins: int = 64, history: int = 400
+    ) -> None:
+        given = {"window": window, "sinks": sinks, "local": local, "bins": bins, "history": history}
+        for name, value in given.items():
             if value < 1:
                 raise SchemaError(f"Probe {self.spec.name}: {name} is {value}, expected 1 or more.")
-        self.window, self.sinks, self.local, self.bins = window, sinks, local, bins
+        self.window, self.sinks, self.local, self.bins, self.history = window, sinks, local, bins, history
         self._known: tuple[weakref.ref[Tensor], tuple[int, int], dict[str, Tensor]] | None = None
         self._rows: tuple[tuple[object, ...], Tensor] | None = None
         from bnviz.reduce._native import library
@@ -117,16 +136,20 @@ class Attention:
         rows = seen.query.shape[-2]  # of several decode steps in one call all count, as of each by itself
         window = max(self.window, rows) if seen.context.phase == "decode" else self.window
         pattern = Pattern(seen.causal, seen.window, seen.allowed, seen.softcap, seen.sinks, seen.scale)
+        valid = seen.context.valid if seen.valid_keys is None or seen.across else seen.valid_keys
         kept = dict(
             attention_stats(
                 seen.query,
                 seen.key,
                 pattern=pattern,
                 statistics=Statistics(self._names(seen), window, self.sinks, self.local, self.bins),
-                valid=seen.context.valid if seen.valid_keys is None or seen.across else seen.valid_keys,
+                valid=valid,
                 token_ids=seen.token_ids,
             )
         )
+        if seen.context.phase != "decode" and not seen.across:
+            kept |= recent(seen, pattern, valid, kept, self.history)
+            kept["ranged_mass"] = ranged(seen, pattern, valid, self.window)
         if seen.context.phase == "decode" and rows > 1:
             _blank_last(kept["last_row"], seen)
         if "pooled" in kept:

@@ -10,7 +10,7 @@ from .attention import Attention
 @probe(
     sites=("cross_attention",),
     variables=Attention.spec.variables,
-    memory="(6 x 4 B a key + 4 x 4 B a query) x heads x places, + bins^2 x 4 B a head, place and step",
+    memory="(9 x 4 B a key + 4 x 4 B a query) x heads x places, + bins^2 x 4 B a head, place and step",
 )
 class CrossAttention(Attention):
     """Attention over another text or image, and every attention of a layer beside its self-attention, summed as the model runs.
@@ -20,7 +20,7 @@ class CrossAttention(Attention):
 
     Parameters
     ----------
-    window, sinks, local, bins : int
+    window, sinks, local, bins, history : int
         As in `attention`.
 
     Raises
@@ -31,7 +31,8 @@ class CrossAttention(Attention):
     Notes
     -----
     The variables are those of `attention`. Where the keys are another text, `key` counts its tokens, padding left out, and what
-    compares positions does not exist: `local_mass` and `previous_mass` are NaN, `echo_mass` and `induction_mass` are left out.
+    compares positions does not exist: `local_mass` and `previous_mass` are NaN; `echo_mass`, `induction_mass`,
+    `recent_mass`, `recent_pivotal` and `ranged_mass` are left out.
     In decoding, the keys are the same at every step, so that `mass` is what the whole generation looked at.
 
     Cost: as `attention`.

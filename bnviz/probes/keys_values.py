@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from bnviz.errors import SchemaError
 from bnviz.observation import AttentionSeen
-from bnviz.schema import Variable, probe
+from bnviz.schema import ProbeSpec, Variable, probe
+
+from ._key_parts import lag_spread, mean_cosine
 
 if TYPE_CHECKING:
     import torch
@@ -22,16 +25,41 @@ _KEY = ("step", "layer", "kv_head", "key")
         Variable("value_norm", _KEY, "norm", "L2 norm of a value", "last", True),
         Variable("value_norm_l1", _KEY, "norm", "L1 norm of a value", "last", True),
         Variable(
+            "key_cosine", _KEY, "1", "cosine of a key with the mean direction of its head's keys, −1 to 1", "last", True
+        ),
+        Variable(
+            "lag_key",
+            _KEY,
+            "1",
+            "spread over channels of a key, scaled by the range of the next block of keys; NaN: none follows",
+            "last",
+            True,
+        ),
+        Variable("lag_value", _KEY, "1", "the same of a value", "last", True),
+        Variable(
             "bytes_per_token", ("step", "layer"), "B", "bytes of one token's keys and values in a layer", "last", True
         ),
     ),
-    memory="3 x 4 B a key, key-value head and layer, twice while decoding",
+    memory="6 x 4 B a key, key-value head and layer, and half of that again while decoding",
 )
 class KeysValues:
     """Norms of keys and values per key-value head, and the bytes a token takes in the cache.
 
     A key with a small norm tends to be one that gets attention (arXiv:2406.11430); a value with a small norm does little even
-    when it does (VATP, arXiv:2406.12335). Both need no attention weights.
+    when it does (VATP, arXiv:2406.12335). Both need no attention weights, and neither do the places of keys among the others of
+    a passage (KeyDiff, arXiv:2504.15364; LagKV, arXiv:2504.04704).
+
+    Parameters
+    ----------
+    lag : int
+        Tokens of a block of `lag_key` and `lag_value`.
+    sinks : int
+        Keys at the start of a sequence that lie before the first block.
+
+    Raises
+    ------
+    SchemaError
+        An option below 1.
 
     Notes
     -----
@@ -41,6 +69,10 @@ class KeysValues:
     each step; the last step stays, NaN where a sliding cache no longer holds the key. What attention written by hand does not
     show (its keys, its values) is left out, and the bytes with it. Cost: one pass over keys and values; in decoding over those
     that are new, where the cache only grows.
+
+    Of a passage alone, and its tokens that are no padding: `key_cosine` = cos(k_j, sum_i k_i / ||k_i||); `lag_key` = standard
+    deviation over channels of (k_j - min) / (max - min), min and max of the channel over the next block of `lag` keys. A channel
+    that is constant there is left out.
 
     Examples
     --------
@@ -53,7 +85,13 @@ class KeysValues:
     (5.0, 2.0, 16)
     """
 
-    def __init__(self) -> None:
+    spec: ClassVar[ProbeSpec]
+
+    def __init__(self, *, lag: int = 128, sinks: int = 4) -> None:
+        for name, value in (("lag", lag), ("sinks", sinks)):
+            if value < 1:
+                raise SchemaError(f"Probe {self.spec.name}: {name} is {value}, expected 1 or more.")
+        self.lag, self.sinks = lag, sinks
         self._last: dict[tuple[str, int], tuple[int, dict[str, Tensor]]] = {}
 
     def observe(self, seen: AttentionSeen) -> dict[str, Tensor]:
@@ -72,10 +110,26 @@ class KeysValues:
             norm[..., : seen.dropped] = torch.nan
         if seen.grows:
             self._last[place] = seen.grows, dict(kept)
+        if seen.context.phase != "decode":
+            kept |= self._passage(seen)
         dims = key.shape[-1], seen.value.shape[-1]
         if all(dims):
             taken = key.shape[1] * (dims[0] * key.element_size() + dims[1] * seen.value.element_size())
             kept["bytes_per_token"] = torch.tensor(taken, dtype=torch.int64)
+        return kept
+
+    def _passage(self, seen: AttentionSeen) -> dict[str, Tensor]:
+        """How keys and values lie among the others, where all of a passage are there."""
+        kept: dict[str, Tensor] = {}
+        if seen.dropped or seen.across:
+            return kept
+        valid = seen.context.valid if seen.valid_keys is None else seen.valid_keys
+        valid = valid if valid is not None and valid.shape[1] == seen.key.shape[2] else None
+        if seen.key.shape[-1]:
+            kept["key_cosine"] = mean_cosine(seen.key, valid)
+        if seen.key.shape[-1] > 1 and seen.value.shape[-1] > 1:
+            kept["lag_key"] = lag_spread(seen.key, self.lag, self.sinks, valid)
+            kept["lag_value"] = lag_spread(seen.value, self.lag, self.sinks, valid)
         return kept
 
 

@@ -2,8 +2,8 @@
 
 from bnviz.catalog import namespace
 
-from ._score import AGGREGATES, Floats, Statistics, keep_order, over_group, score
+from ._score import AGGREGATES, Floats, Statistics, keep_order, over_group, score, whole
 
-__all__ = ["AGGREGATES", "Floats", "Statistics", "keep_order", "over_group", "score"]
+__all__ = ["AGGREGATES", "Floats", "Statistics", "keep_order", "over_group", "score", "whole"]
 
 __getattr__, __dir__ = namespace(__name__)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -16,33 +18,31 @@ Aggregate = Literal["mean", "max", "sum"]
 AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
     """What one forward left of one layer's attention over one sequence; keys in the order of their positions.
 
-    A score is a function of these and of nothing else, so it works on the numbers of any model and any capture.
+    A score is a function of these and of nothing else, so it works on the numbers of any model and any capture. What there is
+    of it are variables of records by their own names: a new score may read any of them.
 
     Parameters
     ----------
-    mass : array (head, key), optional
-        Attention a key received, summed over all queries, in queries.
-    window_mass : array (head, key), optional
-        The same over the last `window` queries only.
-    last_row : array (head, key), optional
-        Attention of the last query; a row sums to 1.
-    key_norm : array (kv_head, key), optional
-        L2 norm of the key as it lies in the cache.
     keys, heads, kv_heads : int
         Lengths of the axes; `heads` is a multiple of `kv_heads`.
     window : int
         Queries in `window_mass`.
     layer : int
         Which block this is; only a random score looks at it.
+    options : mapping, optional
+        What the probes were told, by name: `lag`, `history` and so on.
+    variables : mapping of str to array, optional
+        Further arrays, read when they are asked for.
+    **arrays : array
+        A variable of a record, (head, key), (kv_head, key) or (key,), as `mass` and `key_norm`; None: absent.
 
     Raises
     ------
     SchemaError
-        An array's shape does not fit the lengths.
+        The lengths do not fit each other.
 
     Examples
     --------
@@ -50,60 +50,69 @@ class Statistics:
     2
     """
 
-    keys: int
-    heads: int
-    kv_heads: int
-    mass: Floats | None = None
-    window_mass: Floats | None = None
-    last_row: Floats | None = None
-    key_norm: Floats | None = None
-    window: int = 64
-    layer: int = 0
+    __slots__ = ("arrays", "heads", "keys", "kv_heads", "layer", "options", "window")
 
-    def __post_init__(self) -> None:
-        if self.kv_heads < 1 or self.heads % self.kv_heads:
+    def __init__(
+        self,
+        *,
+        keys: int,
+        heads: int,
+        kv_heads: int,
+        window: int = 64,
+        layer: int = 0,
+        options: Mapping[str, Any] = MappingProxyType({}),
+        variables: Mapping[str, Floats] = MappingProxyType({}),
+        **arrays: Floats | None,
+    ) -> None:
+        if kv_heads < 1 or heads % kv_heads:
             raise SchemaError(
-                f"{self.heads} query heads cannot share {self.kv_heads} key-value heads; expected a multiple of them."
+                f"{heads} query heads cannot share {kv_heads} key-value heads; expected a multiple of them."
             )
-        for name, rows in (("mass", self.heads), ("window_mass", self.heads), ("last_row", self.heads)):
-            self._check(name, rows)
-        self._check("key_norm", self.kv_heads)
-
-    def _check(self, name: str, rows: int) -> None:
-        array = getattr(self, name)
-        if array is not None and array.shape != (rows, self.keys):
-            raise SchemaError(f"{name} has shape {array.shape}, expected {(rows, self.keys)}.")
+        self.keys, self.heads, self.kv_heads, self.window, self.layer = keys, heads, kv_heads, window, layer
+        self.options = options
+        given = {name: array for name, array in arrays.items() if array is not None}
+        self.arrays: Mapping[str, Floats] = ChainMap(given, variables) if variables else given  # type: ignore[arg-type]
 
     @property
     def group(self) -> int:
         """Query heads that share one key-value head."""
         return self.heads // self.kv_heads
 
-    def need(self, name: str, score: str) -> Floats:
-        """The array called `name`.
+    def of_heads(self, name: str, score: str) -> Floats:
+        """The variable `name` ("record.variable"), (head, key).
 
         Raises
         ------
         NotCaptured
-            It is absent.
+            It is absent, or NaN throughout.
+        SchemaError
+            Its shape is another.
         """
-        array: Floats | None = getattr(self, name)
-        if array is None:
-            raise NotCaptured(f"Score {score!r} needs {name!r}, which was not given; {_SOURCE[name]}.")
-        return array
+        return self._array(name, score, (self.heads, self.keys))
 
+    def of_kv_heads(self, name: str, score: str) -> Floats:
+        """The variable `name` ("record.variable"), (kv_head, key); raises as `of_heads`."""
+        return self._array(name, score, (self.kv_heads, self.keys))
 
-_SOURCE = {
-    "mass": 'add "attention" to probes= and run again',
-    "window_mass": 'add "attention" to probes= and run again',
-    "last_row": 'add "attention" to probes= and run again',
-    "key_norm": 'add "keys_values" to probes= and run again',
-}
+    def of_keys(self, name: str, score: str) -> Floats:
+        """The variable `name` ("record.variable"), (key,); raises as `of_heads`."""
+        return self._array(name, score, (self.keys,))
+
+    def _array(self, name: str, score: str, shape: tuple[int, ...]) -> Floats:
+        record, _, variable = name.partition(".")
+        array = self.arrays.get(variable)
+        if array is None or (array.size and np.isnan(array).all()):
+            raise NotCaptured(
+                f'Score {score!r} needs {variable!r}, which was not given; add "{record}" to probes= and run again.'
+            )
+        if array.shape != shape:
+            raise SchemaError(f"{variable} has shape {array.shape}, expected {shape}.")
+        return np.asarray(array, dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreSpec:
-    """The declaration of a score: its name, its claim, the statistics it needs and the paper that defines it."""
+    """The declaration of a score: its name, its claim, the variables it needs and the paper that defines it."""
 
     name: str
     doc: str
@@ -122,14 +131,18 @@ def score(*, needs: tuple[str, ...], paper: str) -> Callable[[_F], _F]:
     Parameters
     ----------
     needs : tuple of str
-        Names of arrays of `Statistics`.
+        Variables as "record.variable".
     paper : str
         Where it is defined.
+
+    Raises
+    ------
+    SchemaError
+        A need is not written so.
     """
-    known = {field.name for field in fields(Statistics)}
     for name in needs:
-        if name not in known:
-            raise unknown("statistic", name, known)
+        if name.count(".") != 1:
+            raise SchemaError(f'A score needs {name!r}; expected "record.variable", as "attention.mass".')
 
     def declare(function: _F) -> _F:
         claim = (function.__doc__ or "").strip().splitlines()[0]
@@ -153,6 +166,19 @@ def over_group(values: Floats, kv_heads: int, aggregate: str) -> Floats:
     if aggregate == "max":
         return np.asarray(grouped.max(axis=1))
     return np.asarray(grouped.mean(axis=1) if aggregate == "mean" else grouped.sum(axis=1))
+
+
+def whole(name: str, score: str, value: Any, least: int) -> int:
+    """An option that is a number of tokens.
+
+    Raises
+    ------
+    SchemaError
+        It is no whole number, or below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise SchemaError(f"{score}: {name} is {value!r}, expected a whole number of tokens, {least} or more.")
+    return int(value)
 
 
 def keep_order(values: Floats) -> npt.NDArray[np.int32]:

@@ -9,7 +9,7 @@ from bnviz.errors import SchemaError
 from ._score import Floats, Statistics, over_group, score
 
 
-@score(needs=("mass",), paper="arXiv:2306.14048")
+@score(needs=("attention.mass",), paper="arXiv:2306.14048")
 def h2o(statistics: Statistics, *, aggregate: str = "mean", recent: float = 0.1) -> Floats:
     """Attention mass a key received from all queries; the most recent keys always stay.
 
@@ -48,6 +48,8 @@ def h2o(statistics: Statistics, *, aggregate: str = "mean", recent: float = 0.1)
     """
     if not 0 <= recent <= 1:
         raise SchemaError(f"h2o: recent is {recent}, expected a share of the keys from 0 to 1.")
-    scores = np.array(over_group(statistics.need("mass", "h2o"), statistics.kv_heads, aggregate), dtype=np.float64)
+    scores = np.array(
+        over_group(statistics.of_heads("attention.mass", "h2o"), statistics.kv_heads, aggregate), dtype=np.float64
+    )
     scores[:, statistics.keys - int(recent * statistics.keys) :] = np.inf
     return scores

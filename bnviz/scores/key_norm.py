@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ._score import Floats, Statistics, score
 
 
-@score(needs=("key_norm",), paper="arXiv:2406.11430")
+@score(needs=("keys_values.key_norm",), paper="arXiv:2406.11430")
 def key_norm(statistics: Statistics) -> Floats:
     """Minus the L2 norm of a key: keys with a small norm stay.
 
@@ -31,7 +29,8 @@ def key_norm(statistics: Statistics) -> Floats:
 
     Examples
     --------
+    >>> import numpy as np
     >>> key_norm(Statistics(key_norm=np.array([[2.0, 1.0]]), keys=2, heads=4, kv_heads=1)).tolist()
     [[-2.0, -1.0]]
     """
-    return -statistics.need("key_norm", "key_norm").astype(np.float64)
+    return -statistics.of_kv_heads("keys_values.key_norm", "key_norm")

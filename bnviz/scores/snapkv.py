@@ -9,7 +9,7 @@ from bnviz.errors import SchemaError
 from ._score import Floats, Statistics, over_group, score
 
 
-@score(needs=("window_mass",), paper="arXiv:2404.14469")
+@score(needs=("attention.window_mass",), paper="arXiv:2404.14469")
 def snapkv(statistics: Statistics, *, aggregate: str = "mean", kernel: int = 5) -> Floats:
     """Attention a key receives from the last queries, smoothed over its neighbours; the window itself always stays.
 
@@ -48,7 +48,11 @@ def snapkv(statistics: Statistics, *, aggregate: str = "mean", kernel: int = 5) 
     >>> snapkv(s, kernel=1).tolist()
     [[0.0, 0.0, 0.5, 0.0, inf, inf]]
     """
-    window_mass, window, keys = statistics.need("window_mass", "snapkv"), statistics.window, statistics.keys
+    window_mass, window, keys = (
+        statistics.of_heads("attention.window_mass", "snapkv"),
+        statistics.window,
+        statistics.keys,
+    )
     if kernel < 1 or kernel % 2 == 0:
         raise SchemaError(f"snapkv: kernel is {kernel}, expected an odd number of positions.")
     if keys <= window:

@@ -7,7 +7,7 @@ import numpy as np
 from ._score import Floats, Statistics, score
 
 
-@score(needs=("last_row",), paper="arXiv:2401.06104")
+@score(needs=("attention.last_row",), paper="arXiv:2401.06104")
 def tova(statistics: Statistics) -> Floats:
     """Attention weight that the last query gives to a key, averaged over all heads of the layer.
 
@@ -34,5 +34,5 @@ def tova(statistics: Statistics) -> Floats:
     >>> tova(Statistics(last_row=np.array([[0.5, 0.5], [0.0, 1.0]]), keys=2, heads=2, kv_heads=1)).tolist()
     [[0.25, 0.75]]
     """
-    mean = statistics.need("last_row", "tova").mean(axis=0, dtype=np.float64)
+    mean = statistics.of_heads("attention.last_row", "tova").mean(axis=0, dtype=np.float64)
     return np.repeat(mean[None], statistics.kv_heads, axis=0)

@@ -139,18 +139,22 @@ def test_permuting_ungrouped_heads_permutes_the_ranks(order: list[int]) -> None:
 
 # ------------------------------------------------------------------------------------- against full attention matrices
 @pytest.fixture(scope="module")
-def watched(load_model: Any) -> tuple[Any, torch.Tensor, np.ndarray, np.ndarray]:
-    """Run, ids, and what eager attention says: weights (layer, head, query, key), key norms (layer, kv_head, key)."""
+def watched(load_model: Any) -> tuple[Any, torch.Tensor, np.ndarray, torch.Tensor, torch.Tensor]:
+    """Run, ids, and what eager attention says: weights (layer, head, query, key), keys and values (layer, kv_head, key, dim)."""
     text = (Path(bnviz.__file__).parent / "demo" / "data" / "tempest.txt").read_bytes()
     ids = torch.tensor([list(text[5000:5060])])
     model = load_model("llama-induction-byte")
-    with bnviz.capture(model, probes=["attention", "keys_values"], window=8, strict=True) as recorder, torch.no_grad():
+    told = {"window": 8, "history": 20, "lag": 9}
+    with bnviz.capture(model, probes=["attention", "keys_values"], strict=True, **told) as recorder, torch.no_grad():
         model(ids)
     with torch.no_grad():
         out = load_model("llama-induction-byte", "eager")(ids, output_attentions=True, use_cache=True)
     weights = torch.stack(out.attentions)[:, 0].double().numpy()
-    norms = np.stack([layer.keys[0].double().norm(dim=-1).numpy() for layer in out.past_key_values.layers])
-    return recorder.run, ids, weights, norms
+    keys, values = (
+        torch.stack([getattr(one, name)[0].double() for one in out.past_key_values.layers])
+        for name in ("keys", "values")
+    )
+    return recorder.run, ids, weights, keys, values
 
 
 def grouped(values: np.ndarray) -> np.ndarray:
@@ -158,9 +162,9 @@ def grouped(values: np.ndarray) -> np.ndarray:
     return np.stack([(values[:, 0] + values[:, 1]) / 2, (values[:, 2] + values[:, 3]) / 2], axis=1)
 
 
-def expected_scores(weights: np.ndarray, norms: np.ndarray) -> dict[str, np.ndarray]:
-    """The five published scores written down a second time, from whole matrices."""
-    keys = weights.shape[-1]
+def expected_scores(weights: np.ndarray, key: torch.Tensor, value: torch.Tensor) -> dict[str, np.ndarray]:
+    """The published scores written down a second time, from whole matrices."""
+    keys, norms = weights.shape[-1], key.norm(dim=-1).numpy()
     h2o = grouped(weights.sum(2))
     h2o[..., keys - int(0.1 * keys) :] = np.inf
     window = torch.from_numpy(weights[:, :, -8:, :-8].mean(2))
@@ -169,14 +173,52 @@ def expected_scores(weights: np.ndarray, norms: np.ndarray) -> dict[str, np.ndar
     snapkv[..., :-8] = grouped(pooled)
     tova = np.repeat(weights[:, :, -1].mean(1)[:, None], 2, axis=1)
     streaming = np.broadcast_to(np.where(np.arange(keys) < 4, np.inf, np.arange(keys)), h2o.shape)
-    return {"h2o": h2o, "snapkv": snapkv, "tova": tova, "key_norm": -norms, "streaming_llm": streaming}
+    found = {"h2o": h2o, "snapkv": snapkv, "tova": tova, "key_norm": -norms, "streaming_llm": streaming}
+    return found | of_attention(weights, value) | of_keys(key, value)
+
+
+def of_attention(weights: np.ndarray, value: torch.Tensor) -> dict[str, np.ndarray]:
+    keys = weights.shape[-1]
+    observed = grouped(weights.sum(2) / np.arange(keys, 0, -1))
+    pivotal = weights > 1 / np.arange(1, keys + 1)[:, None]
+    scissorhands = grouped(pivotal[:, :, -20:].sum(2).astype(float))
+    scissorhands[..., -10:] = np.inf
+    finch = np.full(observed.shape, np.inf)
+    finch[..., :-8] = grouped((weights[:, :, -8:] * np.arange(keys - 8, keys)[:, None]).mean(2))[..., :-8]
+    vatp = grouped(weights.sum(2)) * value.abs().sum(-1).numpy()
+    vatp[..., :4] = np.inf
+    return {"observed_attention": observed, "scissorhands": scissorhands, "finch": finch, "vatp": vatp}
+
+
+def of_keys(key: torch.Tensor, value: torch.Tensor) -> dict[str, np.ndarray]:
+    unit = torch.nn.functional.normalize(key, dim=-1)
+    keydiff = -torch.nn.functional.cosine_similarity(key, unit.mean(2, keepdim=True), dim=-1).numpy()
+    shares = []
+    for square in (key.square().sum(-1), value.square().sum(-1)):
+        windows = torch.split(square, 16, dim=-1)
+        shares.append(torch.cat([w / w.sum(-1, keepdim=True) for w in windows], -1))
+    cur = shares[0] * shares[1]
+    cur = (cur / cur.sum(-1, keepdim=True)).numpy()
+    cur[..., :4] = np.inf
+    lagkv = np.full(keydiff.shape, np.inf)
+    blocks = (key.shape[2] - 4) // 9
+    for at in range(blocks - 1):
+        own, after = slice(4 + 9 * at, 13 + 9 * at), slice(13 + 9 * at, 22 + 9 * at)
+        mean = 0.0
+        for states in (key, value):
+            low, high = states[:, :, after].amin(2, keepdim=True), states[:, :, after].amax(2, keepdim=True)
+            mean = mean + ((states[:, :, own] - low) / (high - low)).std(-1).softmax(-1) / 2
+        lagkv[..., own] = mean.argsort(-1).argsort(-1).numpy() / 9
+    return {"keydiff": keydiff, "cur": cur, "lagkv": lagkv, "value_norm": value.norm(dim=-1).numpy()}
 
 
 def test_every_score_is_the_one_of_full_matrices(watched: Any) -> None:
-    run, _, weights, norms = watched
+    run, _, weights, keys, values = watched
     result = kv_importance(run["attention"], run["keys_values"])
     assert result.attrs["skipped"] == {} and result.attrs["window"] == 8
-    for name, expected in expected_scores(weights, norms).items():
+    written = expected_scores(weights, keys, values)
+    assert {*written, "random"} == set(names("scores"))
+    for name, expected in written.items():
         found = result["score"].sel({"method": name}).values
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6, err_msg=name)
         order = np.argsort(result["keep_rank"].sel({"method": name}).values, axis=-1)

@@ -22,11 +22,23 @@ def uniform_causal(keys: int, heads: int = 2) -> np.ndarray:
 
 def statistics(weights: np.ndarray, kv_heads: int = 1, window: int = 2, **more: object) -> Statistics:
     heads, _, keys = weights.shape
+    ones = np.ones((kv_heads, keys))
+    inside = (np.arange(keys) >= 4) & (np.arange(keys) < 4 + (keys - 4) // 4 * 4 - 4)
     return Statistics(
         mass=weights.sum(1),
         window_mass=weights[:, -window:].sum(1),
+        recent_mass=weights.sum(1),
+        recent_pivotal=(weights > 1 / np.arange(1, keys + 1)[:, None]).sum(1).astype(float),
+        ranged_mass=(weights * np.arange(keys)[:, None])[:, -window:].sum(1),
         last_row=weights[:, -1],
-        key_norm=np.ones((kv_heads, keys)),
+        seen=np.arange(keys, 0, -1.0),
+        key_norm=ones,
+        value_norm=ones,
+        value_norm_l1=ones,
+        key_cosine=ones,
+        lag_key=np.where(inside, ones, np.nan),
+        lag_value=np.where(inside, ones, np.nan),
+        options={"lag": 4, "history": keys},
         keys=keys,
         heads=heads,
         kv_heads=kv_heads,
@@ -122,7 +134,9 @@ def test_a_score_says_what_it_needs_and_how_to_get_it(name: str, needs: tuple[st
     if not needs:
         assert load("scores", name)(bare).shape == (1, 6)
         return
-    with pytest.raises(NotCaptured, match=f"{name}.*needs '{needs[0]}'.*add \"(attention|keys_values)\" to probes="):
+    with pytest.raises(
+        NotCaptured, match=f"{name}.*needs '{needs[0].partition('.')[2]}'.*add \"(attention|keys_values)\" to probes="
+    ):
         load("scores", name)(bare)
 
 
@@ -163,15 +177,104 @@ def test_over_group_takes_mean_max_and_sum_and_names_the_choices() -> None:
         over_group(values, 2, "median")
 
 
-def test_statistics_refuse_shapes_and_groups_that_do_not_fit() -> None:
+def test_observed_attention_is_h2os_sum_over_the_queries_that_see_a_key() -> None:
+    found = load("scores", "observed_attention")(statistics(uniform_causal(4)))
+    sums = [1 + 1 / 2 + 1 / 3 + 1 / 4, 1 / 2 + 1 / 3 + 1 / 4, 1 / 3 + 1 / 4, 1 / 4]
+    assert found[0] == pytest.approx([m / n for m, n in zip(sums, (4, 3, 2, 1), strict=True)])
+    unseen = Statistics(mass=np.zeros((1, 2)), seen=np.array([0.0, 1.0]), keys=2, heads=1, kv_heads=1)
+    assert load("scores", "observed_attention")(unseen).tolist() == [[0, 0]]
+
+
+def test_scissorhands_counts_pivotal_rows_and_keeps_the_last_keys() -> None:
+    given_ = Statistics(recent_pivotal=np.array([[3.0, 0, 1, 2], [1, 2, 1, 0]]), keys=4, heads=2, kv_heads=1)
+    assert load("scores", "scissorhands")(given_, recent=1).tolist() == [[2, 1, 1, INF]]
+    with pytest.raises(SchemaError, match=r"4 keys and the last 4 always stay"):
+        load("scores", "scissorhands")(given_, recent=4)
+    with pytest.raises(SchemaError, match=r"recent is 0.5, expected a whole number of tokens"):
+        load("scores", "scissorhands")(given_, recent=0.5)
+
+
+def test_finch_weights_rows_by_their_position_and_keeps_its_window() -> None:
+    weights = uniform_causal(4, heads=1)  # rows 2 and 3 are a third of three keys and a quarter of four
+    found = load("scores", "finch")(statistics(weights))
+    assert found == pytest.approx(np.array([[(2 / 3 + 3 / 4) / 2, (2 / 3 + 3 / 4) / 2, INF, INF]]))
+    with pytest.raises(SchemaError, match=r"finch: the sequence has 4 keys and the observation window 4 queries"):
+        load("scores", "finch")(statistics(weights, window=4))
+
+
+def test_vatp_multiplies_by_the_value_and_forces_the_sinks() -> None:
+    given_ = Statistics(
+        mass=np.array([[4.0, 1.0, 1.0]]),
+        recent_mass=np.array([[1.0, 1.0, 0.0]]),
+        value_norm_l1=np.array([[0.1, 1.0, 3.0]]),
+        options={"history": 2},
+        keys=3,
+        heads=1,
+        kv_heads=1,
+    )
+    vatp = load("scores", "vatp")
+    assert vatp(given_, sinks=1) == pytest.approx(np.array([[INF, 1, 3]]))
+    assert vatp(given_, sinks=0, of="scissorhands") == pytest.approx(np.array([[0.05, 0.5, 0]]))
+    with pytest.raises(UnknownName, match="Unknown form of vatp 'h20'; did you mean 'h2o'"):
+        vatp(given_, of="h20")
+
+
+def test_cur_takes_shares_of_windows_of_which_the_last_may_be_short() -> None:
+    key, value = np.array([[1.0, 2.0, 1.0]]), np.array([[1.0, 1.0, 5.0]])
+    given_ = Statistics(key_norm=key, value_norm=value, keys=3, heads=1, kv_heads=1)
+    product = np.array([1 / 5 * 1 / 2, 4 / 5 * 1 / 2, 1.0])
+    assert load("scores", "cur")(given_, window=2, sinks=0)[0] == pytest.approx(product / product.sum())
+    nothing = Statistics(key_norm=key * 0, value_norm=value, keys=3, heads=1, kv_heads=1)
+    assert load("scores", "cur")(nothing, sinks=0).tolist() == [[0, 0, 0]]
+
+
+def test_lagkv_ranks_within_each_block_and_keeps_what_has_no_next_one() -> None:
+    nan = np.nan
+    key = np.array([[nan, 0.3, 0.1, 0.2, 5.0, 4.0, 6.0, nan, nan, nan, nan]])
+    given_ = Statistics(lag_key=key, lag_value=key, options={"lag": 3}, keys=11, heads=1, kv_heads=1)
+    expected = [INF, 2 / 3, 0, 1 / 3, 1 / 3, 0, 2 / 3, INF, INF, INF, INF]
+    assert load("scores", "lagkv")(given_)[0] == pytest.approx(expected)
+    short = Statistics(lag_key=key * nan, lag_value=key * nan, options={"lag": 3}, keys=11, heads=1, kv_heads=1)
+    with pytest.raises(SchemaError, match="11 keys, fewer than its sinks and two blocks of 3"):
+        load("scores", "lagkv")(short)
+
+
+def test_value_norm_may_be_of_the_value_or_of_what_the_projection_makes_of_it() -> None:
+    given_ = Statistics(
+        value_norm=np.array([[2.0, 1.0]]),
+        value_norm_l1=np.array([[3.0, 1.0]]),
+        value_norm_projected=np.array([[1.0, 2.0], [3.0, 4.0]]),
+        keys=2,
+        heads=2,
+        kv_heads=1,
+    )
+    found = {norm: load("scores", "value_norm")(given_, norm=norm).tolist() for norm in ("l2", "l1", "projected")}
+    assert found == {"l2": [[2, 1]], "l1": [[3, 1]], "projected": [[2, 3]]}
+    with pytest.raises(UnknownName, match=r"Unknown norm of value_norm 'l3'.*Valid: l1, l2, projected"):
+        load("scores", "value_norm")(given_, norm="l3")
+
+
+def test_scores_refuse_shapes_and_groups_that_do_not_fit() -> None:
     with pytest.raises(SchemaError, match=r"mass has shape \(2, 3\), expected \(2, 4\)"):
-        Statistics(mass=np.ones((2, 3)), keys=4, heads=2, kv_heads=1)
+        load("scores", "h2o")(Statistics(mass=np.ones((2, 3)), keys=4, heads=2, kv_heads=1))
     with pytest.raises(SchemaError, match=r"key_norm has shape \(2, 4\), expected \(1, 4\)"):
-        Statistics(key_norm=np.ones((2, 4)), keys=4, heads=2, kv_heads=1)
+        load("scores", "key_norm")(Statistics(key_norm=np.ones((2, 4)), keys=4, heads=2, kv_heads=1))
     with pytest.raises(SchemaError, match="3 query heads cannot share 2"):
         Statistics(keys=4, heads=3, kv_heads=2)
 
 
-def test_a_score_cannot_declare_a_statistic_that_does_not_exist() -> None:
-    with pytest.raises(UnknownName, match="Unknown statistic 'mas'; did you mean 'mass'"):
-        score(needs=("mas",), paper="none")
+def test_a_statistic_of_which_nothing_was_captured_is_as_one_that_is_absent() -> None:
+    with pytest.raises(NotCaptured, match="needs 'mass'"):
+        load("scores", "h2o")(Statistics(mass=np.full((1, 3), np.nan), keys=3, heads=1, kv_heads=1))
+
+
+@pytest.mark.parametrize("name", names("scores"))
+def test_what_a_score_needs_is_a_variable_of_a_probe(name: str) -> None:
+    for need in load("scores", name).spec.needs:
+        record, _, variable = need.partition(".")
+        assert variable in {one.name for one in load("probes", record).spec.variables}
+
+
+def test_a_score_declares_records_and_variables() -> None:
+    with pytest.raises(SchemaError, match=r"A score needs 'mass'; expected \"record.variable\""):
+        score(needs=("mass",), paper="none")
