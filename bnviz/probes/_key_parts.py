@@ -7,37 +7,35 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-AT_ONCE = 1 << 22  # values that are held: 16 MiB in float32
+AT_ONCE, ELSEWHERE = 1 << 19, 1 << 24  # values that are taken at once: 2 MiB in float32 on a CPU, 64 MiB on a GPU
 
 
-def mean_cosine(key: Tensor, valid: Tensor | None) -> Tensor:
-    """(batch, kv_heads, keys): cosine of each key with the mean of all keys' directions; keys of zeros, and padding, are 0.
+def mean_cosine(key: Tensor, norm: Tensor, valid: Tensor | None) -> Tensor:
+    """(batch, kv_heads, keys): cosine of each key with the mean of all keys' directions; 0 for keys of zeros.
 
     Parameters
     ----------
     key : Tensor (batch, kv_heads, keys, dim)
+    norm : Tensor (batch, kv_heads, keys)
+        Of the keys.
     valid : Tensor (batch, keys) bool, optional
-        Which keys count.
+        Which keys the mean is over.
 
     Examples
     --------
     >>> import torch
-    >>> [round(c, 4) for c in mean_cosine(torch.tensor([[[[1.0, 0.0], [0.0, 2.0]]]]), None)[0, 0].tolist()]
+    >>> key = torch.tensor([[[[1.0, 0.0], [0.0, 2.0]]]])
+    >>> [round(c, 4) for c in mean_cosine(key, key.norm(dim=-1), None)[0, 0].tolist()]
     [0.7071, 0.7071]
     """
     import torch
 
-    exact = torch.promote_types(key.dtype, torch.float32)
-    sums, parts = [], torch.split(key, _step(key), 2)
-    start = 0
-    for part in parts:
-        unit = torch.nn.functional.normalize(part.to(exact), dim=-1)
-        if valid is not None:
-            unit = unit * valid[:, None, start : start + part.shape[2], None]
-        sums.append(unit.sum(2))
-        start += part.shape[2]
-    direction = torch.nn.functional.normalize(torch.stack(sums).sum(0), dim=-1)[..., None]
-    return torch.cat([(torch.nn.functional.normalize(p.to(exact), dim=-1) @ direction)[..., 0] for p in parts], 2)
+    inverse = norm.reciprocal().masked_fill(norm == 0, 0)
+    counted = inverse if valid is None else inverse * valid[:, None]
+    exact = key.to(norm.dtype)
+    direction = torch.nn.functional.normalize(counted[:, :, None] @ exact, dim=-1)
+    found: Tensor = (exact @ direction.mT)[..., 0] * inverse
+    return found.clamp_(-1, 1)
 
 
 def lag_spread(values: Tensor, lag: int, sinks: int, valid: Tensor | None = None) -> Tensor:
@@ -65,21 +63,34 @@ def lag_spread(values: Tensor, lag: int, sinks: int, valid: Tensor | None = None
 
     if valid is not None:
         return _unpadded(values, lag, sinks, valid)
-    batch, heads, keys, _ = values.shape
+    batch, heads, keys, dim = values.shape
     exact = torch.promote_types(values.dtype, torch.float32)
     found = torch.full((batch, heads, keys), torch.nan, dtype=exact, device=values.device)
     blocks = (keys - sinks) // lag
-    for at in range(max(0, blocks - 1)):
-        start = sinks + at * lag
-        own, after = (values[:, :, first : first + lag].to(exact) for first in (start, start + lag))
-        low, high = after.amin(2, keepdim=True), after.amax(2, keepdim=True)
-        varies = high > low
-        scaled = torch.where(varies, (own - low) / torch.where(varies, high - low, 1), 0)
-        count = varies.sum(-1)
-        mean = scaled.sum(-1) / count
-        square = torch.where(varies, scaled - mean[..., None], 0).square().sum(-1)
-        found[:, :, start : start + lag] = (square / (count - 1)).sqrt()
+    if blocks < 2:
+        return found
+    together = max(1, (AT_ONCE if values.is_cpu else ELSEWHERE) // (keys * dim))
+    inside = slice(sinks, sinks + (blocks - 1) * lag)
+    flat = values.flatten(0, 1), found.flatten(0, 1)
+    for some, into in zip(*(torch.split(one, together) for one in flat), strict=True):
+        parts = some[:, sinks : sinks + blocks * lag].to(exact).unflatten(1, (blocks, lag))
+        into[:, inside] = _spread(parts).flatten(1)
     return found
+
+
+def _spread(parts: Tensor) -> Tensor:
+    """(n, blocks - 1, lag) of parts (n, blocks, lag, dim)."""
+    import torch
+
+    low, high = parts[:, 1:].amin(2, keepdim=True), parts[:, 1:].amax(2, keepdim=True)
+    varies = high > low
+    inverse = torch.where(varies, 1 / (high - low), 0)
+    # From the middle of the range, where squares of what is left are small: nothing is lost when they are subtracted
+    scaled = (parts[:, :-1] - (low + high) / 2).mul_(inverse)
+    count = varies.sum(-1)
+    squares = torch.linalg.vector_norm(scaled, dim=-1).square_()
+    variance: Tensor = (squares - scaled.sum(-1).square_() / count) / (count - 1)
+    return variance.clamp_min_(0).sqrt_()
 
 
 def _unpadded(values: Tensor, lag: int, sinks: int, valid: Tensor) -> Tensor:
@@ -94,8 +105,3 @@ def _unpadded(values: Tensor, lag: int, sinks: int, valid: Tensor) -> Tensor:
     block = (torch.arange(values.shape[2], device=values.device) - sinks).div(lag, rounding_mode="floor")
     found = found.masked_fill(block >= whole - 1, torch.nan)
     return torch.empty_like(found).scatter_(2, order.expand(-1, heads, -1), found)
-
-
-def _step(key: Tensor) -> int:
-    """Tokens that are taken at once."""
-    return max(1, AT_ONCE * key.shape[2] // max(1, key.numel()))

@@ -9,11 +9,10 @@ from bnviz.errors import SchemaError
 from bnviz.observation import AttentionSeen
 from bnviz.schema import ProbeSpec, Variable, probe
 
-from ._recent import ranged, recent
-
 if TYPE_CHECKING:
     from torch import Tensor
 
+OF_PASSAGES = ("recent_mass", "recent_pivotal", "ranged_mass")
 _KEY = ("step", "layer", "head", "key")
 _QUERY = ("step", "layer", "head", "query")
 
@@ -142,14 +141,11 @@ class Attention:
                 seen.query,
                 seen.key,
                 pattern=pattern,
-                statistics=Statistics(self._names(seen), window, self.sinks, self.local, self.bins),
+                statistics=Statistics(self._names(seen), window, self.sinks, self.local, self.bins, self.history),
                 valid=valid,
                 token_ids=seen.token_ids,
             )
         )
-        if seen.context.phase != "decode" and not seen.across:
-            kept |= recent(seen, pattern, valid, kept, self.history)
-            kept["ranged_mass"] = ranged(seen, pattern, valid, self.window)
         if seen.context.phase == "decode" and rows > 1:
             _blank_last(kept["last_row"], seen)
         if "pooled" in kept:
@@ -186,7 +182,10 @@ class Attention:
         from bnviz.reduce.attention_stats import BY_KEY, BY_QUERY
 
         by_query = BY_QUERY if seen.token_ids is not None else BY_QUERY[:4]
-        return (*BY_KEY, *by_query) if seen.context.phase == "decode" else (*BY_KEY, *by_query, "pooled")
+        if seen.context.phase == "decode":
+            return (*(name for name in BY_KEY if name not in OF_PASSAGES), *by_query)
+        by_key = (name for name in BY_KEY if not (seen.across and name in OF_PASSAGES))
+        return (*by_key, *by_query, "pooled")
 
 
 def _blank_last(last: Tensor, seen: AttentionSeen) -> None:

@@ -111,22 +111,22 @@ class KeysValues:
         if seen.grows:
             self._last[place] = seen.grows, dict(kept)
         if seen.context.phase != "decode":
-            kept |= self._passage(seen)
+            kept |= self._passage(seen, kept)
         dims = key.shape[-1], seen.value.shape[-1]
         if all(dims):
             taken = key.shape[1] * (dims[0] * key.element_size() + dims[1] * seen.value.element_size())
             kept["bytes_per_token"] = torch.tensor(taken, dtype=torch.int64)
         return kept
 
-    def _passage(self, seen: AttentionSeen) -> dict[str, Tensor]:
+    def _passage(self, seen: AttentionSeen, norms: dict[str, Tensor]) -> dict[str, Tensor]:
         """How keys and values lie among the others, where all of a passage are there."""
         kept: dict[str, Tensor] = {}
-        if seen.dropped or seen.across:
+        if seen.dropped or seen.across or not seen.key.shape[2]:
             return kept
         valid = seen.context.valid if seen.valid_keys is None else seen.valid_keys
         valid = valid if valid is not None and valid.shape[1] == seen.key.shape[2] else None
         if seen.key.shape[-1]:
-            kept["key_cosine"] = mean_cosine(seen.key, valid)
+            kept["key_cosine"] = mean_cosine(seen.key, norms["key_norm"], valid)
         if seen.key.shape[-1] > 1 and seen.value.shape[-1] > 1:
             kept["lag_key"] = lag_spread(seen.key, self.lag, self.sinks, valid)
             kept["lag_value"] = lag_spread(seen.value, self.lag, self.sinks, valid)

@@ -33,14 +33,17 @@ class Marks:
         That key, -1 where it is not defined; and the same, never negative.
     first_key : Tensor (batch,) int, optional
         None: 0 everywhere.
-    window_rows, last_row : Tensor (batch, queries) bool, optional
+    window_rows, last_row, recent_rows : Tensor (batch, queries) bool, optional
         None: the last ones.
+    position : Tensor (batch | 1, queries), optional
+        What `ranged_mass` weighs a row by.
     """
 
     def __init__(self, like: Tensor, names: tuple[str, ...], sizes: Statistics, of: Tokens, ids: Tensor | None) -> None:
         self.names, self.sizes, self.of = names, sizes, of
         self.first_key = of.first_key() if "sink_mass" in names else None
         self.window_rows, self.last_row = of.last_rows(sizes.snap), of.last_rows(1)
+        self.recent_rows = of.last_rows(sizes.history)
         found = self._partners(ids, like.device)
         self.singles, self.partner = tuple(found), _stacked(found, like)
         self.column = self.partner.clamp_min(0)
@@ -55,6 +58,7 @@ class Marks:
             else:
                 self.out[name] = empty.new_zeros(batch, heads, sizes.bins, sizes.bins)
         self.some = self.out[names[0]]
+        self.position = of.position(self.some) if "ranged_mass" in names else None
         self._made: dict[tuple[object, ...], Tensor] = {}
 
     def begin(self, ids: Tensor | None) -> None:

@@ -20,7 +20,10 @@ ROWS = 64  # of a strip
 ELEMENTS = 1 << 18  # logits of the heads that are taken at once
 NOT_FINITE = 1
 QUERY, LOGITS, WORK = 2, 0, 1  # numbers of buffers
-_PER_KEY = ("mass", "mass_squared", "peak", "pivotal", "window_mass", "last_row")
+_PER_KEY = (
+    *("mass", "mass_squared", "peak", "pivotal", "window_mass", "last_row"),
+    *("recent_mass", "recent_pivotal", "ranged_mass"),
+)
 _PER_QUERY = ("entropy", "sink_mass", "local_mass")
 _Options = tuple[Pattern, Statistics, tuple[str, ...]]
 
@@ -36,8 +39,11 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("of_head", "of_row")),
         *((name, ctypes.c_void_p) for name in ("sinks", *_PER_KEY, *_PER_QUERY)),
         ("single", ctypes.c_void_p * 3),
-        *((name, ctypes.c_void_p) for name in ("pooled", "partner", "window_rows", "last_rows")),
-        *((name, ctypes.c_int64) for name in ("singles", "snap", "sink", "first_key", "local", "bins", "tall", "wide")),
+        *((name, ctypes.c_void_p) for name in ("pooled", "partner", "window_rows", "last_rows", "position")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("singles", "snap", "recent", "sink", "first_key", "local", "bins", "tall", "wide")
+        ),
         ("work", ctypes.c_void_p),
     )
 
@@ -114,8 +120,8 @@ class _Call:
     def _strips(self) -> Iterator[tuple[slice, slice]]:
         """Rows, and the keys that any of them may see; only the last rows where nothing is wanted of the others."""
         of, marks, first = self.marks.of, self.marks, 0
-        if set(marks.out) <= {"window_mass", "last_row"} and of.rows is None:
-            first = max(0, of.queries - (marks.sizes.snap if "window_mass" in marks.out else 1))
+        if of.rows is None:
+            first = marks.sizes.furthest(marks.out, of.queries)
         for start in range(first, of.queries, ROWS):
             stop = min(of.queries, start + ROWS)
             ends = (reach(self.pattern, at + of.shift, of.keys) for at in (start, stop - 1))
@@ -145,6 +151,10 @@ class _Call:
         for number, name in enumerate(marks.singles):
             job.single[number] = place(marks.out[name])
         job.keep, job.window_rows, job.last_rows = (place(one) for one in (of.rows, marks.window_rows, marks.last_row))
+        job.position = place(marks.position)
+        job.recent = max(0, of.queries - sizes.history)
+        if marks.recent_rows is not None:
+            job.recent = int(marks.recent_rows[batch].int().argmax())  # no row that counts lies between
         job.partner, job.singles = place(marks.partner[:, 0]), len(marks.singles)
         if self.allowed is not None:
             seen = self.allowed[batch if len(self.allowed) > 1 else 0]

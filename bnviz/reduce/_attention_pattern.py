@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BY_KEY = ("mass", "mass_squared", "peak", "window_mass", "pivotal", "last_row")
+BY_KEY = (
+    "mass",
+    "mass_squared",
+    "peak",
+    "window_mass",
+    "pivotal",
+    "last_row",
+    "recent_mass",
+    "recent_pivotal",
+    "ranged_mass",
+)
 BY_QUERY = ("entropy", "sink_mass", "local_mass", "previous_mass", "echo_mass", "induction_mass")
 STATISTICS = (*BY_KEY, *BY_QUERY, "pooled")
 
@@ -52,13 +63,15 @@ class Statistics:
     names : tuple of str, optional
         From `STATISTICS`; None: all of them (those that need `token_ids` only where it is given).
     snap : int
-        `window_mass` counts the last `snap` valid queries.
+        `window_mass` and `ranged_mass` count the last `snap` valid queries.
     sink : int
         `sink_mass` counts the first `sink` valid keys.
     local : int
         `local_mass` counts keys at a distance below `local`.
     bins : int
         `pooled` has `bins` x `bins` cells; a cell spans ceil(queries / bins) x ceil(keys / bins) whole tokens.
+    history : int
+        `recent_mass` and `recent_pivotal` count the last `history` valid queries.
     """
 
     names: tuple[str, ...] | None = None
@@ -66,3 +79,18 @@ class Statistics:
     sink: int = 4
     local: int = 128
     bins: int = 64
+    history: int = 400
+
+    def last(self, name: str) -> int | None:
+        """How many of the last queries a statistic counts; None: all."""
+        return {
+            "window_mass": self.snap,
+            "ranged_mass": self.snap,
+            "recent_mass": self.history,
+            "recent_pivotal": self.history,
+            "last_row": 1,
+        }.get(name)
+
+    def furthest(self, names: Iterable[str], queries: int) -> int:
+        """The first query that any of the statistics counts, where no query is padding."""
+        return max(0, queries - max((self.last(name) or queries for name in names), default=queries))

@@ -41,7 +41,9 @@ def row(query: Tensor, key: Tensor, options: _Options, of: Tokens, token_ids: Te
     for name in names:
         if name == "mass_squared":
             out[name] = shares * shares
-        elif name == "pivotal":
+        elif name == "ranged_mass":
+            out[name] = shares * of.position(torch.empty(0, dtype=dtype_of(query))).numpy()[:, None]
+        elif name in ("pivotal", "recent_pivotal"):
             out[name] = (shares > (1 + PIVOT_MARGIN) / np.maximum(visible, 1)[..., None]).astype(shares.dtype)
         elif name in BY_KEY:  # of one row, the sum, the largest and the last are the row itself
             out[name] = shares

@@ -23,12 +23,15 @@ class Tokens:
         None: all.
     keys_valid : Tensor (batch, keys) bool, optional
         None: all, or not known.
+    told : bool
+        `keys_valid` was given, not read off a mask.
     """
 
     queries: int
     keys: int
     rows: Tensor | None
     keys_valid: Tensor | None
+    told: bool = False
 
     @property
     def shift(self) -> int:
@@ -38,6 +41,16 @@ class Tokens:
     def first_key(self) -> Tensor | None:
         """(batch,) index of the first real key; None: 0 everywhere."""
         return None if self.keys_valid is None else self.keys_valid.int().argmax(-1)
+
+    def position(self, like: Tensor) -> Tensor:
+        """(batch | 1, queries): tokens before a row in its sequence, padding left out; of the dtype and device of `like`."""
+        if self.keys_valid is not None and self.told and self.shift >= 0:
+            place = self.keys_valid.cumsum(-1)[:, self.shift :] - 1
+        elif self.rows is not None:
+            place = self.rows.cumsum(-1) - 1 + self.shift
+        else:
+            place = torch.arange(self.shift, self.keys, device=like.device)[None]
+        return place.to(like.device, like.dtype)
 
     def last_rows(self, count: int) -> Tensor | None:
         """(batch, queries) bool: the last `count` real rows; None when all rows are real."""
@@ -50,17 +63,17 @@ def tokens(valid: Tensor | None, pattern: Pattern, shape: tuple[int, int, int]) 
     """Split `valid`, given for the queries or for the keys, into rows and keys; `shape` (batch, queries, keys)."""
     batch, queries, keys = shape
     rows = keys_valid = None
+    told = valid is not None and valid.shape[-1] == keys
     if valid is not None:
         rows = valid[:, -queries:] if queries else valid[:, :0]
-        if valid.shape[-1] == keys:
-            keys_valid = valid
+        keys_valid = valid if told else None
     if keys_valid is None and pattern.allowed is not None and queries < keys and pattern.window is None:
         # A cache behind a padded batch: `valid` tells of this call's tokens only, the mask tells of the rest.
         seen = ~hides(pattern.allowed)
         if rows is not None:
             seen = seen & rows[:, None, :, None]
         keys_valid = seen.any(dim=2).any(dim=1).expand(batch, -1)  # of a mask that all sequences share too
-    return Tokens(queries, keys, rows, keys_valid)
+    return Tokens(queries, keys, rows, keys_valid, told)
 
 
 def hides(allowed: Tensor) -> Tensor:

@@ -117,10 +117,10 @@ class Passage:
         """The strips' rows; only the last ones where nothing is wanted of the others."""
         marks, first, height = self._marks, 0, self._height()
         queries = marks.of.queries
-        if set(marks.out) <= {"window_mass", "last_row"}:
-            marked = marks.window_rows if "window_mass" in marks.out else marks.last_row
+        if (furthest := marks.sizes.furthest(marks.out, queries)) > 0:
+            marked = marks.of.last_rows(queries - furthest)
             if marked is None:
-                first = max(0, queries - (marks.sizes.snap if "window_mass" in marks.out else 1))
+                first = furthest
             elif marked.device.type == "cpu":  # asking a GPU would wait for it
                 first = int(marked.any(0).int().argmax())
         for start in range(first, queries, height):

@@ -20,6 +20,7 @@ from ._scratch import Scratch
 
 PIVOT_MARGIN = 1e-4  # a row that is uniform up to rounding has no pivotal key
 WEIGHTED, COLUMNS, SINGLES = 3, 4, 5  # numbers of buffers
+SQUARES, PIVOTS, LATELY, PEAKS = range(4)  # parts of the columns
 
 
 class StripSums:
@@ -44,10 +45,12 @@ class StripSums:
         self._weights, self._place = self._of_rows()
         (lanes, keys), names = (many * heads, sight.stop - sight.start), marks.out
         at_once = step if many == 1 else lanes
-        columns = buffers.view(COLUMNS, 3, lanes, 1, keys)
+        columns = buffers.view(COLUMNS, 4, lanes, 1, keys)
         self._of_columns = [one.unbind(0) for one in torch.split(columns, at_once, 1)]
-        self._columns = columns.view(3, many, heads, keys).unbind(0)
-        self._limit = (1 + PIVOT_MARGIN) / sight.visible.to(marks.some.dtype) if "pivotal" in names else None
+        self._columns = columns.view(4, many, heads, keys).unbind(0)
+        recent = self._last_row(marks.sizes.history, marks.recent_rows) if "recent_pivotal" in names else None
+        self._recent, pivots = recent, recent is not None or "pivotal" in names
+        self._limit = (1 + PIVOT_MARGIN) / sight.visible.to(marks.some.dtype) if pivots else None
         self._of_weighted: tuple[Tensor, ...] = ()
         if self._weights is not None:
             self._weighted = buffers.view(WEIGHTED, many, heads, self._weights.shape[1], keys)
@@ -58,18 +61,21 @@ class StripSums:
     def steps(self, number: int, sheet: Sheet, heads: slice, rows: tuple[Tensor, ...]) -> Iterator[Step]:
         """Take the sheet's shares of set `number` of heads; its logits are overwritten. `rows`: where sink and local mass go."""
         p, lanes, spare, names = sheet.p, sheet.lanes, sheet.spare, self._marks.out
-        squares, pivots, peaks = self._of_columns[number]
+        columns = self._of_columns[number]
         ones = self._marks.ones(self._sight.count).expand(len(lanes), -1, -1)
         if self._weights is not None:
-            yield partial(torch.bmm, self._weights_of(sheet), lanes, out=self._of_weighted[number])
+            yield partial(torch.bmm, _of_lanes(self._weights, sheet), lanes, out=self._of_weighted[number])
         if "mass_squared" in names:
             yield partial(torch.mul, lanes, lanes, out=spare)
-            yield partial(torch.bmm, ones, spare, out=squares)
+            yield partial(torch.bmm, ones, spare, out=columns[SQUARES])
         if "peak" in names:
-            yield partial(torch.amax, lanes, 1, keepdim=True, out=peaks)
+            yield partial(torch.amax, lanes, 1, keepdim=True, out=columns[PEAKS])
         if self._limit is not None:
             yield partial(torch.gt, p, of_heads(self._limit, heads), out=sheet.s)
-            yield partial(torch.bmm, ones, spare, out=pivots)
+            if "pivotal" in names:
+                yield partial(torch.bmm, ones, spare, out=columns[PIVOTS])
+            if self._recent is not None:
+                yield partial(torch.bmm, _of_lanes(self._recent, sheet), spare, out=columns[LATELY])
         if "sink_mass" in names:
             yield self._sink(p, rows[0])
         if "local_mass" in names:
@@ -86,12 +92,14 @@ class StripSums:
         out, where = self._marks.out, (self._batch, slice(None), self._keys)
         if self._weights is not None:
             yield from self._last_weighted()
-        for name, found in zip(("mass_squared", "pivotal"), self._columns, strict=False):
+        for name, number in (("mass_squared", SQUARES), ("pivotal", PIVOTS)):
             if name in out:
-                yield partial(out[name][where].add_, found)
+                yield partial(out[name][where].add_, self._columns[number])
+        if self._recent is not None:
+            yield partial(out["recent_pivotal"][where].add_, self._columns[LATELY])
         if "peak" in out:
             peak = out["peak"][where]
-            yield partial(torch.maximum, peak, self._columns[2], out=peak)
+            yield partial(torch.maximum, peak, self._columns[PEAKS], out=peak)
         found_rows = dict(zip(("sink_mass", "local_mass"), rows[..., 0].unbind(0), strict=True))
         found_rows |= zip(self._marks.singles, self._shares.unbind(-1), strict=True)
         for name, found in found_rows.items():
@@ -110,7 +118,7 @@ class StripSums:
         bins, where = self._weighted[:, :, : self._place["bins"]], (self._batch, slice(None), self._keys)
         if "mass" in out:
             yield from (partial(out["mass"][where].add_, one) for one in bins.unbind(2))
-        for name in ("window_mass", "last_row"):
+        for name in ("window_mass", "last_row", "recent_mass", "ranged_mass"):
             if name in self._place:
                 yield partial(out[name][where].add_, self._weighted[:, :, self._place[name]])
         if "pooled" not in out:
@@ -135,15 +143,8 @@ class StripSums:
         if sight.stop % wide:
             yield partial(_add_sum, into[..., last], bins[..., last * wide - sight.start :])
 
-    def _weights_of(self, sheet: Sheet) -> Tensor:
-        """(batch x heads, m, rows): of every lane of a sheet."""
-        assert self._weights is not None
-        if self._weights.shape[0] == 1:
-            return self._weights.expand(len(sheet.lanes), -1, -1)
-        return self._weights[:, None].expand(-1, sheet.p.shape[1], -1, -1).flatten(0, 1)
-
     def _of_rows(self) -> tuple[Tensor | None, dict[str, int]]:
-        """(batch | 1, m, rows) weights: query bins (their total is the mass), the snap window, the last row.
+        """(batch | 1, m, rows) weights: query bins (their total is the mass), then several kinds of last rows.
 
         And the row of the weights that each begins at; "bins": how many there are of those.
         """
@@ -155,21 +156,33 @@ class StripSums:
         elif "mass" in out:
             parts.append(marks.ones(rows.stop - rows.start))
         place["bins"] = used = parts[0].shape[1] if parts else 0
-        singled = (("window_mass", marks.sizes.snap, marks.window_rows), ("last_row", 1, marks.last_row))
-        for name, last, marked in singled:
-            if name not in out or (marked is None and rows.stop <= of.queries - last):
+        marked = {"last_row": marks.last_row, "recent_mass": marks.recent_rows}
+        for name in ("window_mass", "last_row", "recent_mass", "ranged_mass"):
+            last = marks.sizes.last(name) or 0
+            row = self._last_row(last, marked.get(name, marks.window_rows)) if name in out else None
+            if row is None:
                 continue
-            if marked is not None:
-                row = marked[self._batch, None, rows].to(marks.some.dtype)
-            else:
-                row = marks.ones(rows.stop - rows.start).clone()
-                row[..., : max(0, of.queries - last - rows.start)] = 0
+            if name == "ranged_mass" and marks.position is not None:
+                batch = self._batch if len(marks.position) > 1 else slice(None)
+                row = row * marks.position[batch, None, rows]
             parts.append(row)
             place[name], used = used, used + 1
         if not parts:
             return None, place
         widest = max(part.shape[0] for part in parts)
         return parts[0] if len(parts) == 1 else torch.cat([part.expand(widest, -1, -1) for part in parts], 1), place
+
+    def _last_row(self, last: int, marked: Tensor | None) -> Tensor | None:
+        """(batch | 1, 1, rows) ones for those of the strip's rows that are marked, or among the last; None where none is."""
+        marks, rows = self._marks, self._rows
+        if marked is not None:
+            return marked[self._batch, None, rows].to(marks.some.dtype)
+        before = marks.of.queries - last - rows.start
+        if before >= rows.stop - rows.start:
+            return None
+        row = marks.ones(rows.stop - rows.start).clone()
+        row[..., : max(0, before)] = 0
+        return row
 
     def _band(self) -> tuple[int, Tensor]:
         """The band |i - j| < local: its first column, and which of its pairs count."""
@@ -203,6 +216,13 @@ class StripSums:
             torch.gather(p, -1, at.clamp(0, wide - 1), out=into).masked_fill_((at < 0) | (at >= wide), 0.0)
 
         yield within
+
+
+def _of_lanes(weights: Tensor, sheet: Sheet) -> Tensor:
+    """(batch | 1, m, rows) to (batch x heads, m, rows): of every lane of a sheet."""
+    if weights.shape[0] == 1:
+        return weights.expand(len(sheet.lanes), -1, -1)
+    return weights[:, None].expand(-1, sheet.p.shape[1], -1, -1).flatten(0, 1)
 
 
 def _add_sum(into: Tensor, values: Tensor) -> None:

@@ -37,8 +37,8 @@ def attention_rows(
     key: Any,
     *,
     rows: int = 64,
-    pattern: Pattern = Pattern(),
-    valid: Any = None,  # noqa: B008 - frozen
+    pattern: Pattern = Pattern(),  # noqa: B008 - frozen
+    valid: Any = None,
 ) -> Rows:
     """Softmax weights of the last `rows` tokens of each sequence, as the model's kernel makes them.
 

@@ -48,6 +48,9 @@ def attention_stats(
     window_mass       sum of p over the last `snap` valid queries                                   0 to snap
     pivotal           number of rows with p > 1 / (keys the row sees), by more than rounding        0 to rows
     last_row          p of the last valid query                                                     0 to 1
+    recent_mass       sum of p over the last `history` valid queries                                0 to history
+    recent_pivotal    number of rows among those with p > 1 / (keys the row sees)                   0 to history
+    ranged_mass       window_mass with each p times its row's position, counted from 0              0 to snap x rows
     entropy           -sum_j p ln p; 0: one key, ln(keys the row sees): uniform                     nat
     sink_mass         sum of p over the first `sink` valid keys                                     0 to 1
     local_mass        sum of p over keys with |i - j| < `local`                                     0 to 1
@@ -66,7 +69,7 @@ def attention_stats(
     pattern : Pattern
         What a query sees: causal, window, allowed, softcap, sinks, scale.
     statistics : Statistics
-        names, snap, sink, local, bins. Fewer names cost less; `window_mass` and `last_row` alone read only the last rows.
+        names, snap, sink, local, bins, history. Fewer names cost less; those of last rows alone read only these.
     valid : Tensor (batch, queries) or (batch, keys) bool, optional
         Which tokens are not padding (left, right or anywhere). Padding rows add nothing; padding keys are hidden by
         `pattern`, as they are from the model; here they only shift where `sink_mass` starts and what counts as a copy.
@@ -79,7 +82,7 @@ def attention_stats(
     -------
     dict of str to Tensor
         float32 (float64 for float64 input), on the input's device; NumPy for NumPy input.
-        (batch, heads, keys): mass, mass_squared, peak, window_mass, pivotal, last_row; 0 where no row looks.
+        (batch, heads, keys): mass, mass_squared, peak, pivotal, last_row and those of last rows; 0 where no row looks.
         (batch, heads, queries): entropy, sink_mass, local_mass, previous_mass, echo_mass, induction_mass; NaN for padding, for
         rows that see nothing, and for the last three where there is no such token.
         (batch, heads, bins, bins): pooled; NaN beyond the last token.
@@ -105,8 +108,8 @@ def attention_stats(
     makes them, see `BNVIZ_KERNELS`; on a CPU the pass runs in one thread.
 
     `mass` is the score of H2O (arXiv 2306.14048), `window_mass` of SnapKV (2404.14469), `last_row` of TOVA (2401.06104),
-    `pivotal` of Scissorhands (2305.17118), `sink_mass` of StreamingLLM (2309.17453), `echo_mass` and `induction_mass` of
-    RazorAttention (2407.15891).
+    `pivotal` and `recent_pivotal` of Scissorhands (2305.17118), `ranged_mass` of FINCH (doi:10.1162/tacl_a_00716), `sink_mass` of
+    StreamingLLM (2309.17453), `echo_mass` and `induction_mass` of RazorAttention (2407.15891).
 
     Examples
     --------

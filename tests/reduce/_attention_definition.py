@@ -66,11 +66,15 @@ def definition(
     real = torch.ones(query.shape[0], queries, dtype=torch.bool) if rows is None else rows
     at, column = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)[None]
     last = torch.zeros_like(real)
-    snap = torch.zeros_like(real)
+    snap, history = torch.zeros_like(real), torch.zeros_like(real)
     for row in range(query.shape[0]):
         places = real[row].nonzero()[:, 0]
         last[row, places[-1:]] = True
         snap[row, places[-statistics.snap :]] = True
+        history[row, places[-statistics.history :]] = True
+    position = torch.arange(keys - queries, keys).expand(len(real), -1)
+    if valid is not None:
+        position = valid.cumsum(-1)[:, -queries:] - 1 + (keys - queries if valid.shape[1] != keys else 0)
     sink = torch.zeros_like(key_valid)
     for row in range(query.shape[0]):
         first = int(key_valid[row].nonzero()[0, 0]) if key_valid[row].any() else 0
@@ -89,6 +93,9 @@ def definition(
         "window_mass": (p * snap[:, None, :, None]).sum(-2),
         "pivotal": pivot.double().sum(-2),
         "last_row": (p * last[:, None, :, None]).sum(-2),
+        "recent_mass": (p * history[:, None, :, None]).sum(-2),
+        "recent_pivotal": (pivot * history[:, None, :, None]).double().sum(-2),
+        "ranged_mass": (p * (snap * position)[:, None, :, None]).sum(-2),
         **{name: value.masked_fill(~live, math.nan) for name, value in by_query.items()},
         "pooled": _pooled(p, statistics.bins),
     }

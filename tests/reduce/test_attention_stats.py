@@ -30,7 +30,7 @@ def agree(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, nea
         expected = want[name]
         assert value.shape == expected.shape, name
         assert torch.equal(value.isnan(), expected.isnan()), name
-        if name == "pivotal" and near is not None:
+        if name in ("pivotal", "recent_pivotal") and near is not None:
             assert ((value.double() - expected).abs() <= near).all(), name
             continue
         scale = max(1.0, expected.nan_to_num().abs().max().item() if expected.numel() else 1.0)
@@ -83,6 +83,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
             sink=draw(st.sampled_from([1, 4])),
             local=draw(st.sampled_from([1, 6, 128])),
             bins=draw(st.sampled_from([1, 4, 64])),
+            history=draw(st.sampled_from([1, 30, 400])),
         ),
         "valid": valid,
         "token_ids": torch.randint(0, 9, (batch, keys), generator=generator),

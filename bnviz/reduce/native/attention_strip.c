@@ -30,11 +30,13 @@ struct job {
     int64_t of_head, of_row;  /* bytes from one to the next of those */
     const float *sinks;       /* (heads,) */
     float *mass, *mass_squared, *peak, *pivotal, *window_mass, *last_row;            /* (heads, keys) */
+    float *recent_mass, *recent_pivotal, *ranged_mass;
     float *entropy, *sink_mass, *local_mass, *single[3];                             /* (heads, queries) */
     float *pooled;            /* (heads, bins, bins) */
     const int64_t *partner;   /* (queries, singles) the key of each single share, negative: none */
     const uint8_t *window_rows, *last_rows; /* (queries,); NULL: the last `snap`, and the last */
-    int64_t singles, snap, sink, first_key, local, bins, tall, wide;
+    const float *position;    /* (queries,) what rows of ranged_mass count for */
+    int64_t singles, snap, recent, sink, first_key, local, bins, tall, wide;
     float *work;              /* (columns,) */
 };
 
@@ -103,9 +105,11 @@ static __attribute__((noinline)) void exponentials(float *s, int64_t count, floa
 }
 
 /* Shares of a few rows, added to what each key of [low, high) has gathered. Rows hold zeros where they see nothing. */
-static void gather(const struct job *job, const struct row *rows, int count, int64_t head, int64_t low, int64_t high)
+static void gather(const struct job *job, const struct row *rows, int count, int64_t head, int64_t low, int64_t high, int recent)
 {
     int64_t at = head * job->keys + job->start;
+    float *lately = recent && job->recent_mass ? job->recent_mass + at : NULL;
+    float *turns = recent && job->recent_pivotal ? job->recent_pivotal + at : NULL;
     float *mass = job->work, *squared = job->mass_squared ? job->mass_squared + at : NULL;
     float *peak = job->peak ? job->peak + at : NULL, *pivotal = job->pivotal ? job->pivotal + at : NULL;
     const vec none = {0}, one = none + 1;
@@ -127,6 +131,10 @@ static void gather(const struct job *job, const struct row *rows, int count, int
                 store(peak + i, greater(peaks, load(peak + i)));
             if (pivotal)
                 store(pivotal + i, load(pivotal + i) + pivots);
+            if (lately)
+                store(lately + i, load(lately + i) + masses);
+            if (turns)
+                store(turns + i, load(turns + i) + pivots);
         } else
             for (int lane = 0; lane < some; lane++) {
                 mass[i + lane] += masses[lane];
@@ -136,6 +144,10 @@ static void gather(const struct job *job, const struct row *rows, int count, int
                     peak[i + lane] = peaks[lane] > peak[i + lane] ? peaks[lane] : peak[i + lane];
                 if (pivotal)
                     pivotal[i + lane] += pivots[lane];
+                if (lately)
+                    lately[i + lane] += masses[lane];
+                if (turns)
+                    turns[i + lane] += pivots[lane];
             }
     }
 }
@@ -148,10 +160,10 @@ static double sum_of(const float *values, int64_t low, int64_t high)
     return sum;
 }
 
-static void add_row(float *to, const struct row *row)
+static void add_row(float *to, const struct row *row, float times)
 {
     for (int64_t i = row->low; i < row->high; i++)
-        to[i] += row->e[i] * row->inverse;
+        to[i] += row->e[i] * row->inverse * times;
 }
 
 /* What one row says of itself, and what it adds to sums over a few rows alone. */
@@ -173,10 +185,13 @@ static void of_row(const struct job *job, const struct row *row, int64_t head, i
         job->single[which][into] = column >= row->low && column < row->high ? row->e[column] * row->inverse : 0;
     }
     int64_t keys = head * job->keys + job->start;
-    if (job->window_mass && (job->window_rows ? job->window_rows[query] : query >= job->queries - job->snap))
-        add_row(job->window_mass + keys, row);
+    int watched = job->window_rows ? job->window_rows[query] : query >= job->queries - job->snap;
+    if (job->window_mass && watched)
+        add_row(job->window_mass + keys, row, 1);
+    if (job->ranged_mass && watched)
+        add_row(job->ranged_mass + keys, row, job->position[query]);
     if (job->last_row && (job->last_rows ? job->last_rows[query] : query == job->queries - 1))
-        add_row(job->last_row + keys, row);
+        add_row(job->last_row + keys, row, 1);
 }
 
 /* The columns that a row may see. */
@@ -268,6 +283,8 @@ int64_t attention_strip(const struct job *job)
         int64_t from = job->columns, to = 0; /* columns that the bin at hand has reached */
         for (int64_t number = 0; number < job->rows;) {
             int64_t query = job->first + number, bin = query / job->tall, left = (bin + 1) * job->tall - query;
+            int recent = query >= job->recent;
+            left = !recent && job->recent - query < left ? job->recent - query : left;
             int64_t end = number + (left < TOGETHER ? left : TOGETHER), low = job->columns, high = 0;
             struct row rows[TOGETHER];
             int count = 0;
@@ -283,7 +300,7 @@ int64_t attention_strip(const struct job *job)
             }
             for (int k = 0; k < count; k++)
                 widen(rows + k, low, high);
-            gather(job, rows, count, head, low, high);
+            gather(job, rows, count, head, low, high, recent);
             from = low < from ? low : from, to = high > to ? high : to;
             if (number == job->rows || (job->first + number) % job->tall == 0) {
                 flush(job, head, bin, from, to);
