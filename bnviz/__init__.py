@@ -16,6 +16,7 @@ _HOMES = {
     "Recorder": "capture",
     "open": "store",
     "Run": "run",
+    "compare": "compare",
     "diagnose": "report",
     "Report": "report",
     "BnvizError": "errors",
@@ -29,6 +30,7 @@ __all__ = [
     "Run",
     "__version__",
     "capture",
+    "compare",
     "diagnose",
     "diagnostics",
     "estimators",
@@ -43,6 +45,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import diagnostics, estimators, probes, reduce, scores, views
     from .capture import Recorder, capture, sites
+    from .compare import compare
     from .errors import BnvizError
     from .report import Report, diagnose
     from .run import Run

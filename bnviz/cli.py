@@ -66,6 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("-f", "--force", action="store_true", help="replace the file if it exists")
     report.set_defaults(run=_report)
 
+    compare = commands.add_parser("compare", help="say what changed between two stored runs and write one HTML file")
+    for name in ("before", "after"):
+        compare.add_argument(name, metavar="RUN", help="what run.save(...) or capture(path=...) wrote")
+    compare.add_argument(
+        "-o", "--output", metavar="FILE", help="the file (default: beside the second, named after both)"
+    )
+    compare.add_argument("-f", "--force", action="store_true", help="replace the file if it exists")
+    compare.set_defaults(run=_compare)
+
     view = commands.add_parser("view", help="diagnose a stored run and open the report in a browser")
     _takes_run(view)
     view.set_defaults(run=_view)
@@ -100,6 +109,20 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from .compare import compare
+    from .store import open as open_run
+
+    before, after = Path(options.before), Path(options.after)
+    target = Path(options.output) if options.output else after.with_name(f"{before.stem}-{after.stem}.html")
+    runs = open_run(before), open_run(after)
+    _free(target, overwrite=options.force)
+    report = compare(*runs)
+    print(report.save(target, overwrite=options.force))
+    print(report, file=sys.stderr)
+    return 0
+
+
 def _view(options: argparse.Namespace) -> int:
     stored = Path(options.stored)
     folder = Path(tempfile.mkdtemp(prefix="bnviz-"))
@@ -116,12 +139,16 @@ def _write(stored: Path, target: Path, *, overwrite: bool) -> Path:
     from .store import open as open_run
 
     run = open_run(stored)
-    if target.exists() and not overwrite:
-        raise StoreError(f"{target} exists; name another file with -o, or add -f to replace it.")
+    _free(target, overwrite=overwrite)
     report = diagnose(run)
     saved = report.save(target, overwrite=overwrite)
     print(report, file=sys.stderr)
     return saved
+
+
+def _free(target: Path, *, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        raise StoreError(f"{target} exists; name another file with -o, or add -f to replace it.")
 
 
 def _trace(options: argparse.Namespace) -> int:

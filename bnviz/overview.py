@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import quantities
@@ -12,6 +13,59 @@ if TYPE_CHECKING:
     from .report import Report
 
 _UNITS = {"B": ("bytes", "budget"), "s": ("duration", "seconds", "overhead"), "count": ("parameters",)}
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """What is said around the diagnostics of a report.
+
+    Parameters
+    ----------
+    title : str
+    ran : str
+        How many diagnostics did.
+    about : tuple of str
+        What and where, in one line.
+    numbers : sequence of (label, value)
+    nothing : str
+        The words of a report without findings.
+    facts : sequence of (label, value)
+        Where the numbers came from.
+    run, unanswered : str
+        Headings of the facts, and of what was not answered.
+    """
+
+    title: str
+    ran: str
+    about: tuple[str, ...]
+    numbers: Sequence[tuple[str, str]]
+    nothing: str
+    facts: Sequence[tuple[str, str]]
+    run: str = "The run"
+    unanswered: str = "Not answered by this run"
+
+
+def of_run(report: Report) -> Overview:
+    """Of a report on one run."""
+    given = report.run.provenance
+    about = (
+        given.get("class"),
+        given.get("dtype"),
+        given.get("accelerator") or given.get("device"),
+        given.get("started"),
+    )
+    ran, records = (
+        quantities.counted(len(report.outcomes), "diagnostic"),
+        quantities.counted(len(report.run.kinds), "record"),
+    )
+    return Overview(
+        f"What holds {report.model} back",
+        ran,
+        tuple(str(each) for each in about if each),
+        six_numbers(report),
+        f"Nothing found above the limits. {ran} ran on {records}",
+        facts(report),
+    )
 
 
 def six_numbers(report: Report) -> list[tuple[str, str]]:

@@ -17,7 +17,6 @@ from .counts import summary as summary_of
 from .figures import Drawn, draw
 from .findings import NOT_ESTIMATED, place, rank, saving_words, share_of
 from .needs import NOT_APPLICABLE
-from .overview import facts, six_numbers
 from .schema import Finding
 from .tables import Table, places, tables
 
@@ -169,19 +168,13 @@ def _policy(script: str, library: str, *, evaluates: bool) -> str:
 
 # -------------------------------------------------------------------------------------------------------------------- head
 def _overview(part: _Part) -> str:
-    from .report import nothing_found
-
-    report = part.report
-    facts_of = report.run.provenance
-    about = [facts_of.get("class"), facts_of.get("dtype"), facts_of.get("accelerator") or facts_of.get("device")]
-    line = " · ".join(escape(str(each)) for each in [*about, facts_of.get("started")] if each)
+    report, said = part.report, part.report.overview()
+    line = " · ".join(map(escape, said.about))
     found = report.findings
-    lead = f"{found[0].sentence}." if found else f"{nothing_found(report)}."
-    numbers = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in six_numbers(report)
-    )
+    lead = f"{found[0].sentence}." if found else f"{said.nothing}."
+    numbers = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in said.numbers)
     level = 2 if part.mark else 1
-    title = f"<h{level}>What holds {escape(report.model)} back</h{level}>"
+    title = f"<h{level}>{escape(said.title)}</h{level}>"
     return f"""<header>{title}<p class="sub">{line}</p>
 <p class="lead">{escape(lead)}</p><dl class="six">{numbers}</dl>{_trust(report)}{_navigation(part)}</header>"""
 
@@ -197,7 +190,8 @@ def _trust(report: Report) -> str:
 def _navigation(part: _Part) -> str:
     names = part.report.outcomes
     items = "".join(f'<li><a href="#{part.mark}{escape(name)}">{escape(_title_of(name))}</a></li>' for name in names)
-    return f'<nav aria-label="Diagnostics"><ol>{items}<li><a href="#{part.mark}run">The run</a></li></ol></nav>'
+    run = escape(part.report.overview().run)
+    return f'<nav aria-label="Diagnostics"><ol>{items}<li><a href="#{part.mark}run">{run}</a></li></ol></nav>'
 
 
 def _title_of(name: str) -> str:
@@ -207,13 +201,11 @@ def _title_of(name: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- findings
 def _findings(parts: Sequence[_Part]) -> str:
-    from .report import nothing_found
-
     found = _ranked(parts)
     if not found:
         every = [each for part in parts for each in part.report.outcomes.values()]
         ran = "".join(f"<li>{escape(each.judgement.question or each.spec.question)}</li>" for each in every)
-        words = " ".join(nothing_found(part.report) for part in parts)
+        words = " ".join(part.report.overview().nothing for part in parts)
         body = f'<div class="nothing">{escape(words)}<ul>{ran}</ul></div>'
     else:
         body = f'<ul class="findings">{"".join(_finding(*each) for each in found[:SHOWN])}</ul>'
@@ -325,14 +317,14 @@ def _not_run(part: _Part) -> str:
     if part.mark and not report.failures:
         words = f"{quantities.counted(len(lines), 'question')} this run does not answer"
         return f'<section class="block"><details><summary>{words}</summary>{states}</details></section>'
-    return f'<section class="block"><h2>Not answered by this run</h2>{states}</section>'
+    return f'<section class="block"><h2>{escape(report.overview().unanswered)}</h2>{states}</section>'
 
 
 def _provenance(part: _Part) -> str:
-    report = part.report
-    rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(value)}</dd>" for label, value in facts(report))
+    report, said = part.report, part.report.overview()
+    rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(value)}</dd>" for label, value in said.facts)
     kinds = "".join(_record(report, kind) for kind in report.run.kinds)
-    name = f"The run of {escape(part.run)}" if part.run else "The run"
+    name = escape(f"{said.run} of {part.run}" if part.run else said.run)
     facts_of = f'<dl class="facts">{rows}{kinds}</dl>{_sites(report)}'
     return f'<section class="block" id="{part.mark}run"><h2>{name}</h2>{facts_of}</section>'
 
@@ -354,8 +346,6 @@ def _record(report: Report, kind: str) -> str:
 
 def summary(report: Report) -> str:
     """A short HTML table of the findings for a notebook: no script, no figures."""
-    from .report import nothing_found
-
     cell = "padding:4px 12px 4px 0;text-align:left;vertical-align:top"
     rows = "".join(
         f"<tr><td style='{cell};white-space:nowrap'>{_MARK[f.severity]} {f.severity}</td><td style='{cell}'>{escape(f.sentence)}"
@@ -365,5 +355,6 @@ def summary(report: Report) -> str:
     )
     more = len(report.findings) - SHOWN
     tail = f"<p>{more} more in <code>report.findings</code></p>" if more > 0 else ""
-    head = f"<p><b>What holds {escape(report.model)} back</b> · {quantities.counted(len(report.outcomes), 'diagnostic')}</p>"
-    return f"<div>{head}{f'<table>{rows}</table>' if rows else f'<p>{escape(nothing_found(report))}</p>'}{tail}</div>"
+    said = report.overview()
+    head = f"<p><b>{escape(said.title)}</b> · {said.ran}</p>"
+    return f"<div>{head}{f'<table>{rows}</table>' if rows else f'<p>{escape(said.nothing)}</p>'}{tail}</div>"

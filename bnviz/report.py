@@ -14,6 +14,7 @@ from . import catalog
 from .errors import BnvizError, NotCaptured, StoreError, unknown
 from .findings import place, rank, saving_words
 from .needs import NOT_APPLICABLE, holds, labels_record, lack, reservations, split
+from .overview import Overview, of_run
 from .quantities import counted
 from .schema import DiagnosticSpec, Finding, Judgement
 
@@ -172,6 +173,10 @@ class Report:
         """All findings: what saves a twentieth of the run's whole or more first, then by severity (see `findings.rank`)."""
         return rank(finding for each in self.outcomes.values() for finding in each.judgement.findings)
 
+    def overview(self) -> Overview:
+        """What is said around the diagnostics: title, numbers, where they came from."""
+        return of_run(self)
+
     def _outcome(self, name: str) -> Outcome:
         if name in self.outcomes:
             return self.outcomes[name]
@@ -269,8 +274,8 @@ class Report:
 
     def __repr__(self) -> str:
         found = self.findings
-        ran = counted(len(self.outcomes), "diagnostic")
-        lines = [f"Report on {self.model} · {ran} · {counted(len(found), 'finding')}"]
+        said = self.overview()
+        lines = [f"{self._subject()} · {said.ran} · {counted(len(found), 'finding')}"]
         for finding in found[:7]:
             at = place(finding.where)
             lines.append(
@@ -280,11 +285,14 @@ class Report:
         if len(found) > 7:
             lines.append(f"  {len(found) - 7} more in .findings")
         if not found and self.outcomes:
-            lines.append(f"  {nothing_found(self)}")
+            lines.append(f"  {said.nothing}")
         lines += [f"  {name} did not finish: {why}" for name, why in self.failures.items()]
         for words, some in self._unanswered():
             lines.append(f"  {words}: {', '.join(some)} (see .absent)")
         return "\n".join(lines)
+
+    def _subject(self) -> str:
+        return f"Report on {self.model}"
 
     def _unanswered(self) -> Iterator[tuple[str, list[str]]]:
         """Diagnostics without their records, those that this model has nothing for apart."""
@@ -296,12 +304,6 @@ class Report:
     def _repr_html_(self) -> str:
         display = importlib.import_module("bnviz.jupyter.display")  # above this room: only a notebook asks for it
         return str(display.report_html(self))
-
-
-def nothing_found(report: Report) -> str:
-    """The words of a report without findings."""
-    ran, records = counted(len(report.outcomes), "diagnostic"), counted(len(report.run.kinds), "record")
-    return f"Nothing found above the limits. {ran} ran on {records}"
 
 
 def _row(finding: Finding) -> dict[str, Any]:
@@ -351,4 +353,4 @@ def _check_options(diagnostic: Any, options: Mapping[str, Any]) -> None:
             raise unknown(f"option of diagnostic {diagnostic.spec.name!r}:", name, valid)
 
 
-__all__: Sequence[str] = ("Outcome", "Report", "diagnose", "nothing_found")
+__all__: Sequence[str] = ("Outcome", "Report", "diagnose")

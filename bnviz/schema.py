@@ -55,6 +55,7 @@ DIMENSIONS: Mapping[str, str] = MappingProxyType(
         "layer_to": "the layer a layer is compared with",
         "expert_to": "the expert an expert is compared with",
         "phase": "forward, backward, optimizer or other",
+        "quantity": "variable of a diagnostic, of one kind, method or pattern, in which two runs are compared",
     }
 )
 

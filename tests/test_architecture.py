@@ -36,7 +36,10 @@ PART_OF = (
     | dict.fromkeys(
         ("assemble", "counts", "gathered", "layered", "rows", "segments", "store", "streamed", "trace"), "run"
     )
-    | dict.fromkeys(("page", "figures", "overview", "tables", "findings", "needs"), "report")
+    | dict.fromkeys(
+        ("page", "figures", "overview", "tables", "findings", "needs", "compare", "comparison", "aligned", "matching"),
+        "report",
+    )
 )
 BANNED_NAMES = {"utils", "helpers", "common", "manager", "misc"}
 LIGHT = {"diagnostics": {"torch", "bokeh", "zarr"}, "views": {"torch", "zarr"}, "schema": {"torch", "bokeh", "zarr"}}
@@ -106,8 +109,8 @@ def test_sizes(file: Path) -> None:
 
 def test_public_names_are_pinned() -> None:
     assert sorted(bnviz.__all__) == [
-        "BnvizError", "Recorder", "Report", "Run", "__version__", "capture", "diagnose", "diagnostics", "estimators",
-        "open", "probes", "reduce", "scores", "sites", "views",
+        "BnvizError", "Recorder", "Report", "Run", "__version__", "capture", "compare", "diagnose", "diagnostics",
+        "estimators", "open", "probes", "reduce", "scores", "sites", "views",
     ]  # fmt: skip
     for name in bnviz.__all__:
         assert getattr(bnviz, name) is not None

@@ -44,6 +44,22 @@ def test_a_report_lands_beside_its_run(stored: Path) -> None:
     assert stored.with_suffix(".html").exists()
 
 
+def test_compare(stored: Path, tmp_path: Path, capsys: Any) -> None:
+    target = tmp_path / "changed.html"
+    assert main(["compare", str(stored), str(stored), "-o", str(target)]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(target)
+    assert said.err.startswith("What changed from Sequential (1) to Sequential (2) · ")
+    assert "What changed from" in target.read_text()
+    assert main(["compare", str(stored), str(stored), "-o", str(target)]) == 2
+    assert capsys.readouterr().err == f"bnviz: {target} exists; name another file with -o, or add -f to replace it.\n"
+    assert main(["compare", str(stored), str(stored), "-o", str(target), "-f"]) == 0
+    assert main(["compare", str(stored), "no.zarr"]) == 2
+    assert capsys.readouterr().err.rpartition("bnviz: ")[2].startswith("no.zarr does not exist; give the folder")
+    assert main(["compare", str(stored), str(stored)]) == 0
+    assert (stored.parent / "net-net.html").exists()
+
+
 def test_view_opens_a_browser(stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)

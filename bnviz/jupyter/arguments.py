@@ -15,6 +15,7 @@ HELP = """\
 %bnviz attach MODEL [-p attention,routing] [--budget 1GiB] [--path DIR]   watch a model from now on
 %bnviz status                                                             what is watched, what was seen
 %bnviz report [OUT.html] [-r RUN]                                         show the report, or write it (again) to a file
+%bnviz compare RUN RUN [OUT.html]                                         what changed from one run to another
 %bnviz detach [-o NAME]                                                   stop watching; the run is in NAME (run)
 %bnviz sites MODEL                                                        where it can be watched
 %bnviz panel                                                              bring JupyterLab's side panel to the front
@@ -79,6 +80,8 @@ def _line_parser() -> _Parser:
     parsers["detach"].add_argument("-o", "--output", type=_variable, default="run", metavar="NAME")
     parsers["report"].add_argument("file", nargs="?", metavar="OUT.html")
     parsers["report"].add_argument("-r", "--run", default="run", metavar="RUN")
+    parsers["compare"].add_argument("runs", nargs=2, metavar="RUN")
+    parsers["compare"].add_argument("file", nargs="?", metavar="OUT.html")
     parsers["sites"].add_argument("model", metavar="MODEL")
     return parser
 
@@ -92,6 +95,6 @@ def _cell_parser() -> _Parser:
     return parser
 
 
-ACTIONS = ("attach", "detach", "status", "report", "sites", "panel", "help")
+ACTIONS = ("attach", "detach", "status", "report", "compare", "sites", "panel", "help")
 _LINE = _line_parser()
 _CELL = _cell_parser()

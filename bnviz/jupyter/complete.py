@@ -1,4 +1,4 @@
-"""Completion after `%bnviz` and `%%bnviz`: actions, models, probes."""
+"""Completion after `%bnviz` and `%%bnviz`: actions, models, runs, probes."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ def choices(text: str, namespace: dict[str, Any]) -> list[str]:
     if done and done[-1] in ("-p", "--probes"):
         before, comma, last = part.rpartition(",")
         return [f"{before}{comma}{name}" for name in catalog.names("probes") if name.startswith(last)]
+    if (done[:1] == ["compare"] and len(done) < 3) or (done and done[-1] in ("-r", "--run")):
+        return [name for name in sorted(models.runs(namespace)) if name.startswith(part)]
     if part.startswith("-"):
         context = magic if magic == "%%bnviz" else done[0]
         return [option for option in _OPTIONS.get(context, ()) if option.startswith(part)]

@@ -83,13 +83,7 @@ class Desk:
 
     def runs(self) -> dict[str, Any]:
         """Runs among the user's variables, by name."""
-        module = sys.modules.get("bnviz.run")
-        kind = getattr(module, "Run", ())
-        return {
-            name: value
-            for name, value in list(self.shell.user_ns.items())
-            if not name.startswith("_") and isinstance(value, kind)
-        }
+        return models.runs(self.shell.user_ns)
 
     def run(self, name: str) -> Any:
         """The run of that name.

@@ -111,10 +111,18 @@ class BnvizMagics(Magics):  # type: ignore[misc]
             print(f"  note: {note}")
 
     def _report(self, asked: argparse.Namespace) -> Any:
-        report = self.desk.report(self._run(asked.run))
-        if asked.file is None:
+        return self._shown(self.desk.report(self._run(asked.run)), asked.file)
+
+    def _compare(self, asked: argparse.Namespace) -> Any:
+        before, after = map(self.desk.run, asked.runs)
+        reports = self.desk.report(before), self.desk.report(after)
+        return self._shown(bnviz.compare(*reports, called=tuple(asked.runs)), asked.file)
+
+    def _shown(self, report: Any, file: str | None) -> Any:
+        """The report, for the cell to display; or nothing, once it is in the file that was named."""
+        if file is None:
             return report
-        written = self.desk.export(report, asked.file)  # over what it wrote before: a cell is run again and again
+        written = self.desk.export(report, file)  # over what it wrote before: a cell is run again and again
         print(f"{written} · {quantities.size(written.stat().st_size)}")
         return None
 

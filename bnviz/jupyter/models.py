@@ -1,4 +1,4 @@
-"""Which model a magic means: the one that is named, else the only one there is."""
+"""Which model a magic means: the one that is named, else the only one there is; and which runs there are."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ def candidates(namespace: Mapping[str, Any]) -> dict[str, Any]:
     outer = {name: module for key, (name, module) in found.items() if key not in parts}
     trained = {name: module for name, module in outer.items() if next(module.parameters(), None) is not None}
     return trained or outer
+
+
+def runs(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs among the names of the user, by name; empty while nothing has made one."""
+    kind = getattr(sys.modules.get("bnviz.run"), "Run", ())
+    return {n: value for n, value in list(namespace.items()) if not n.startswith("_") and isinstance(value, kind)}
 
 
 def named(shell: Any, expression: str) -> Any:

@@ -5,6 +5,7 @@ import { LabIcon } from '@jupyterlab/ui-components';
 
 import { KernelLink } from './link';
 import { BnvizPanel } from './panel';
+import { IRunOpener } from './runfile';
 import { Tabs } from './tabs';
 import { LinkTracker } from './tracker';
 import { IViewArgs } from './view';
@@ -27,12 +28,13 @@ export interface ICommanded {
   tabs: Tabs;
   trans: TranslationBundle;
   icon: LabIcon;
+  opener: IRunOpener;
   /** The path of what is selected in the file browser. */
   selected: () => string | null;
 }
 
 /** All commands of the palette, the toolbar and the menus. */
-export function addCommands({ app, panel, tracker, tabs, trans, icon, selected }: ICommanded): void {
+export function addCommands({ app, panel, tracker, tabs, trans, icon, opener, selected }: ICommanded): void {
   const { commands } = app;
   const live = () => tracker.current?.phase === 'live';
   const tell = (error: Error) => void Notification.error(error.message, { autoClose: 8000 });
@@ -93,9 +95,8 @@ export function addCommands({ app, panel, tracker, tabs, trans, icon, selected }
     describedBy: { args: { type: 'object', required: ['path'], properties: { path: { type: 'string' } } } },
     execute: async args => {
       const path = (args.path as string | undefined) ?? selected();
-      if (path && tracker.current) {
-        await tracker.current.ask('open', { path }).catch(tell);
-        app.shell.activateById(panel.id);
+      if (path) {
+        await opener.open(path).catch(tell);
       }
     }
   });

@@ -12,6 +12,9 @@ import { LabIcon } from '@jupyterlab/ui-components';
 import svg from '../style/icons/bnviz.svg';
 import { addCommands, CommandIDs, exportRun } from './commands';
 import { BnvizPanel } from './panel';
+import { IRunOpener } from './runfile';
+import { addRunFiles } from './runfiles';
+import { Settings } from './settings';
 import { StatusItem } from './status';
 import { Tabs } from './tabs';
 import { LinkTracker, pathOf } from './tracker';
@@ -21,24 +24,27 @@ const CATEGORY = 'bnviz';
 
 export const icon = new LabIcon({ name: 'bnviz:logo', svgstr: svg });
 
-/** What settings say; without a registry, what they say by default. */
-class Settings {
-  connects = true;
-  probes: string[] = [];
-  side: 'left' | 'right' = 'right';
+/** Opens saved runs in the kernel in view. */
+function openerOf(app: JupyterFrontEnd, tracker: LinkTracker, panel: BnvizPanel): IRunOpener {
+  const show = () => app.shell.activateById(panel.id);
+  return {
+    place: () => (tracker.current?.phase === 'live' ? (tracker.place?.title.label ?? '') : null),
+    open: async path => {
+      await tracker.current?.ask('open', { path });
+      show();
+    },
+    panel: show
+  };
+}
 
-  async read(registry: ISettingRegistry | null): Promise<void> {
-    const settings = await registry?.load(ID).catch(() => null);
-    if (settings) {
-      const take = () => {
-        this.connects = settings.get('autoConnect').composite as boolean;
-        this.probes = settings.get('probes').composite as string[];
-      };
-      this.side = settings.get('side').composite as 'left' | 'right';
-      take();
-      settings.changed.connect(take);
-    }
-  }
+function addStatus(statusBar: IStatusBar | null, item: StatusItem): void {
+  statusBar?.registerStatusItem(ID, {
+    item,
+    align: 'left',
+    rank: 100,
+    isActive: () => item.active,
+    activeStateChanged: item.activeChanged
+  });
 }
 
 const plugin: JupyterFrontEndPlugin<void> = {
@@ -67,6 +73,7 @@ const plugin: JupyterFrontEndPlugin<void> = {
     browser: IDefaultFileBrowser | null
   ) => {
     const trans = (translator ?? nullTranslator).load('bnviz');
+    const root = PageConfig.getOption('serverRoot');
     const settings = new Settings();
     const tracker = new LinkTracker(app.shell, notebooks, consoles, () => settings.connects, trans);
     const tabs = new Tabs(app, tracker, trans, icon);
@@ -79,11 +86,14 @@ const plugin: JupyterFrontEndPlugin<void> = {
       failed: why => void Notification.error(why, { autoClose: 8000 }),
       probes: () => settings.probes
     });
+    const pathOfFile = (path: string) => `${root}/${app.serviceManager.contents.localPath(path)}`;
     const selected = () => {
       const item = browser?.selectedItems().next().value;
-      return item ? `${PageConfig.getOption('serverRoot')}/${item.path}` : null;
+      return item ? pathOfFile(item.path) : null;
     };
-    addCommands({ app, panel, tracker, tabs, trans, icon, selected });
+    const opener = openerOf(app, tracker, panel);
+    addCommands({ app, panel, tracker, tabs, trans, icon, opener, selected });
+    addRunFiles(app, { trans, icon, opener, changed: tracker.told, pathOf: pathOfFile });
     if (restorer) {
       void restorer.restore(tabs.widgets, {
         command: CommandIDs.view,
@@ -92,19 +102,13 @@ const plugin: JupyterFrontEndPlugin<void> = {
       });
     }
     tracker.changed.connect(() => tabs.offer());
-    await settings.read(registry);
+    await settings.read(registry, ID, () => tracker.connect());
     app.shell.add(panel, settings.side, { rank: 700, type: 'bnviz' });
     restorer?.add(panel, panel.id);
     const commands = [CommandIDs.show, CommandIDs.load, CommandIDs.watchNext, CommandIDs.stop];
     commands.forEach(command => palette?.addItem({ command, category: CATEGORY }));
-    const item = new StatusItem(tracker, trans, () => void app.commands.execute(CommandIDs.show));
-    statusBar?.registerStatusItem(ID, {
-      item,
-      align: 'left',
-      rank: 100,
-      isActive: () => item.active,
-      activeStateChanged: item.activeChanged
-    });
+    const show = () => void app.commands.execute(CommandIDs.show);
+    addStatus(statusBar, new StatusItem(tracker, trans, show));
     tracker.shown.connect(() => app.shell.activateById(panel.id));
   }
 };

@@ -22,12 +22,13 @@ export class KernelView {
     acts: IPanelActs
   ) {
     const tell = (error: Error) => acts.failed(error.message);
+    const met = (asked: Promise<unknown>) => asked.then(() => true).catch(error => (tell(error), false));
     this.watch = new WatchSection(
       trans,
       {
-        watch: (model, probes) => void link.ask('watch', { model, probes }).catch(tell),
-        watchNext: (model, probes) => void link.ask('watch_next', { model, probes }).catch(tell),
-        stop: () => void link.ask('stop', {}).catch(tell)
+        watch: (model, probes) => met(link.ask('watch', { model, probes })),
+        watchNext: (model, probes) => met(link.ask('watch_next', { model, probes })),
+        stop: () => met(link.ask('stop', {}))
       },
       acts.probes
     );

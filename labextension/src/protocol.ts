@@ -64,6 +64,15 @@ export interface IStrip {
   stretch: number;
 }
 
+/** What is found, and where. */
+export interface IFound {
+  severity: 'high' | 'medium' | 'low' | 'note';
+  sentence: string;
+  place: string;
+  where: Record<string, unknown>;
+  diagnostic: string;
+}
+
 export interface ILive {
   kind: 'live';
   calls: number;
@@ -76,16 +85,13 @@ export interface ILive {
   values: { name: string; value: number }[];
   strips: IStrip[];
   notes: string[];
+  /** Of what there is so far, the first of all that is found; null or left out before anything was looked at. */
+  findings?: { of: string; found: IFound[] } | null;
 }
 
-export interface IFinding {
-  severity: 'high' | 'medium' | 'low' | 'note';
-  sentence: string;
+export interface IFinding extends IFound {
   advice: string;
-  place: string;
   saving: string;
-  where: Record<string, unknown>;
-  diagnostic: string;
 }
 
 export interface IReport {
@@ -149,6 +155,10 @@ const orNull =
   (check: Check): Check =>
   value =>
     value === null || check(value);
+const orLeftOut =
+  (check: Check): Check =>
+  value =>
+    value === undefined || value === null || check(value);
 const list =
   (check: Check): Check =>
   value =>
@@ -159,6 +169,9 @@ const having =
     typeof value === 'object' &&
     value !== null &&
     Object.entries(fields).every(([name, check]) => check((value as any)[name]));
+
+const severity: Check = value => ['high', 'medium', 'low', 'note'].includes(value);
+const found = { severity, sentence: text, place: text, where: having({}), diagnostic: text };
 
 const SHAPES: Record<Message['kind'], Check> = {
   hello: having({ protocol: number, session: text, version: text }),
@@ -180,7 +193,8 @@ const SHAPES: Record<Message['kind'], Check> = {
     memory: orNull(having({ bytes: number, words: text })),
     values: list(having({ name: text, value: number })),
     strips: list(having({ name: text, title: text, unit: text, values: list(orNull(number)), stretch: number })),
-    notes: list(text)
+    notes: list(text),
+    findings: orLeftOut(having({ of: text, found: list(having(found)) }))
   }),
   progress: having({ request: number, done: number, total: number, what: text }),
   reply: having({ request: number, ok: truth }),
@@ -194,15 +208,7 @@ export function read(data: unknown): Message | null {
   return known && SHAPES[kind](data) ? (data as Message) : null;
 }
 
-const finding = having({
-  severity: text,
-  sentence: text,
-  advice: text,
-  place: text,
-  saving: text,
-  where: having({}),
-  diagnostic: text
-});
+const finding = having({ ...found, advice: text, saving: text });
 const report = having({
   model: text,
   findings: list(finding),

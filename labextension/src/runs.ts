@@ -1,8 +1,9 @@
 import { TranslationBundle } from '@jupyterlab/translation';
 
 import { h, replace } from './dom';
+import { FindingRow } from './findings';
 import { IFinding, IProgress, IReport, IRun } from './protocol';
-import { Address, addresses, select } from './selection';
+import { addresses, select } from './selection';
 
 export interface IRunActs {
   /** The report on a run; told how far it is. */
@@ -12,7 +13,6 @@ export interface IRunActs {
   export(run: string): void;
 }
 
-const MARK: Record<IFinding['severity'], string> = { high: '■', medium: '▲', low: '●', note: '○' };
 const FEW = 7;
 
 /** Runs of the kernel; of the chosen one its findings, ranked, and what can be looked at. */
@@ -147,27 +147,11 @@ export class RunsSection {
   private finding(one: IFinding, i: number): HTMLElement {
     const jump = () => {
       this.acts.view(this.chosen, one.diagnostic, titled(one.diagnostic));
-      select(addresses(one.where) as Address[]);
+      select(addresses(one.where));
     };
-    return h(
-      'li',
-      {},
-      h(
-        'button',
-        { class: `bnviz-Finding bnviz-${one.severity}`, 'data-key': `finding-${i}`, onclick: jump, title: one.advice },
-        h('span', { class: 'bnviz-mark' }, `${MARK[one.severity]} ${this.severity(one)}`),
-        h('span', { class: 'bnviz-sentence' }, one.sentence),
-        h('span', { class: 'bnviz-muted' }, [one.place, one.saving].filter(Boolean).join(' · ')),
-        one.advice ? h('span', { class: 'bnviz-advice' }, one.advice) : null
-      )
-    );
-  }
-
-  private severity({ severity }: IFinding): string {
-    const { trans } = this;
-    return { high: trans.__('high'), medium: trans.__('medium'), low: trans.__('low'), note: trans.__('note') }[
-      severity
-    ];
+    const row = new FindingRow(this.trans, `finding-${i}`, jump);
+    row.update(one);
+    return row.node;
   }
 
   private view(diagnostic: string, title: string): HTMLElement {

@@ -37,6 +37,10 @@ export class LinkTracker implements IDisposable {
   get changed(): ISignal<this, void> {
     return this._changed;
   }
+  /** Of a kernel something is another, or another one is in view. */
+  get told(): ISignal<this, void> {
+    return this._told;
+  }
   /** A kernel asks for the panel. */
   get shown(): ISignal<this, void> {
     return this._shown;
@@ -58,6 +62,7 @@ export class LinkTracker implements IDisposable {
       link = new KernelLink(kernel, this.trans);
       this.links.set(kernel, link);
       link.shown.connect(() => this._shown.emit());
+      link.changed.connect(() => this._told.emit());
       kernel.disposed.connect(() => {
         this.links.delete(kernel);
         if (this._current === link && !this._disposed) {
@@ -88,6 +93,13 @@ export class LinkTracker implements IDisposable {
     this.session?.kernelChanged.disconnect(this.onKernel, this);
     this.links.forEach(link => link.dispose());
     Signal.clearData(this);
+  }
+
+  /** Ask the kernel in view, where the settings let it be asked. */
+  connect(): void {
+    if (this._current && this.connects()) {
+      void this._current.open();
+    }
   }
 
   private onPlace(_: unknown, place: Place | null): void {
@@ -126,10 +138,9 @@ export class LinkTracker implements IDisposable {
 
   private onKernel(): void {
     this._current = this.linkOf(this.session?.session?.kernel);
-    if (this._current && this.connects()) {
-      void this._current.open();
-    }
+    this.connect();
     this._changed.emit();
+    this._told.emit();
   }
 
   private links = new Map<Kernel.IKernelConnection, KernelLink>();
@@ -138,6 +149,7 @@ export class LinkTracker implements IDisposable {
   private _current: KernelLink | null = null;
   private _disposed = false;
   private _changed = new Signal<this, void>(this);
+  private _told = new Signal<this, void>(this);
   private _shown = new Signal<this, void>(this);
 }
 

@@ -3,11 +3,14 @@ import { TranslationBundle } from '@jupyterlab/translation';
 import { h, replace } from './dom';
 import { IState } from './protocol';
 
+/** What is asked of the kernel; each says whether it was met. */
 export interface IWatchActs {
-  watch(model: string, probes: string[] | undefined): void;
-  watchNext(model: string, probes: string[] | undefined): void;
-  stop(): void;
+  watch(model: string, probes: string[] | undefined): Promise<boolean>;
+  watchNext(model: string, probes: string[] | undefined): Promise<boolean>;
+  stop(): Promise<boolean>;
 }
+
+const PATIENCE = 2000; // ms from a request that was met to the state that shows it
 
 /** Which model is watched, with which probes: the models that live in the kernel, and what may be done with them. */
 export class WatchSection {
@@ -24,6 +27,9 @@ export class WatchSection {
   update(state: IState): void {
     const { trans } = this;
     const held = this.focused('.bnviz-Buttons');
+    if (doing(state) !== doing(this.state)) {
+      this.asking = 0;
+    }
     this.state = state;
     const names = state.models.map(model => model.name);
     if (!names.includes(this.model)) {
@@ -55,8 +61,24 @@ export class WatchSection {
   next(): void {
     const { state } = this;
     if (state?.models.length === 1 && !state.watching && !state.next_cell) {
-      this.acts.watchNext(this.model, this.chosen(state));
+      this.once(() => this.acts.watchNext(this.model, this.chosen(state)));
     }
+  }
+
+  /** One thing at a time: what is asked for while another is under way, as by a second click, is not. */
+  private once(act: () => Promise<boolean>): void {
+    if (this.asking) {
+      return;
+    }
+    const turn = (this.asking = ++this.turn);
+    const over = () => {
+      if (turn === this.asking && this.state) {
+        this.asking = 0;
+        this.update(this.state);
+      }
+    };
+    this.node.querySelectorAll('.bnviz-Buttons button').forEach(button => button.setAttribute('aria-disabled', 'true'));
+    void act().then(met => (met ? window.setTimeout(over, PATIENCE) : over()));
   }
 
   private focused(within: string): boolean {
@@ -109,15 +131,23 @@ export class WatchSection {
   private buttons(state: IState): HTMLElement {
     const { trans } = this;
     const busy = state.watching !== null || state.next_cell !== null;
-    const button = (key: string, text: string, title: string, off: boolean, act: () => void, main = false) =>
+    const button = (
+      key: string,
+      text: string,
+      title: string,
+      off: boolean,
+      act: () => Promise<boolean>,
+      main = false
+    ) =>
       h(
         'button',
         {
           class: `jp-mod-styled ${main ? 'jp-mod-accept' : 'jp-mod-reject'} bnviz-button`,
           'data-key': key,
           title,
-          'aria-disabled': off, // it keeps the focus
-          onclick: () => off || act()
+          'aria-disabled': off || this.asking > 0, // it keeps the focus
+          // of a double click the second is not meant for what is there by then: Stop is where Watch was
+          onclick: (event: MouseEvent) => off || event.detail > 1 || this.once(act)
         },
         text
       );
@@ -221,7 +251,14 @@ export class WatchSection {
   }
 
   private state: IState | null = null;
+  private asking = 0;
+  private turn = 0;
   private model = '';
   private own: string[] | null = null;
   private unfolded = false;
+}
+
+/** What a request changes of a state. */
+function doing(state: IState | null): string {
+  return JSON.stringify([state?.watching, state?.next_cell]);
 }

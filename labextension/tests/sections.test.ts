@@ -1,70 +1,16 @@
-import { TranslationBundle } from '@jupyterlab/translation';
-import { readFileSync } from 'fs';
-import { join } from 'path';
-
 import { Curve, MOST } from '../src/curve';
 import { h, replace } from '../src/dom';
 import { LiveSection } from '../src/livesection';
 import { ILive, IReport, IRun, IState } from '../src/protocol';
 import { RunsSection, titled } from '../src/runs';
-import { Strip, written } from '../src/strip';
 import { WatchSection } from '../src/watch';
+import { load, settled, trans } from './shared';
 
-/** Texts as they are written, with what is put into them. */
-const trans = {
-  __: (text: string, ...given: string[]) => text.replace(/%(\d)/g, (_, at) => given[Number(at) - 1])
-} as unknown as TranslationBundle;
-const load = (name: string) =>
-  JSON.parse(readFileSync(join(__dirname, '..', '..', 'tests', 'jupyter', 'messages', name), 'utf8'));
 const idle = (more: Partial<IState> = {}): IState => ({
   ...load('state.json'),
   watching: null,
   next_cell: null,
   ...more
-});
-const settled = () => new Promise(resolve => setTimeout(resolve));
-
-describe('numbers', () => {
-  it.each([
-    [21.6321, '1', '21.6'],
-    [3.5694, 'nat', '3.57 nat'],
-    [0.00123, '1', '0.0012'],
-    [1234.5, '1', '1235'],
-    [0, '1', '0'],
-    [-0.5, '1', '−0.500']
-  ])('%d %s is written %s', (value, unit, text) => {
-    expect(written(value, unit)).toBe(text);
-  });
-});
-
-describe('a strip', () => {
-  const strip = { name: 'load', title: 'Load', unit: '1', values: [1, null, 4], stretch: 1 };
-
-  it('has a column a layer, as tall as its number', () => {
-    const drawn = new Strip(trans, () => undefined);
-    drawn.update(strip);
-    const bars = [...drawn.node.querySelectorAll('rect')];
-    expect(bars.map(bar => bar.getAttribute('height'))).toEqual(['9.00', '1.00', '36.00']);
-    expect(bars.map(bar => bar.textContent)).toEqual(['layer 0: 1.00', 'layer 1: not measured', 'layer 2: 4.00']);
-    expect(drawn.node.querySelector('svg')!.getAttribute('aria-label')).toBe('Load: largest 4.00 at layer 2');
-  });
-
-  it('is drawn again in place, with fewer columns too', () => {
-    const drawn = new Strip(trans, () => undefined);
-    drawn.update(strip);
-    const first = drawn.node.querySelector('rect');
-    drawn.update({ ...strip, values: [2, 2] });
-    expect(drawn.node.querySelectorAll('rect')).toHaveLength(2);
-    expect(drawn.node.querySelector('rect')).toBe(first);
-  });
-
-  it('tells which layer was clicked, where a column is several too', () => {
-    const layers: number[] = [];
-    const drawn = new Strip(trans, layer => layers.push(layer));
-    drawn.update({ ...strip, stretch: 2 });
-    drawn.node.querySelectorAll('rect')[2].dispatchEvent(new MouseEvent('click', { bubbles: true }));
-    expect(layers).toEqual([4]);
-  });
 });
 
 describe('what is live', () => {
@@ -116,24 +62,27 @@ describe('a curve', () => {
 
 describe('watching', () => {
   const asked: unknown[] = [];
+  const note = async (...given: unknown[]) => asked.push(given) === 0; // not met: nothing comes of it
   const acts = {
-    watch: (...given: unknown[]) => asked.push(['watch', ...given]),
-    watchNext: (...given: unknown[]) => asked.push(['next', ...given]),
-    stop: () => asked.push(['stop'])
+    watch: (...given: unknown[]) => note('watch', ...given),
+    watchNext: (...given: unknown[]) => note('next', ...given),
+    stop: () => note('stop')
   };
   const click = (section: WatchSection, key: string) =>
     section.node.querySelector<HTMLElement>(`[data-key="${key}"]`)!.click();
   beforeEach(() => asked.splice(0));
 
-  it('asks for the usual probes unless others are chosen', () => {
+  it('asks for the usual probes unless others are chosen', async () => {
     const section = new WatchSection(trans, acts, () => []);
     const state = idle();
     document.body.append(section.node); // a box that is nowhere does not change
     section.update(state);
     click(section, 'watch');
+    await settled();
     const usual = state.probes.filter(probe => probe.default).map(probe => probe.name);
     click(section, `probe-${usual[0]}`);
     click(section, 'watch-next');
+    await settled();
     click(section, `probe-${usual[0]}`);
     click(section, 'watch');
     const model = state.models[0].name;
@@ -161,6 +110,52 @@ describe('watching', () => {
     expect(asked).toEqual([['stop']]);
     section.update(idle({ next_cell: model }));
     expect(section.node.textContent).toContain(`${model} is watched while the next cell runs.`);
+  });
+
+  const watching = { model: idle().models[0].name, probes: null, waiting: false, ending: false, gone: false };
+
+  it.each([
+    ['watch', idle(), idle({ watching }), 'stop'],
+    ['watch-next', idle(), idle({ next_cell: watching.model }), 'stop'],
+    ['stop', idle({ watching }), idle(), 'watch']
+  ])('%s is asked for once, however fast it is clicked', async (key, before, after, then) => {
+    let met: (met: boolean) => void = () => undefined;
+    const slow = (...given: unknown[]) => (asked.push(given), new Promise<boolean>(resolve => (met = resolve)));
+    const section = new WatchSection(trans, { watch: slow, watchNext: slow, stop: slow }, () => []);
+    const off = (one: string) =>
+      section.node.querySelector(`[data-key="${one}"]`)!.getAttribute('aria-disabled') === 'true';
+    section.update(before);
+    click(section, key);
+    click(section, key);
+    section.next();
+    expect(off(key)).toBe(true);
+    met(true);
+    await settled();
+    click(section, key); // met, but not yet told of
+    section.update({ ...before, cell: 7 });
+    click(section, key);
+    expect(asked).toHaveLength(1);
+    section.update(after);
+    expect(off(then)).toBe(false);
+    const second = new MouseEvent('click', { detail: 2, bubbles: true });
+    section.node.querySelector(`[data-key="${then}"]`)!.dispatchEvent(second); // of a double click, on what is there now
+    expect(asked).toHaveLength(1);
+    click(section, then);
+    expect(asked).toHaveLength(2);
+  });
+
+  it('may be asked for again where it was refused, or nothing came of it', async () => {
+    jest.useFakeTimers();
+    let met = false;
+    const answer = async () => (asked.push('watch'), met);
+    const section = new WatchSection(trans, { watch: answer, watchNext: answer, stop: answer }, () => []);
+    section.update(idle());
+    for (met of [false, true, true]) {
+      click(section, 'watch');
+      await jest.advanceTimersByTimeAsync(met ? 2000 : 0);
+    }
+    expect(asked).toHaveLength(3);
+    jest.useRealTimers();
   });
 
   it('says what to do where there is no model', () => {

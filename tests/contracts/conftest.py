@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import bnviz
 from bnviz import catalog
+from bnviz.comparison import NAME
 from bnviz.run import Run
 
 
@@ -120,14 +122,27 @@ def record_for(need: str, runs: tuple[Run, ...]) -> Any:
 
 
 @pytest.fixture(scope="session")
-def results(runs: tuple[Run, ...]) -> dict[str, Any]:
-    """Every diagnostic of the catalogue, on real records."""
+def changed_run(load_model: Any) -> Run:
+    """The trained model again, with the weights of a block scaled."""
+    model = copy.deepcopy(load_model("mixtral-bard"))
+    with torch.no_grad():
+        for weight in model.model.layers[2].self_attn.parameters():
+            weight.mul_(2.0)
+    with torch.no_grad(), bnviz.capture(model, ceilings=False, strict=True) as recorder:
+        model(torch.arange(5, 101).reshape(2, 48))
+    return recorder.run
+
+
+@pytest.fixture(scope="session")
+def results(runs: tuple[Run, ...], changed_run: Run) -> dict[str, Any]:
+    """Every diagnostic of the catalogue, on real records, and what two runs say of each other."""
     found = {}
     for name, diagnostic in catalog.every("diagnostics"):
         needed = {
             need.partition(".")[0]: record_for(need, runs) for need in (*diagnostic.spec.needs, *diagnostic.spec.wants)
         }
         found[name] = diagnostic(**{record: data for record, data in needed.items() if data is not None})
+    found[NAME] = bnviz.compare(runs[0], changed_run)[NAME]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,24 @@ class Shown:
                 return parseInt(words.replace(',', '')) > before;
             }""",
             arg=self.calls(),
+        )
+
+    def setting(self, name: str, value: Any) -> None:
+        """Set what the user may set."""
+        self.page.evaluate(
+            """([name, value]) => {
+                const services = jupyterapp.pluginRegistry;
+                const token = [...services._services.keys()].find(one => one.name.endsWith(':ISettingRegistry'));
+                return services.resolveRequiredService(token).then(known => known.set('bnviz:plugin', name, value));
+            }""",
+            [name, value],
+        )
+
+    def in_browser(self, name: str) -> Any:
+        """A file or folder in the file browser."""
+        self.tab.command("filebrowser:refresh")
+        return self.page.locator(".jp-DirListing-item").filter(
+            has=self.page.locator(".jp-DirListing-itemText", has_text=re.compile(f"^{re.escape(name)}$"))
         )
 
     def view(self) -> Any:

@@ -267,7 +267,7 @@ def test_help_names_every_action(shell: InteractiveShell) -> None:
     ("text", "expected"),
     [
         ("%bnviz a", ["attach"]),
-        ("%bnviz ", ["attach", "detach", "status", "report", "sites", "panel", "help"]),
+        ("%bnviz ", ["attach", "detach", "status", "report", "compare", "sites", "panel", "help"]),
         ("%bnviz attach ", ["model", "student"]),
         ("%%bnviz m", ["model"]),
         ("%%bnviz model -p attention,rou", ["attention,routing"]),

@@ -19,6 +19,8 @@ MODEL = """
 import torch
 from pathlib import Path
 from bnviz.demo.models import load
+from bnviz.jupyter import sofar
+sofar.FIRST = 2.0  # after the first live message, which has none
 model, _ = load("mixtral-bard")
 student = torch.nn.Linear(4, 2)
 ids = torch.arange(96)[None]
@@ -26,7 +28,7 @@ loss = torch.tensor(2.5)
 """
 PROBES = ["activations", "attention", "routing"]
 FREE = ("where", "failures")  # mappings whose names are not the protocol's
-NAMES = ("hello", "state", "state_empty", "state_waiting", "state_next_cell", "state_said", "live", "progress", "show",
+NAMES = ("hello", "state", "state_empty", "state_waiting", "state_next_cell", "state_said", "live", "live_findings", "progress", "show",
          "reply", "reply_report", "reply_page", "reply_export", "reply_open", "refusal")  # fmt: skip
 
 
@@ -55,6 +57,7 @@ def watched(kernel: Kernel, window: Window, folder: Path) -> Iterator[tuple[str,
         kernel.heard_state(lambda state: state["cell"] is not None and bool(say(state)) and bool(state["runs"])),
     )
     yield "live", kernel.live(lambda live: len(live["strips"]) == 3)
+    yield "live_findings", kernel.live(lambda live: live["findings"] is not None)
     enough.touch()
     kernel.end(running)
     window.answer("stop")

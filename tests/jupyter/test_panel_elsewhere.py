@@ -19,8 +19,13 @@ pytestmark = [
 def test_each_notebook_has_a_view_of_its_own(loaded: Shown, server: Any) -> None:
     server.write("other.ipynb", "import torch\nother = torch.nn.Linear(2, 3)\n%load_ext bnviz")
     first = loaded.page.evaluate("() => book().context.path")
-    loaded.tab.command("docmanager:open", path="other.ipynb")
-    loaded.state("absent")
+    loaded.setting("autoConnect", False)
+    try:
+        loaded.tab.command("docmanager:open", path="other.ipynb")
+        loaded.state("unasked")
+    finally:
+        loaded.setting("autoConnect", True)
+    loaded.state("absent")  # asked at once
     loaded.page.evaluate("""() => {
         window.book = () => [...jupyterapp.shell.widgets('main')].find(w => w.context?.path === 'other.ipynb');
     }""")
@@ -99,15 +104,45 @@ def test_a_kernel_of_another_language_is_left_alone(tab: Any, server: Any) -> No
 
 def test_a_saved_run_opens_from_the_file_browser(loaded: Shown) -> None:
     watched(loaded)
-    loaded.page.evaluate("""() => book().sessionContext.session.kernel.requestExecute(
-        {code: "run.save('kept.zarr', overwrite=True)"}).done.then(() => null)""")
-    loaded.tab.command("filebrowser:refresh")
-    loaded.page.locator(".jp-DirListing-item", has_text="kept.zarr").click(button="right")
+    loaded.page.evaluate("""() => book().sessionContext.session.kernel.requestExecute({code:
+        "run.save('kept.zarr', overwrite=True); run.save('kept.zarr.zip', overwrite=True)"}).done.then(() => null)""")
+    loaded.in_browser("kept.zarr").click(button="right")
     loaded.page.locator(".lm-Menu-itemLabel", has_text="Open as bnviz Run").click()
-    row = loaded.page.locator("#bnviz-panel .bnviz-Run[data-key='run-run_2']")
-    row.wait_for()
+    row = loaded.see(".bnviz-Run[data-key='run-run_2']")
     captured, opened = (one.inner_text().split("\n")[1] for one in (loaded.see(".bnviz-Run"), row))
     assert opened.split(" · ")[:2] == captured.split(" · ")[:2]  # bytes in memory are counted from what was read again
+    asked: list[str] = []
+    loaded.page.on("request", lambda request: asked.append(f"{request.method} {request.url}"))
+    loaded.in_browser("kept.zarr.zip").dblclick()
+    row = loaded.see(".bnviz-Run[data-key='run-run_3'][aria-pressed=true]")
+    loaded.page.locator(".bnviz-RunFile").wait_for(state="detached")
+    of_file = [one for one in asked if "/api/contents/kept.zarr.zip" in one]
+    assert of_file
+    assert all(one.startswith("GET") and ("content=0" in one or "/checkpoints" in one) for one in of_file)
+    icons = {
+        loaded.in_browser(name).locator("[data-icon]").get_attribute("data-icon")
+        for name in ("kept.zarr", "kept.zarr.zip")
+    }
+    assert icons == {"bnviz:logo"}
+    loaded.in_browser("kept.zarr").dblclick()  # a folder is a folder
+    loaded.page.locator(".jp-BreadCrumbs", has_text="kept.zarr").wait_for()
+    assert (loaded.tab.errors, loaded.tab.outside) == ([], [])
+
+
+def test_a_saved_run_says_what_to_do_where_no_kernel_has_bnviz(shown: Shown) -> None:
+    file = shown.tab.server.root / "torn.bnviz.zip"
+    file.write_bytes(b"torn")
+    shown.state("absent")
+    shown.in_browser(file.name).dblclick()
+    told = shown.page.locator(".bnviz-RunFile")
+    told.locator("text=no notebook in view has bnviz loaded").wait_for()
+    shown.page.keyboard.press("Control+s")
+    shown.page.locator(".Toastify__toast", has_text="is read-only").first.wait_for()
+    assert file.read_bytes() == b"torn"
+    shown.press("load")
+    shown.state("live")
+    told.locator("button", has_text="Open in the kernel of").click()
+    assert file.name in told.locator("[role=alert]").inner_text()
 
 
 def test_a_console_of_the_notebook_shows_its_kernel_until_that_is_closed(loaded: Shown) -> None:

@@ -44,6 +44,12 @@ def test_numbers_are_live_while_a_cell_runs_and_findings_come_after_it(loaded: S
     strips = loaded.page.locator("#bnviz-panel .bnviz-Strip")
     assert [strips.nth(i).locator("rect").count() for i in range(strips.count())] == [4, 4, 4]  # layers
     assert "bnviz: model · " in loaded.page.locator(".bnviz-StatusItem").inner_text()
+    chosen_by_keys(loaded)
+    finding = loaded.see(".bnviz-Found .bnviz-Finding")
+    assert loaded.see(".bnviz-Found h4").inner_text().startswith("So far, of step ")
+    finding.focus()
+    loaded.page.keyboard.press("Enter")
+    assert loaded.see(".bnviz-Chosen span").inner_text().startswith("Selected: layer ")
     loaded.press("stop")  # answered while the cell runs
     loaded.page.locator("#bnviz-panel .bnviz-badge", has_text="stopping").wait_for()
     loaded.enough()
@@ -52,6 +58,20 @@ def test_numbers_are_live_while_a_cell_runs_and_findings_come_after_it(loaded: S
     assert loaded.see(".bnviz-Finding .bnviz-mark").inner_text().split()[1] in ("high", "medium", "low", "note")
     assert loaded.page.locator("#bnviz-panel .bnviz-Live").is_hidden()
     assert (loaded.tab.errors, loaded.tab.outside) == ([], [])
+
+
+def chosen_by_keys(loaded: Shown) -> None:
+    """A layer of a strip, which keeps the focus while numbers come."""
+    slider = loaded.see("[data-key=strip-entropy]")
+    slider.focus()
+    for key in ("End", "ArrowLeft", "Enter"):
+        loaded.page.keyboard.press(key)
+    loaded.more_calls()
+    assert loaded.see(".bnviz-Chosen span").inner_text() == "Selected: layer 2"
+    assert slider.get_attribute("aria-valuetext").startswith("layer 2: ")
+    assert slider.evaluate("el => el === document.activeElement && getComputedStyle(el).outlineStyle") == "solid"
+    loaded.page.keyboard.press("Escape")
+    loaded.page.locator("#bnviz-panel .bnviz-Chosen").wait_for(state="hidden")
 
 
 def test_a_running_cell_is_watched_from_its_next_forward_on(loaded: Shown) -> None:
@@ -67,11 +87,12 @@ def test_a_running_cell_is_watched_from_its_next_forward_on(loaded: Shown) -> No
 
 
 def test_the_next_cell_is_watched_and_no_other(loaded: Shown) -> None:
-    loaded.press("watch-next")
+    loaded.page.locator("#bnviz-panel [data-key=watch-next]").dblclick()  # the second click does nothing
     loaded.see("[data-key=stop]")
     loaded.tab.run(2)
     assert " · 1 forward · " in loaded.see(".bnviz-Run").inner_text()
     loaded.see("[data-key=watch]")
+    assert loaded.page.locator(".Toastify__toast").count() == 0
 
 
 def test_a_finding_opens_its_view_and_chooses_its_place(loaded: Shown) -> None:
