@@ -28,8 +28,8 @@ loss = torch.tensor(2.5)
 """
 PROBES = ["activations", "attention", "routing"]
 FREE = ("where", "failures")  # mappings whose names are not the protocol's
-NAMES = ("hello", "state", "state_empty", "state_waiting", "state_next_cell", "state_said", "live", "live_findings", "progress", "show",
-         "reply", "reply_report", "reply_page", "reply_export", "reply_open", "refusal")  # fmt: skip
+NAMES = ("hello", "state", "state_empty", "state_waiting", "state_next_cell", "state_said", "live", "live_findings", "progress",
+         "show", "reply", "reply_report", "reply_page", "reply_export", "reply_open", "refusal")  # fmt: skip
 
 
 def shape(value: Any) -> Any:
