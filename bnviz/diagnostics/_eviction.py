@@ -61,11 +61,13 @@ class _Cuts(Mapping[str, Floats]):
 
     def __init__(self, parts: Sequence[tuple[xr.Dataset, int, Ints]], layer: int) -> None:
         self._layer = layer
-        self._from = {str(name): part for part in parts for name in part[0].data_vars if part[0][name].dims in _BY_KEY}
+        self._from = {
+            str(name): part for part in parts for name, one in part[0].variables.items() if one.dims in _BY_KEY
+        }
 
     def __getitem__(self, name: str) -> Floats:
         record, row, where = self._from[name]
-        return np.asarray(record[name].values[row, self._layer][..., where])
+        return np.asarray(record.variables[name].values[row, self._layer][..., where])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._from)

@@ -13,6 +13,7 @@ from bnviz import quantities as q
 from . import style
 
 NULL = "random"
+COLOURED = 6  # methods: more lines are not told apart by colour
 _CSS = f"""
 :host {{ font: {style.SIZE["subtitle"]}/1.5 var(--jp-ui-font-family, {style.FONT}); color: var(--bnv-ink, #212121);
   font-variant-numeric: tabular-nums; }}
@@ -39,11 +40,9 @@ def methods(result: xr.Dataset) -> list[str]:
 
 
 def colour(result: xr.Dataset, method: str) -> str:
-    """Name of its colour, the same for a method in every drawing of one result; grey for the null."""
-    if method == NULL:
-        return "faint"
-    others = sorted(str(m) for m in result["method"].values if m != NULL)
-    return list(style.CATEGORY)[others.index(method) % len(style.CATEGORY)]
+    """Name of its colour, the same for a method in every drawing of one result; grey for all but the first `COLOURED`."""
+    at = methods(result).index(method)
+    return "faint" if method == NULL or at >= COLOURED else list(style.CATEGORY)[at]
 
 
 def words(result: xr.Dataset) -> list[str]:

@@ -41,7 +41,7 @@ _NAMES = f"""
 
 @view(of="kv_importance", order=10)
 def kv_importance(result: xr.Dataset, *, compact: bool = False) -> UIElement:
-    """Share of attention mass kept against the share of keys kept, one line a score, random dashed.
+    """Share of attention mass kept against the share of keys kept, one line a score: the six best in colour, random dashed.
 
     The names beside it (below it on a narrow page) are in the order of the chosen budget, with what each keeps there; the
     slider moves the budget and says what it is in tokens and bytes. A score is worth as much as its distance to `random`.
@@ -75,7 +75,8 @@ def kv_importance(result: xr.Dataset, *, compact: bool = False) -> UIElement:
     )
     plot.xaxis.ticker = plot.yaxis.ticker = FixedTicker(ticks=[0, 0.25, 0.5, 0.75, 1])
     plot.xaxis.formatter = plot.yaxis.formatter = NumeralTickFormatter(format="0 %")
-    sources = [_line(plot, result, name, kept[i], at) for i, name in enumerate(names)]
+    made = {i: _line(plot, result, names[i], kept[i], at) for i in reversed(range(len(names)))}  # the first on top
+    sources = [made[i] for i in range(len(names))]
     budgets = [float(b) for b in result["budget"].values]
     mark = Span(location=budgets[at], dimension="height", line_color=style.LIGHT["accent"], line_width=1.5)
     plot.add_layout(mark)
@@ -105,7 +106,8 @@ def _list(result: xr.Dataset, names: list[str], kept: np.ndarray) -> str:
 
 def _line(plot: Any, result: xr.Dataset, name: str, kept: np.ndarray, at: int) -> ColumnDataSource:
     """One method: its line, and its marks with a hover; returns the source of the mark that the slider moves."""
-    hue, null = style.LIGHT[colour(result, name)], name == NULL
+    named, null = colour(result, name), name == NULL
+    hue, grey = style.LIGHT[named], named == "faint"
     budgets = result["budget"].values
     least = result["mass_kept_least"].sel({"method": name}).values
     tokens, taken = result["tokens_kept"].values, result["bytes_kept"].values
@@ -121,9 +123,9 @@ def _line(plot: Any, result: xr.Dataset, name: str, kept: np.ndarray, at: int) -
         }
     )
     plot.line(
-        "x", "y", source=source, line_color=hue, line_width=1.5 if null else 2, line_dash="dashed" if null else "solid"
+        "x", "y", source=source, line_color=hue, line_width=1.5 if grey else 2, line_dash="dashed" if null else "solid"
     )
-    marks = plot.scatter("x", "y", source=source, size=5, fill_color=hue, line_color=None)
+    marks = plot.scatter("x", "y", source=source, size=4 if grey else 5, fill_color=hue, line_color=None)
     plot.add_tools(
         style.hover(
             marks,
