@@ -18,10 +18,11 @@ _HOMES = {
     "Run": "run",
     "compare": "compare",
     "diagnose": "report",
+    "experiment": "experiment",
     "Report": "report",
     "BnvizError": "errors",
 }
-_ROOMS = ("probes", "diagnostics", "views", "estimators", "scores", "reduce")
+_ROOMS = ("probes", "experiments", "diagnostics", "views", "estimators", "scores", "reduce")
 
 __all__ = [
     "BnvizError",
@@ -34,6 +35,8 @@ __all__ = [
     "diagnose",
     "diagnostics",
     "estimators",
+    "experiment",
+    "experiments",
     "open",
     "probes",
     "reduce",
@@ -43,10 +46,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import diagnostics, estimators, probes, reduce, scores, views
+    from . import diagnostics, estimators, experiments, probes, reduce, scores, views
     from .capture import Recorder, capture, sites
     from .compare import compare
     from .errors import BnvizError
+    from .experiment import experiment
     from .report import Report, diagnose
     from .run import Run
     from .store import open

@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import SchemaError, UnknownName, unknown
 
-ROOMS = ("probes", "diagnostics", "views", "estimators", "scores", "reduce")
+ROOMS = ("probes", "experiments", "diagnostics", "views", "estimators", "scores", "reduce")
 _SHARED = {"views": ("style",)}  # what the files of a room share stands beside them and is no object of the catalogue
 
 

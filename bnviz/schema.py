@@ -41,6 +41,7 @@ DIMENSIONS: Mapping[str, str] = MappingProxyType(
         "method_to": "the score a score is compared with",
         "pattern": "name of an attention pattern",
         "budget": "share of the KV cache that is kept",
+        "threshold": "share of the attention mass that is to stay",
         "op": "operator of a roofline at one set of shapes",
         "module": "module of the model, by its path",
         "ceiling": "a measured limit of the machine",
@@ -246,6 +247,15 @@ class ProbeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ExperimentSpec:
+    """The declaration of an experiment: see `experiment`."""
+
+    name: str
+    doc: str
+    variables: tuple[Variable, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DiagnosticSpec:
     """The declaration of a diagnostic: see `diagnostic`."""
 
@@ -322,6 +332,27 @@ def probe(
 
     def declare(cls: _T) -> _T:
         cls.spec = ProbeSpec(_snake(cls.__name__), _claim(cls), sites, variables, uses, memory, default)  # type: ignore[attr-defined]
+        return cls
+
+    return declare
+
+
+def experiment(*, variables: tuple[Variable, ...]) -> Callable[[_T], _T]:
+    """Declare an experiment: a class whose snake-case name is its file's name and the name of its record.
+
+    It has `cases(subject)`, the parts it is measured in, `measure(subject, case)`, JSON-able numbers of one, and
+    `record(subject, found)`, the Dataset of all. Options are keywords of `__init__` with defaults.
+
+    Parameters
+    ----------
+    variables : tuple of Variable
+        What its record holds.
+    """
+
+    _check_names(variables)
+
+    def declare(cls: _T) -> _T:
+        cls.spec = ExperimentSpec(_snake(cls.__name__), _claim(cls), variables)  # type: ignore[attr-defined]
         return cls
 
     return declare

@@ -23,6 +23,7 @@ ROWS = (  # from the top; a file imports from rows below it, and from its own ro
     ("demo",),
     ("jupyter",),
     ("report",),
+    ("experiments",),
     ("capture", "probes", "diagnostics", "views"),
     ("run", "estimators", "scores"),
     ("events", "reduce", "hardware"),
@@ -32,7 +33,7 @@ ROWS = (  # from the top; a file imports from rows below it, and from its own ro
 )
 RANK = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 PART_OF = (
-    {"doctor": "cli", "profile": "observation"}
+    {"doctor": "cli", "profile": "observation", "experiment": "experiments"}
     | dict.fromkeys(
         ("assemble", "counts", "gathered", "layered", "rows", "segments", "store", "streamed", "trace"), "run"
     )

@@ -1,0 +1,167 @@
+"""One text of an eviction experiment: its prompt read once and watched, and what follows read behind one cache after another."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnviz.errors import BnvizError
+
+from ._cut import Reader, cut, layers_of, nbytes
+from ._subject import Subject
+
+if TYPE_CHECKING:
+    from .kv_eviction import KvEviction
+
+
+class Passage:
+    """A text, its prompt's cache, the order in which each score keeps keys, and the predictions behind the whole cache.
+
+    Parameters
+    ----------
+    of : Subject
+    sample : int
+        Which text.
+    split : tuple of int
+        Where the prompt ends, and where what is measured does.
+    asked : KvEviction
+
+    Raises
+    ------
+    BnvizError
+        The cache is none that can be cut, or its heads are not those that were ranked.
+    """
+
+    def __init__(self, of: Subject, sample: int, split: tuple[int, int], asked: KvEviction) -> None:
+        self.sample, self._asked = sample, asked
+        self._end, last = split
+        text = of.texts[sample]
+        self._rest, self._read = text[:, self._end : last], Reader(of.model)
+        watched = self._watched(of.model, text[:, : self._end])
+        self._layers = layers_of(self._cache)
+        self._ranked(watched)
+        self._modules = [of.model.get_submodule(path) for _, path in self.places]
+        self._whole, self._outputs = self._continued(None)
+        self._greedy = self._greedily(None)
+
+    def _watched(self, model: nn.Module, prompt: Tensor) -> Any:
+        from bnviz.capture import capture
+
+        with capture(model, probes=["attention", "keys_values"], progress=False) as recorder:
+            logits, self._cache = self._read(prompt)
+        self._next = int(logits[-1].argmax())
+        return recorder.run
+
+    def _ranked(self, run: Any) -> None:
+        from bnviz.diagnostics.kv_importance import kv_importance
+
+        asked = self._asked
+        result = kv_importance(
+            run["attention"],
+            run["keys_values"],
+            methods=asked.methods,
+            budgets=asked.budgets.tolist(),
+            aggregate=asked.aggregate,
+        )
+        self.methods = [str(name) for name in result["method"].values]
+        self.skipped = list(result.attrs["skipped"].values())
+        self.places = [(int(n), str(p)) for n, p in zip(result["layer"].values, result["path"].values, strict=True)]
+        self._ranks, self._kept = result["keep_rank"].values, result["tokens_kept"].values
+        found = [(keys.shape[1], keys.shape[2]) for keys, _ in self._layers]
+        expected = [(self._ranks.shape[2], self._end)] * self._ranks.shape[1]
+        if found != expected:
+            raise BnvizError(
+                f"kv_eviction: the cache holds (heads, tokens) {sorted(set(found))} in {len(found)} layers, expected "
+                f"{expected[0]} in {len(expected)}, as the scores rank; this model's cache is kept in another form."
+            )
+
+    def measured(self, method: str, budget: float) -> dict[str, Any]:
+        """What this score and budget cost; numbers, JSON-able."""
+        kept = self._index(method, budget)
+        logits, outputs = self._continued(kept)
+        whole, log_p, log_q = self._whole, self._whole.log_softmax(-1), logits.log_softmax(-1)
+        apart = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
+        losses = [_loss(one, self._rest[0]) for one in (log_q, log_p)]
+        same = (whole.argmax(-1) == logits.argmax(-1)).float().mean()
+        return {
+            "divergence": float(apart.mean()),
+            "divergence_most": float(apart.max()),
+            "loss_change": losses[0] - losses[1],
+            "same_token": float(same),
+            "greedy_kept": self._same_greedy(kept),
+            "output_error": [_apart(one, other) for one, other in zip(outputs, self._outputs, strict=True)],
+            "bytes_kept": nbytes(layers_of(self._behind(kept))),
+            "loss": losses[1],
+            "bytes_whole": nbytes(self._layers),
+            "tokens": self._end,
+            "measured": self._rest.shape[1],
+            "layers": self.places,
+            "skipped": self.skipped,
+        }
+
+    def _index(self, method: str, budget: float) -> list[Tensor]:
+        """(kv_heads, tokens kept) by layer: the places a head keeps, ascending."""
+        many = int(self._kept[np.flatnonzero(self._asked.budgets == budget)[0]])
+        inside = self._ranks[self.methods.index(method)] < many
+        return [torch.from_numpy(np.nonzero(layer)[1].reshape(len(layer), many)) for layer in inside]
+
+    def _behind(self, kept: list[Tensor] | None) -> Any:
+        return cut(self._cache, self._layers, kept)
+
+    def _continued(self, kept: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        """Logits (tokens, vocabulary) of the rest of the text, and each layer's attention output."""
+        with _outputs_of(self._modules) as outputs:
+            logits, _ = self._read(self._rest, self._behind(kept), self._end)
+        return logits, outputs
+
+    def _greedily(self, kept: list[Tensor] | None, until: list[int] | None = None) -> list[int]:
+        """Tokens that greedy decoding gives after the prompt; it ends where they differ from `until`."""
+        found, cache, device = [self._next], self._behind(kept), self._rest.device
+        for step in range(self._asked.greedy):
+            logits, cache = self._read(torch.tensor([[found[-1]]], device=device), cache, self._end + step)
+            found.append(int(logits[-1].argmax()))
+            if until is not None and found[-1] != until[len(found) - 1]:
+                break
+        return found[1:]
+
+    def _same_greedy(self, kept: list[Tensor]) -> float:
+        if not self._asked.greedy:
+            return float("nan")
+        found = self._greedily(kept, [self._next, *self._greedy])
+        return float(sum(one == other for one, other in zip(found, self._greedy, strict=False)))
+
+
+def _loss(log_p: Tensor, ids: Tensor) -> float:
+    """Mean negative log-likelihood of each next token."""
+    return float(-log_p[:-1].gather(-1, ids[1:, None]).mean())
+
+
+def _apart(found: Tensor, whole: Tensor) -> float:
+    return float((found - whole).norm() / whole.norm())
+
+
+@contextlib.contextmanager
+def _outputs_of(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """What each module gives, (tokens, features) in float32, in their order; nothing stays on them."""
+    found: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            tensor = output if isinstance(output, Tensor) else output[0]
+            found[number] = tensor.detach()[0].float()
+
+        return hook
+
+    outputs: list[Tensor] = []
+    handles = [module.register_forward_hook(keep(number)) for number, module in enumerate(modules)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+    outputs += [found[number] for number in range(len(modules))]

@@ -1,0 +1,192 @@
+"""What a smaller KV cache costs: keys are dropped after the prompt by each score, and the text goes on behind what is left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from bnviz.errors import BnvizError, SchemaError
+from bnviz.schema import ExperimentSpec, Variable, experiment
+
+from ._subject import Subject
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from ._passage import Passage
+
+_CELL = ("sample", "method", "budget")
+_NUMBERS = ("divergence", "loss_change", "same_token", "greedy_kept", "bytes_kept")
+
+
+@experiment(
+    variables=(
+        Variable(
+            "divergence",
+            _CELL,
+            "nat",
+            "KL of the next-token distribution from that of the whole cache, mean over tokens",
+        ),
+        Variable("divergence_most", _CELL, "nat", "the same of the token where it is largest"),
+        Variable("loss_change", _CELL, "nat", "mean loss of the text's own next tokens, less that of the whole cache"),
+        Variable("same_token", _CELL, "1", "share of tokens whose most likely next token stays the same"),
+        Variable("greedy_kept", _CELL, "token", "tokens that greedy decoding gives before it first differs"),
+        Variable(
+            "output_error", (*_CELL, "layer"), "1", "change of a layer's attention output, relative, over all tokens"
+        ),
+        Variable("bytes_kept", _CELL, "B", "bytes of the cache that was cut, as it lies in memory"),
+        Variable("loss", ("sample",), "nat", "mean loss of the text's own next tokens with the whole cache"),
+        Variable("bytes_whole", ("sample",), "B", "bytes of the whole cache after the prompt"),
+        Variable("tokens", ("sample",), "token", "tokens of the prompt"),
+        Variable("measured", ("sample",), "token", "tokens after the prompt that were measured"),
+    ),
+)
+class KvEviction:
+    """The change of a model's predictions when its cache is cut after the prompt, for each score and budget.
+
+    Every text of the batch is read up to the prompt's end; the scores rank its keys by what that one forward showed. Then, for
+    each score and budget, every key-value head of every layer keeps its first-ranked tokens, the cache is really cut to them, and
+    the rest of the text is read behind it: what the model then predicts is compared with what it predicts behind the whole cache.
+
+    Parameters
+    ----------
+    methods : sequence of str, or mapping of str to options, optional
+        Scores from `bnviz.scores`; None: all that a capture of attention, keys and values allows.
+    budgets : sequence of float
+        Shares of the prompt's tokens that each head keeps, in (0, 1].
+    prompt : float or int
+        Where the prompt ends: a share of the text below 1, or a number of tokens.
+    most : int
+        Tokens after the prompt that are measured, at most.
+    greedy : int
+        Tokens of the greedy continuation that are compared; 0: none.
+    aggregate : {"mean", "max", "sum"}
+        Over the query heads that share a key-value head, where a score does not say.
+
+    Raises
+    ------
+    SchemaError
+        An option out of its range.
+
+    Notes
+    -----
+    With P_t the distribution after token t behind the whole cache and Q_t behind the one that was cut, divergence = mean of
+    KL(P_t || Q_t). Tokens keep their own positions (`position_ids`); the new ones see all kept keys. `output_error` is
+    ||o' - o|| / ||o|| over the outputs o of a layer's attention, errors of the layers before it included. Nothing is dropped
+    while the text goes on.
+    Cost: one watched prefill a text, then one forward of the rest and `greedy` decode steps for each score and budget.
+
+    Examples
+    --------
+    >>> KvEviction(budgets=(0.5,), methods=["h2o"]).budgets.tolist()
+    [0.5]
+    """
+
+    spec: ClassVar[ExperimentSpec]
+
+    def __init__(
+        self,
+        *,
+        methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
+        budgets: Sequence[float] = (0.1, 0.2, 0.3, 0.5, 0.7),
+        prompt: float = 0.75,
+        most: int = 128,
+        greedy: int = 16,
+        aggregate: str = "mean",
+    ) -> None:
+        self.budgets = np.unique(np.asarray(budgets, np.float64))
+        if not len(self.budgets) or not ((self.budgets > 0) & (self.budgets <= 1)).all():
+            raise SchemaError(
+                f"kv_eviction: budgets are {list(budgets)}, expected shares of the cache above 0 and up to 1."
+            )
+        if prompt <= 0 or (prompt >= 1 and prompt != int(prompt)):
+            raise SchemaError(
+                f"kv_eviction: prompt is {prompt}, expected a share of the text below 1 or a number of tokens."
+            )
+        for name, value, least in (("most", most, 2), ("greedy", greedy, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SchemaError(f"kv_eviction: {name} is {value!r}, expected a whole number, {least} or more.")
+        self.methods, self.aggregate, self.prompt, self.most, self.greedy = methods, aggregate, prompt, most, greedy
+        self._passage: Passage | None = None
+
+    def cases(self, of: Subject) -> Iterator[tuple[int, str, float]]:
+        """Each text, score and budget, in the order they are measured."""
+        for sample in range(len(of.texts)):
+            for method in self._of(of, sample).methods:
+                for budget in self.budgets.tolist():
+                    yield sample, method, budget
+
+    def many(self, of: Subject) -> int:
+        """How many cases there are, if every text can be ranked as the first."""
+        return (
+            len(of.texts)
+            * len(self._of(of, 0).methods if self._passage is None else self._passage.methods)
+            * len(self.budgets)
+        )
+
+    def measure(self, of: Subject, case: tuple[int, str, float]) -> dict[str, Any]:
+        """Numbers of one case; JSON-able."""
+        sample, method, budget = case
+        return self._of(of, sample).measured(method, budget)
+
+    def record(self, of: Subject, found: Mapping[tuple[int, str, float], Mapping[str, Any]]) -> xr.Dataset:
+        """What was measured as a record; NaN where a score could not rank a text."""
+        import xarray as xr
+
+        samples, budgets = range(len(of.texts)), self.budgets.tolist()
+        methods = list(dict.fromkeys(method for _, method, _ in found))
+        layers: list[tuple[int, str]] = next((one["layers"] for one in found.values()), [])
+        shape = (len(samples), len(methods), len(budgets))
+        numbers = {v.name: np.full(shape, math.nan) for v in self.spec.variables if v.dims == _CELL}
+        errors = np.full((*shape, len(layers)), math.nan)
+        whole = {v.name: np.full(shape[0], math.nan) for v in self.spec.variables if v.dims == ("sample",)}
+        for (sample, method, budget), one in found.items():
+            at = (sample, methods.index(method), budgets.index(budget))
+            for name, values in numbers.items():
+                values[at] = one[name]
+            errors[at] = one["output_error"]
+            for name, of_text in whole.items():
+                of_text[sample] = one[name]
+        data = xr.Dataset(
+            {name: (_CELL, values) for name, values in numbers.items()}
+            | {"output_error": ((*_CELL, "layer"), errors)}
+            | {name: ("sample", values) for name, values in whole.items()},
+            coords={
+                "sample": list(samples),
+                "method": np.array(methods, object),
+                "budget": budgets,
+                "layer": [layer for layer, _ in layers],
+                "path": ("layer", np.array([path for _, path in layers], object)),
+            },
+        )
+        skipped = {why: None for one in found.values() for why in one["skipped"]}
+        return data.assign_attrs(
+            model=type(of.model).__name__,
+            aggregate=self.aggregate,
+            skipped=list(skipped),
+            greedy=self.greedy,
+            prompt=self.prompt,
+        )
+
+    def _of(self, of: Subject, sample: int) -> Passage:
+        """The text, read up to its prompt; kept until another one is asked for."""
+        from ._passage import Passage
+
+        if self._passage is None or self._passage.sample != sample:
+            self._passage = None  # its cache, before another one is made
+            self._passage = Passage(of, sample, self._split(of.texts[sample].shape[1], sample), self)
+        return self._passage
+
+    def _split(self, tokens: int, sample: int) -> tuple[int, int]:
+        """Where the prompt ends, and where what is measured does."""
+        end = int(self.prompt) if self.prompt >= 1 else int(self.prompt * tokens)
+        last = min(tokens, end + self.most)
+        if end < 2 or last - end < 2:
+            raise BnvizError(
+                f"kv_eviction: text {sample} has {tokens} tokens and its prompt ends at {end}; expected 2 tokens or more before "
+                "and after it. Give a longer text, or another prompt=."
+            )
+        return end, last
