@@ -54,8 +54,8 @@ def lack(spec: DiagnosticSpec, records: Mapping[str, xr.Dataset], provenance: Ma
     lacking = [need for need in spec.needs if not holds(records, need)]
     if not lacking:
         return refusal(counts_of(provenance), _kinds(spec.needs))
-    if any(split(need)[0] == "labels" for need in lacking):
-        return "Not captured: labels. Pass labels=[...] to diagnose, one for each captured sample"
+    if elsewhere := _no_probe(lacking, records):
+        return elsewhere
     said = f"Not captured: {', '.join(lacking)}"
     absent = sorted({record for record, _ in map(split, lacking) if record not in records})
     if not absent:
@@ -79,6 +79,19 @@ def _kinds(needs: Sequence[str]) -> list[str]:
     """Kinds of site behind the records that are needed."""
     found = [_declared(split(need)[0]) for need in needs]
     return list(dict.fromkeys(kind for probe in found if probe for kind in probe.sites))
+
+
+def _no_probe(lacking: Sequence[str], records: Mapping[str, xr.Dataset]) -> str:
+    """What to do for what no probe keeps: labels are given, experiments are run; empty where nothing of these is lacking."""
+    absent = [name for name in dict.fromkeys(split(need)[0] for need in lacking) if name not in records]
+    if "labels" in absent:
+        return "Not captured: labels. Pass labels=[...] to diagnose, one for each captured sample"
+    named = ", ".join(f'"{name}"' for name in absent if name in catalog.names("experiments"))
+    if not named:
+        return ""
+    return (
+        f"Not measured: {', '.join(lacking)}. Run bnviz.experiment(model, batch, {named}), which runs the model again"
+    )
 
 
 def _of_a_record(spec: DiagnosticSpec, need: str, said: str) -> str:

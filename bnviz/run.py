@@ -95,6 +95,11 @@ class Run:
             return self._records[kind]
         from .catalog import names
 
+        if kind in names("experiments"):
+            raise NotCaptured(
+                f"Not measured: {kind}. This run holds {', '.join(self.kinds) or 'nothing'}; "
+                f'bnviz.experiment(model, batch, "{kind}") measures it in a run of its own.'
+            )
         if kind in names("probes"):
             raise NotCaptured(
                 f'Not captured: {kind}. This run holds {", ".join(self.kinds) or "nothing"}. Add probes=["{kind}"] and run again.'

@@ -52,7 +52,7 @@ class Passage:
     def _watched(self, model: nn.Module, prompt: Tensor) -> Any:
         from bnviz.capture import capture
 
-        with capture(model, probes=["attention", "keys_values"], progress=False) as recorder:
+        with capture(model, probes=["attention", "keys_values"], progress=False, **self._asked.probes) as recorder:
             logits, self._cache = self._read(prompt)
         self._next = int(logits[-1].argmax())
         return recorder.run

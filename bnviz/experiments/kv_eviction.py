@@ -65,6 +65,8 @@ class KvEviction:
         Tokens of the greedy continuation that are compared; 0: none.
     aggregate : {"mean", "max", "sum"}
         Over the query heads that share a key-value head, where a score does not say.
+    probes : mapping, optional
+        Options of the probes that the scores read: `{"window": 32, "lag": 64}`.
 
     Raises
     ------
@@ -96,6 +98,7 @@ class KvEviction:
         most: int = 128,
         greedy: int = 16,
         aggregate: str = "mean",
+        probes: Mapping[str, Any] | None = None,
     ) -> None:
         self.budgets = np.unique(np.asarray(budgets, np.float64))
         if not len(self.budgets) or not ((self.budgets > 0) & (self.budgets <= 1)).all():
@@ -110,6 +113,7 @@ class KvEviction:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise SchemaError(f"kv_eviction: {name} is {value!r}, expected a whole number, {least} or more.")
         self.methods, self.aggregate, self.prompt, self.most, self.greedy = methods, aggregate, prompt, most, greedy
+        self.probes = dict(probes or {})
         self._passage: Passage | None = None
 
     def cases(self, of: Subject) -> Iterator[tuple[int, str, float]]:

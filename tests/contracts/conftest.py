@@ -104,8 +104,15 @@ def net_run() -> Run:
 
 
 @pytest.fixture(scope="session")
-def runs(experts_run: Run, net_run: Run, pairs_run: Run) -> tuple[Run, ...]:
-    return experts_run, net_run, pairs_run
+def measured_run(load_model: Any) -> Run:
+    """Every experiment on the trained mixture-of-experts model."""
+    ids = torch.arange(5, 165).reshape(2, 80)
+    return bnviz.experiment(load_model("mixtral-bard"), ids, budgets=(0.25, 1.0), greedy=2, probes={"window": 8})
+
+
+@pytest.fixture(scope="session")
+def runs(experts_run: Run, net_run: Run, pairs_run: Run, measured_run: Run) -> tuple[Run, ...]:
+    return experts_run, net_run, pairs_run, measured_run
 
 
 @pytest.fixture(scope="session")

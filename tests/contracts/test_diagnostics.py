@@ -27,8 +27,9 @@ def test_the_declaration_is_whole(diagnostic_name: str) -> None:
         assert variable.unit in UNITS
 
 
-def test_every_need_is_met_by_a_probe(diagnostic_name: str) -> None:
-    given = {f"{name}.{v.name}" for name, probe in catalog.every("probes") for v in probe.spec.variables}
+def test_every_need_is_met_by_a_probe_or_an_experiment(diagnostic_name: str) -> None:
+    sources = (*catalog.every("probes"), *catalog.every("experiments"))
+    given = {f"{name}.{v.name}" for name, source in sources for v in source.spec.variables}
     given.add("labels.label")
     spec = catalog.load("diagnostics", diagnostic_name).spec
     assert {*spec.needs, *spec.wants} <= given

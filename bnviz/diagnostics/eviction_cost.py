@@ -1,0 +1,237 @@
+"""What a smaller KV cache costs the model's predictions, as an experiment measured it: which score, at which budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from bnviz import quantities as q
+from bnviz.schema import Finding, Judgement, Saving, Variable, diagnostic, stamp
+
+NULL = "random"
+_CELL = ("method", "budget")
+
+
+@diagnostic(
+    question="What does a smaller KV cache cost the output, measured?",
+    needs=("kv_eviction.divergence",),
+    gives=(
+        Variable(
+            "divergence",
+            _CELL,
+            "nat",
+            "KL of the next-token distribution from that of the whole cache, mean over texts",
+        ),
+        Variable("divergence_least", _CELL, "nat", "the same of the text that changes least"),
+        Variable("divergence_most", _CELL, "nat", "the same of the text that changes most"),
+        Variable(
+            "loss_change",
+            _CELL,
+            "nat",
+            "loss of the texts' own next tokens, less that of the whole cache, mean over texts",
+        ),
+        Variable("same_token", _CELL, "1", "share of tokens whose most likely next token stays the same"),
+        Variable(
+            "greedy_kept", _CELL, "token", "tokens of greedy decoding before the first that differs, mean over texts"
+        ),
+        Variable(
+            "output_error", (*_CELL, "layer"), "1", "relative change of a layer's attention output, mean over texts"
+        ),
+        Variable("bytes_kept", _CELL, "B", "bytes of the cache that was cut, mean over texts"),
+        Variable("bytes_whole", (), "B", "bytes of the whole cache, mean over texts"),
+        Variable("texts", _CELL, "count", "texts that were measured"),
+    ),
+    order=35,
+)
+def eviction_cost(kv_eviction: xr.Dataset) -> xr.Dataset:
+    """Average what an eviction experiment measured over its texts, for each score and budget.
+
+    Read `divergence` against its `random` row: a score earns its place by the distance to it. That a score keeps much attention
+    mass says little here: what counts is what the model then predicts.
+
+    Parameters
+    ----------
+    kv_eviction : Dataset
+        Record of the experiment `kv_eviction`: `divergence`, `loss_change`, ... (sample, method, budget), `output_error` (sample,
+        method, budget, layer).
+
+    Returns
+    -------
+    Dataset
+        See `eviction_cost.spec.gives`. Coordinates: method, budget, layer with path. NaN where no text could be measured.
+        attrs: model, tokens and measured (of each text), loss, skipped, aggregate, greedy.
+
+    Notes
+    -----
+    Means over the texts in which a score could rank. Cost O(texts x methods x budgets x layers).
+    The formulas are those of `bnviz.experiments.kv_eviction`.
+
+    Examples
+    --------
+    >>> cells = ("sample", "method", "budget")
+    >>> names = ("divergence", "loss_change", "same_token", "greedy_kept", "bytes_kept")
+    >>> record = xr.Dataset({name: (cells, [[[0.2, 0.0]]]) for name in names})
+    >>> record["output_error"] = ((*cells, "layer"), [[[[0.5], [0.0]]]])
+    >>> record = record.assign(dict.fromkeys(("bytes_whole", "loss", "tokens", "measured"), ("sample", [8.0])))
+    >>> eviction_cost(record.assign_coords(method=["h2o"], budget=[0.5, 1.0]))["divergence"].values.tolist()
+    [[0.2, 0.0]]
+    """
+    record = kv_eviction
+    counted = np.isfinite(record["divergence"].values)
+    result = xr.Dataset(
+        {
+            "divergence": (_CELL, _over(np.mean, record, "divergence")),
+            "divergence_least": (_CELL, _over(np.min, record, "divergence")),
+            "divergence_most": (_CELL, _over(np.max, record, "divergence")),
+            **{
+                name: (_CELL, _over(np.mean, record, name))
+                for name in ("loss_change", "same_token", "greedy_kept", "bytes_kept")
+            },
+            "output_error": ((*_CELL, "layer"), _over(np.mean, record, "output_error")),
+            "bytes_whole": ((), float(np.nanmean(record["bytes_whole"].values))),
+            "texts": (_CELL, counted.sum(axis=0)),
+        },
+        coords={name: record.coords[name] for name in ("method", "budget", "layer", "path") if name in record.coords},
+    )
+    result.attrs = {
+        "model": str(record.attrs.get("model", "model")),
+        "aggregate": str(record.attrs.get("aggregate", "mean")),
+        "greedy": int(record.attrs.get("greedy", 0)),
+        "model_bytes": record.attrs.get("model_bytes"),
+        "tokens": [int(n) for n in record["tokens"].values],
+        "measured": [int(n) for n in record["measured"].values],
+        "loss": [float(n) for n in record["loss"].values],
+        "skipped": list(record.attrs.get("skipped", [])),
+    }
+    return stamp(result, eviction_cost.spec.gives)  # type: ignore[attr-defined]
+
+
+def _over(how: Any, record: xr.Dataset, name: str) -> np.ndarray:
+    """A statistic over the texts that were measured; NaN where none was."""
+    values = record[name].values
+    found = np.full(values.shape[1:], np.nan)
+    for at in np.ndindex(found.shape):
+        some = values[(slice(None), *at)]
+        some = some[np.isfinite(some)]
+        if len(some):
+            found[at] = how(some)
+    return found
+
+
+def judge(result: xr.Dataset, *, divergence: float = 0.1, strained: float = 0.5) -> Judgement:
+    """The smallest cache that changes the predictions by no more than a limit, and the layer that suffers most in it.
+
+    Parameters
+    ----------
+    divergence : float
+        In nat: what the next-token distribution may change by.
+    strained : float
+        Relative change of a layer's attention output, in the cache that is advised, from which the layer is named.
+    """
+    attrs = result.attrs
+    texts = q.counted(len(attrs["tokens"]), "text")
+    subtitle = (
+        f"KL from the predictions behind the whole cache, in nat · {attrs['model']}, {texts}, prompts of "
+        f"{_range(attrs['tokens'])} tokens, {_range(attrs['measured'])} after them"
+    )
+    best = _smallest(result, divergence)
+    findings: list[Finding] = []
+    if best is None:
+        method, budget = _nearest(result)
+        least = float(result["divergence"].sel({"method": method, "budget": budget}))
+        title = f"No cache that was tried keeps predictions within {q.written(divergence, 'nat')}"
+        summary = f"{title}; the nearest is {q.share(budget)} by {method}, {q.written(least, 'nat')}."
+    else:
+        method, budget = best
+        found = float(result["divergence"].sel({"method": method, "budget": budget}))
+        title = f"{q.share(budget)} of the cache by {_short(method)} changes predictions by {q.written(found, 'nat')}"
+        summary = f"{title} (limit {q.written(divergence, 'nat')})."
+        if budget < 1:
+            findings = [_finding(result, method, budget, divergence), *_strained(result, method, budget, strained)]
+    return Judgement(title, subtitle, summary, tuple(_caveats(result)), tuple(findings))
+
+
+def _smallest(result: xr.Dataset, limit: float) -> tuple[str, float] | None:
+    """The score and budget that keep least within the limit; of several scores the one that changes least."""
+    found = result["divergence"].values
+    able = [
+        (float(result["budget"].values[b]), float(found[m, b]), str(result["method"].values[m]))
+        for m, b in np.argwhere(found <= limit)
+        if str(result["method"].values[m]) != NULL
+    ]
+    return None if not able else (min(able)[2], min(able)[0])
+
+
+def _nearest(result: xr.Dataset) -> tuple[str, float]:
+    found = np.nan_to_num(result["divergence"].values, nan=np.inf)
+    method, budget = np.unravel_index(int(found.argmin()), found.shape)
+    return str(result["method"].values[method]), float(result["budget"].values[budget])
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 20 else f"{name[:19]}…"
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return q.count(low) if low == high else f"{q.count(low)} to {q.count(high)}"
+
+
+def _finding(result: xr.Dataset, method: str, budget: float, limit: float) -> Finding:
+    at = {"method": method, "budget": budget}
+    found, kept, whole = (float(result[n].sel(at)) for n in ("divergence", "bytes_kept", "same_token"))
+    full, weights = float(result["bytes_whole"]), result.attrs["model_bytes"]
+    chance = ""
+    if NULL in result["method"].values:
+        chance = f", random {q.written(float(result['divergence'].sel({'method': NULL, 'budget': budget})), 'nat')}"
+    of = full if weights is None else full + weights
+    how = "measured" + (", as a share of the KV cache" if weights is None else ", as a share of weights and KV cache")
+    return Finding(
+        code="eviction_cost/budget",
+        sentence=f"A cache of {q.share(budget)} by {method} changes the next-token distribution by {q.written(found, 'nat')} "
+        f"(limit {q.written(limit, 'nat')}{chance}); {q.share(whole)} of the most likely tokens stay",
+        severity="medium" if budget <= 0.5 else "low",
+        value=found,
+        limit=limit,
+        unit="nat",
+        advice=f"Evict by {method} to {q.share(budget)} after the prompt, and check it on texts of your own task and length.",
+        saving=Saving(full - kept, "B", (full - kept) / of, how),
+    )
+
+
+def _strained(result: xr.Dataset, method: str, budget: float, strained: float) -> list[Finding]:
+    error = result["output_error"].sel({"method": method, "budget": budget}).values
+    if not len(error) or not np.isfinite(error).any() or np.nanmax(error) < strained:
+        return []
+    worst = int(np.nanargmax(error))
+    where: dict[str, Any] = {"layer": int(result["layer"].values[worst])}
+    if "path" in result.coords:
+        where["path"] = str(result["path"].values[worst])
+    return [
+        Finding(
+            code="eviction_cost/layer",
+            sentence=f"In that cache the attention output of layer {where['layer']} changes by {q.share(float(error[worst]))} "
+            f"(limit {q.share(strained)}), the median layer's by {q.share(float(np.nanmedian(error)))}",
+            severity="low",
+            where=where,
+            value=float(error[worst]),
+            limit=strained,
+            advice="Give this layer more of the cache than the others (PyramidKV, arXiv:2406.02069) and measure again.",
+        )
+    ]
+
+
+def _caveats(result: xr.Dataset) -> list[str]:
+    lines = [
+        f"Measured on {q.counted(len(result.attrs['tokens']), 'text')}: what follows the prompt is read behind a cache that was "
+        f"cut once. Scores of query heads are put together by {result.attrs['aggregate']}."
+    ]
+    texts = len(result.attrs["tokens"])
+    names = [
+        str(m) for m, some in zip(result["method"].values, result["texts"].values, strict=True) if min(some) < texts
+    ]
+    if names:
+        lines.append(f"Not every text could be ranked by {', '.join(names)}; their means are over those that could.")
+    return [*lines, *(f"Left out: {why}" for why in result.attrs["skipped"])]
