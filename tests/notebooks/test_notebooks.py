@@ -48,7 +48,7 @@ def shown(outputs: list[Any], mime: str = "text/plain") -> str:
 
 
 def test_there_are_notebooks() -> None:
-    assert {path.stem for path in NOTEBOOKS} >= {"quickstart"}
+    assert {path.stem for path in NOTEBOOKS} >= {"quickstart", "kv-cache"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -99,3 +99,12 @@ def test_quickstart_writes_what_it_says(executed: dict[str, Any]) -> None:
     assert size is not None
     assert 0.4 < float(size[1]) < 3
     assert "'attention'" in said
+
+
+def test_kv_cache_measures_what_it_ranks(executed: dict[str, Any]) -> None:
+    said = shown(outputs(executed["kv-cache"], "rank correlation"))
+    found = re.search(r"rank correlation (-?[\d.]+)", said)
+    assert found is not None and -1 <= float(found[1]) <= 1
+    assert len(re.findall(r"^\w+ +[\d.]+ +[\d.]+$", said, re.MULTILINE)) == 14  # scores, none left out
+    cost = shown(outputs(executed["kv-cache"], "bnviz.diagnose(measured)"), "text/html")
+    assert "What does a smaller KV cache cost the output, measured?" in cost
