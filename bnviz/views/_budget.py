@@ -11,9 +11,8 @@ from bokeh.models import CustomJS, Div, InlineStyleSheet, Slider
 from bnviz import quantities as q
 
 from . import style
+from ._score_lines import NULL, budget_slider
 
-NULL = "random"
-COLOURED = 6  # methods: more lines are not told apart by colour
 _CSS = f"""
 :host {{ font: {style.SIZE["subtitle"]}/1.5 var(--jp-ui-font-family, {style.FONT}); color: var(--bnv-ink, #212121);
   font-variant-numeric: tabular-nums; }}
@@ -39,12 +38,6 @@ def methods(result: xr.Dataset) -> list[str]:
     return [m for _, m in named if m != NULL] + [m for _, m in named if m == NULL]
 
 
-def colour(result: xr.Dataset, method: str) -> str:
-    """Name of its colour, the same for a method in every drawing of one result; grey for all but the first `COLOURED`."""
-    at = methods(result).index(method)
-    return "faint" if method == NULL or at >= COLOURED else list(style.CATEGORY)[at]
-
-
 def words(result: xr.Dataset) -> list[str]:
     """What each budget keeps, in tokens and bytes."""
     whole = result.attrs["tokens"]
@@ -62,18 +55,7 @@ def slider(result: xr.Dataset) -> tuple[Slider, Div]:
     """A slider over the indices of the budgets, and a line that says what the chosen one keeps; both work without a kernel."""
     told = [html.escape(line) for line in words(result)]
     at = start(result)
-    made = Slider(
-        start=0,
-        end=max(1, len(told) - 1),
-        value=at,
-        step=1,
-        title=None,
-        show_value=False,
-        width=200,
-        bar_color=style.LIGHT["accent"],
-        disabled=len(told) < 2,
-        name="bnviz-budget",
-    )
+    made = budget_slider(len(told), at)
     line = Div(text=told[at], stylesheets=[InlineStyleSheet(css=_CSS)], width=360, styles={"max-width": "100%"})
     made.js_on_change("value", CustomJS(args={"div": line, "words": told}, code=_READ))
     return made, line

@@ -14,7 +14,6 @@ from bokeh.models import (
     FixedTicker,
     InlineStyleSheet,
     NumeralTickFormatter,
-    Slider,
     Span,
     UIElement,
 )
@@ -23,9 +22,8 @@ from bnviz import quantities as q
 from bnviz.schema import view
 
 from . import style
+from ._score_lines import COLOURED, NULL, budget_slider, draw, groups, name_list, named
 
-NULL = "random"
-COLOURED = 6  # methods: more lines are not told apart by colour
 FLOOR = 1e-4  # nat: what changes less is drawn there
 _MOVE = """
 const at = cb_obj.value;
@@ -33,13 +31,6 @@ mark.location = budgets[at];
 line.text = words[at];
 names.text = lists[at];
 for (const [i, source] of sources.entries()) source.data = {...source.data, y: errors[at][i], shown: texts[at][i]};
-"""
-_NAMES = f"""
-:host {{ font: {style.SIZE["label"]}/1.7 {style.UI_FONT}; color: var(--bnv-ink, {style.LIGHT["ink"]});
-  font-variant-numeric: tabular-nums; max-width: 100%; }}
-.bnviz-names {{ display: grid; grid-template-columns: 18px max-content max-content; gap: 0 8px; align-items: center; }}
-.bnviz-names i {{ height: 0; border-top: 2px solid; }}
-.bnviz-names b {{ font-weight: 400; text-align: right; }}
 """
 _LINE = f"""
 :host {{ font: {style.SIZE["subtitle"]}/1.5 {style.UI_FONT}; color: var(--bnv-ink, {style.LIGHT["ink"]});
@@ -70,16 +61,19 @@ def eviction_cost(result: xr.Dataset, *, compact: bool = False) -> UIElement:
         return style.empty("No eviction was measured. Run bnviz.experiment(model, batch, 'kv_eviction')", 200)
     at = int(np.abs(result["budget"].values - 0.3).argmin())
     names = _order(result, at)
-    words, lists = _words(result), [_list(result, names, b) for b in range(result.sizes["budget"])]
+    values = result["divergence"].sel({"method": names}).values
+    texts = [[q.written(float(v), "nat") for v in column] for column in values.T]
+    lists = [name_list(names, values[:, b], texts[b], rising=True) for b in range(len(texts))]
+    words = _words(result)
     line = Div(text=words[at], stylesheets=[InlineStyleSheet(css=_LINE)], width=420, styles={"max-width": "100%"})
-    named = Div(text=lists[at], width=220, stylesheets=[InlineStyleSheet(css=_NAMES)], name="bnviz-names")
+    beside = named(lists[at])
     curves, mark = _curves(result, names, at, compact)
     layers, sources = _layers(result, names, at, compact)
     shown = result["output_error"].transpose("budget", "method", "layer").sel({"method": names}).values
     moved: dict[str, Any] = {
         "mark": mark,
         "line": line,
-        "names": named,
+        "names": beside,
         "words": words,
         "lists": lists,
         "sources": sources,
@@ -89,9 +83,9 @@ def eviction_cost(result: xr.Dataset, *, compact: bool = False) -> UIElement:
         "errors": shown[:, : len(sources)].astype("f4").tolist(),
     }
     moved["texts"] = [[[q.share(float(v)) for v in row] for row in some[: len(sources)]] for some in shown]
-    control = _slider(len(words), at)
+    control = budget_slider(len(words), at)
     control.js_on_change("value", CustomJS(args=moved, code=_MOVE))
-    return style.column(style.row(control, line), style.row(curves, named, spacing=16), layers)
+    return style.column(style.row(control, line), style.row(curves, beside, spacing=16), layers)
 
 
 def _order(result: xr.Dataset, at: int) -> list[str]:
@@ -99,26 +93,6 @@ def _order(result: xr.Dataset, at: int) -> list[str]:
     found = np.nan_to_num(result["divergence"].isel(budget=at).values, nan=np.inf)
     names = [str(result["method"].values[i]) for i in np.argsort(found, kind="stable")]
     return [name for name in names if name != NULL] + [name for name in names if name == NULL]
-
-
-def _colour(names: list[str], name: str) -> str:
-    at = names.index(name)
-    return "faint" if name == NULL or at >= COLOURED else list(style.CATEGORY)[at]
-
-
-def _slider(count: int, at: int) -> Slider:
-    return Slider(
-        start=0,
-        end=max(1, count - 1),
-        value=at,
-        step=1,
-        title=None,
-        show_value=False,
-        width=200,
-        bar_color=style.LIGHT["accent"],
-        disabled=count < 2,
-        name="bnviz-budget",
-    )
 
 
 def _words(result: xr.Dataset) -> list[str]:
@@ -129,18 +103,6 @@ def _words(result: xr.Dataset) -> list[str]:
         html.escape(f"Keep {q.share(float(b))}: {q.size(taken)} of {q.size(whole)}")
         for b, taken in zip(result["budget"].values, kept, strict=True)
     ]
-
-
-def _list(result: xr.Dataset, names: list[str], budget: int) -> str:
-    """The methods by what they change at a budget, least first, each with the stroke of its line."""
-    rows = []
-    found = result["divergence"].isel(budget=budget)
-    values = {name: float(found.sel({"method": name})) for name in names}
-    for name in sorted(names, key=lambda one: np.nan_to_num(values[one], nan=np.inf)):
-        hue, dash = _colour(names, name), "dashed" if name == NULL else "solid"
-        stroke = f"<i style='border-top-color:var(--bnv-{hue}, {style.LIGHT[hue]});border-top-style:{dash}'></i>"
-        rows.append(f"{stroke}<span>{html.escape(name)}</span><b>{html.escape(q.written(values[name], 'nat'))}</b>")
-    return f"<div class='bnviz-names'>{''.join(rows)}</div>"
 
 
 def _curves(result: xr.Dataset, names: list[str], at: int, compact: bool) -> tuple[Any, Span]:
@@ -161,42 +123,42 @@ def _curves(result: xr.Dataset, names: list[str], at: int, compact: bool) -> tup
     plot.xaxis.ticker = FixedTicker(ticks=[0, 0.25, 0.5, 0.75, 1])
     plot.xaxis.formatter = NumeralTickFormatter(format="0 %")
     plot.yaxis.formatter = NumeralTickFormatter(format="0.[0000]")
-    for name in reversed(names):  # the best on top
-        _curve(plot, result, names, name)
+    change = np.maximum(result["divergence"].sel({"method": names}).values, FLOOR)
+    plot.add_tools(style.hover(draw(plot, names, budgets, change, _texts(result, names)), _HOVER))
     mark = Span(location=float(budgets[at]), dimension="height", line_color=style.LIGHT["accent"], line_width=1.5)
     plot.add_layout(mark)
     return plot, mark
 
 
-def _curve(plot: Any, result: xr.Dataset, names: list[str], name: str) -> None:
-    one, colour = result.sel({"method": name}), _colour(names, name)
-    hue, grey = style.LIGHT[colour], colour == "faint"
-    low, high = (one[f"divergence_{end}"].values for end in ("least", "most"))
-    source = ColumnDataSource(
-        {
-            "x": one["budget"].values.astype("f4"),
-            "y": np.maximum(one["divergence"].values, FLOOR).astype("f4"),
-            "kept": [q.share(float(b)) for b in one["budget"].values],
-            "change": [q.written(float(v), "nat") for v in one["divergence"].values],
-            "range": [
-                f"{q.written(float(a), 'nat')} to {q.written(float(b), 'nat')}" for a, b in zip(low, high, strict=True)
-            ],
-            "loss": [q.written(float(v), "nat") for v in one["loss_change"].values],
-            "same": [q.share(float(v)) for v in one["same_token"].values],
-            "bytes": [q.size(v) if np.isfinite(v) else "" for v in one["bytes_kept"].values],
-        }
-    )
-    dash = "dashed" if name == NULL else "solid"
-    plot.line("x", "y", source=source, line_color=hue, line_width=1.5 if grey else 2, line_dash=dash)
-    marks = plot.scatter("x", "y", source=source, size=4 if grey else 5, fill_color=hue, line_color=None)
-    rows = [
-        ("", f"{name}, @kept of the cache, @bytes"),
-        ("predictions change by", "@change"),
-        ("from text to text", "@range"),
-        ("loss changes by", "@loss"),
-        ("most likely token stays", "@same"),
-    ]
-    plot.add_tools(style.hover(marks, rows))
+_HOVER = [
+    ("", "@name, @kept of the cache, @bytes"),
+    ("predictions change by", "@change"),
+    ("from text to text", "@range"),
+    ("loss changes by", "@loss"),
+    ("most likely token stays", "@same"),
+]
+
+
+def _texts(result: xr.Dataset, names: list[str]) -> dict[str, list[list[str]]]:
+    """What the hover says of each mark, (method, budget)."""
+    of = {
+        name: one.sel({"method": names}).values
+        for name, one in result.data_vars.items()
+        if one.dims == ("method", "budget")
+    }
+
+    def nat(name: str) -> list[list[str]]:
+        return [[q.written(float(v), "nat") for v in row] for row in of[name]]
+
+    pairs = zip(nat("divergence_least"), nat("divergence_most"), strict=True)
+    return {
+        "kept": [[q.share(float(b)) for b in result["budget"].values]] * len(names),
+        "change": nat("divergence"),
+        "range": [[f"{low} to {high}" for low, high in zip(*pair, strict=True)] for pair in pairs],
+        "loss": nat("loss_change"),
+        "same": [[q.share(float(v)) for v in row] for row in of["same_token"]],
+        "bytes": [[q.size(v) if np.isfinite(v) else "" for v in row] for row in of["bytes_kept"]],
+    }
 
 
 def _layers(result: xr.Dataset, names: list[str], at: int, compact: bool) -> tuple[Any, list[ColumnDataSource]]:
@@ -216,6 +178,7 @@ def _layers(result: xr.Dataset, names: list[str], at: int, compact: bool) -> tup
     plot.xaxis.ticker = style.place_ticks(len(layers))
     plot.yaxis.formatter = NumeralTickFormatter(format="0 %")
     sources: list[ColumnDataSource] = []
+    hues = {names[i]: one.colour for one in groups(names) for i in one.rows}
     for name in chosen:
         error = result["output_error"].sel({"method": name}).isel(budget=at).values
         source = ColumnDataSource(
@@ -227,7 +190,7 @@ def _layers(result: xr.Dataset, names: list[str], at: int, compact: bool) -> tup
                 "name": [name] * len(layers),
             }
         )
-        hue = style.LIGHT[_colour(names, name)]
+        hue = style.LIGHT[hues[name]]
         plot.line("layer", "y", source=source, line_color=hue, line_width=2)
         marks = plot.scatter(
             "layer", "y", source=source, size=6 if len(layers) <= 32 else 4, fill_color=hue, line_color=None
