@@ -54,20 +54,27 @@ def lack(spec: DiagnosticSpec, records: Mapping[str, xr.Dataset], provenance: Ma
     lacking = [need for need in spec.needs if not holds(records, need)]
     if not lacking:
         return refusal(counts_of(provenance), _kinds(spec.needs))
-    if elsewhere := _no_probe(lacking, records):
-        return elsewhere
-    said = f"Not captured: {', '.join(lacking)}"
+    if any(split(need)[0] == "labels" for need in lacking):
+        return "Not captured: labels. Pass labels=[...] to diagnose, one for each captured sample"
     absent = sorted({record for record, _ in map(split, lacking) if record not in records})
     if not absent:
-        return _of_a_record(spec, lacking[0], said)
+        return _of_a_record(spec, lacking[0])
     for name in absent:
         if none := _none_found(name, provenance):
             return f"{NOT_APPLICABLE}: {none} in this model"
+    return _to_get(absent, ", ".join(lacking), provenance)
+
+
+def _to_get(absent: Sequence[str], lacking: str, provenance: Mapping[str, Any]) -> str:
+    """The call that gets records which are not there."""
+    if experiments := [name for name in absent if name in catalog.names("experiments")]:
+        named = ", ".join(f'"{name}"' for name in experiments)
+        return f"Not measured: {lacking}. Run bnviz.experiment(model, batch, {named}), which runs the model again"
     attached = dict(provenance.get("options") or {}).get("probes") or ()
     if all(name in attached for name in absent):
-        return f"{said}. {', '.join(absent)} was watched and nothing was kept: the notes of the run say why"
+        return f"Not captured: {lacking}. {', '.join(absent)} was watched and nothing was kept: the notes of the run say why"
     named = ", ".join(f'"{name}"' for name in absent)
-    return f"{said}. Add probes=[{named}] and run again"
+    return f"Not captured: {lacking}. Add probes=[{named}] and run again"
 
 
 def reservations(spec: DiagnosticSpec, provenance: Mapping[str, Any]) -> list[str]:
@@ -81,22 +88,11 @@ def _kinds(needs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(kind for probe in found if probe for kind in probe.sites))
 
 
-def _no_probe(lacking: Sequence[str], records: Mapping[str, xr.Dataset]) -> str:
-    """What to do for what no probe keeps: labels are given, experiments are run; empty where nothing of these is lacking."""
-    absent = [name for name in dict.fromkeys(split(need)[0] for need in lacking) if name not in records]
-    if "labels" in absent:
-        return "Not captured: labels. Pass labels=[...] to diagnose, one for each captured sample"
-    named = ", ".join(f'"{name}"' for name in absent if name in catalog.names("experiments"))
-    if not named:
-        return ""
-    return (
-        f"Not measured: {', '.join(lacking)}. Run bnviz.experiment(model, batch, {named}), which runs the model again"
-    )
-
-
-def _of_a_record(spec: DiagnosticSpec, need: str, said: str) -> str:
+def _of_a_record(spec: DiagnosticSpec, need: str) -> str:
     """The record is there and a variable of it is not: it was not asked for, or this model has none."""
-    name, wanted = split(need)
+    (name, wanted), said = split(need), f"Not captured: {need}"
+    if name in catalog.names("experiments"):
+        return f'Not measured: {need}. Run bnviz.experiment(model, batch, "{name}") again'
     probe = _declared(name)
     variable = next((v for v in probe.variables if v.name == wanted), None) if probe else None
     if variable is not None and variable.option:
@@ -121,9 +117,9 @@ def _none_found(name: str, provenance: Mapping[str, Any]) -> str:
 
 
 def _declared(name: str) -> ProbeSpec | None:
-    """The declaration of the probe that keeps the record `name`; None where it cannot be read: a probe may need torch."""
+    """The declaration of the probe or experiment that gives the record `name`; None where it cannot be read without torch."""
     try:
-        spec: ProbeSpec = catalog.load("probes", name).spec
+        spec: ProbeSpec = catalog.load("experiments" if name in catalog.names("experiments") else "probes", name).spec
     except (UnknownName, ImportError):
         return None
     return spec

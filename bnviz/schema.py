@@ -8,94 +8,38 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import SchemaError
+from .vocabulary import DIMENSIONS, SEVERITIES, SITE_KINDS, UNITS, Merge, Severity
 
 if TYPE_CHECKING:
     import xarray as xr
 
+__all__ = [
+    "DIMENSIONS",
+    "SCHEMA_VERSION",
+    "SEVERITIES",
+    "SITE_KINDS",
+    "UNITS",
+    "DiagnosticSpec",
+    "ExperimentSpec",
+    "Finding",
+    "Judgement",
+    "Merge",
+    "ProbeSpec",
+    "Saving",
+    "Severity",
+    "Variable",
+    "ViewSpec",
+    "diagnostic",
+    "experiment",
+    "probe",
+    "stamp",
+    "view",
+]
+
 SCHEMA_VERSION = 1
-
-DIMENSIONS: Mapping[str, str] = MappingProxyType(
-    {
-        "step": "one watched forward, or one phase (all decode steps of a generation) of several",
-        "layer": "block of the model, counted from 0 in order of execution; `path (layer)` names the module",
-        "kind": "what of a block was watched: block, attention, mlp",
-        "head": "query head",
-        "kv_head": "key-value head, shared by head / kv_head query heads",
-        "expert": "expert of a mixture-of-experts layer",
-        "slot": "one of the k experts chosen for a token, in the router's order",
-        "candidate": "expert a router could choose, in records whose variable `expert` says which it chose",
-        "token": "token of the packed batch; `sequence` and `position` say which",
-        "query": "token that attends",
-        "key": "token that is attended to",
-        "query_bin": "bin of queries of a pooled attention map",
-        "key_bin": "bin of keys of a pooled attention map",
-        "sample": "row of a batch that is one example (for information measures)",
-        "feature": "channel of an activation",
-        "class": "value of a label",
-        "estimator": "name of an information estimator",
-        "method": "name of a KV-importance score",
-        "method_to": "the score a score is compared with",
-        "pattern": "name of an attention pattern",
-        "budget": "share of the KV cache that is kept",
-        "threshold": "share of the attention mass that is to stay",
-        "op": "operator of a roofline at one set of shapes",
-        "module": "module of the model, by its path",
-        "ceiling": "a measured limit of the machine",
-        "category": "what memory or time is spent on",
-        "time": "moment of a timeline",
-        "function": "Python function or source line seen in sampled stacks",
-        "thread": "thread of the host process",
-        "event": "row of an event table",
-        "frame": "distinct stack frame",
-        "bin": "bin of a histogram",
-        "rank": "process of a distributed run, or order of an eigenvalue",
-        "layer_to": "the layer a layer is compared with",
-        "expert_to": "the expert an expert is compared with",
-        "phase": "forward, backward, optimizer or other",
-        "quantity": "variable of a diagnostic, of one kind, method or pattern, in which two runs are compared",
-    }
-)
-
-UNITS: frozenset[str] = frozenset(
-    {
-        "1",
-        "nat",
-        "bit",
-        "query",
-        "token",
-        "count",
-        "s",
-        "ns",
-        "B",
-        "FLOP",
-        "FLOP/s",
-        "B/s",
-        "FLOP/B",
-        "%",
-        "norm",
-        "id",
-        "name",
-    }
-)
-
-Severity = Literal["high", "medium", "low", "note"]
-SEVERITIES: tuple[Severity, ...] = ("high", "medium", "low", "note")
-Merge = Literal["stack", "add", "max", "append", "last"]
-SITE_KINDS = (
-    "model",
-    "block",
-    "sublayer",
-    "attention",
-    "cross_attention",
-    "router",
-    "further_router",
-    "gradient",
-    "module",
-)
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -252,6 +196,7 @@ class ExperimentSpec:
 
     name: str
     doc: str
+    sites: tuple[str, ...]
     variables: tuple[Variable, ...]
 
 
@@ -337,7 +282,7 @@ def probe(
     return declare
 
 
-def experiment(*, variables: tuple[Variable, ...]) -> Callable[[_T], _T]:
+def experiment(*, variables: tuple[Variable, ...], sites: tuple[str, ...] = ()) -> Callable[[_T], _T]:
     """Declare an experiment: a class whose snake-case name is its file's name and the name of its record.
 
     It has `cases(subject)`, the parts it is measured in, `measure(subject, case)`, JSON-able numbers of one, and
@@ -347,12 +292,14 @@ def experiment(*, variables: tuple[Variable, ...]) -> Callable[[_T], _T]:
     ----------
     variables : tuple of Variable
         What its record holds.
+    sites : tuple of str
+        Kinds of site, from `SITE_KINDS`, without which a model has nothing for it.
     """
 
     _check_names(variables)
 
     def declare(cls: _T) -> _T:
-        cls.spec = ExperimentSpec(_snake(cls.__name__), _claim(cls), variables)  # type: ignore[attr-defined]
+        cls.spec = ExperimentSpec(_snake(cls.__name__), _claim(cls), sites, variables)  # type: ignore[attr-defined]
         return cls
 
     return declare

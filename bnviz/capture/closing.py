@@ -101,8 +101,7 @@ class Closing:
     def _paths_of(self, record: str) -> dict[int, str]:
         attention = {a.site.layer: a.site.path for a in self._plan.attention if a.site.kind == "attention"}
         known = {
-            "attention": attention,
-            "keys_values": attention,
+            **{name: attention for name, kinds in self._kinds.items() if kinds == ("attention",)},
             "cross_attention": self._plan.cross,
             **{record: {n: r.path for n, r in some.items()} for record, some in self._routers.items()},
         }.get(record, self._paths)

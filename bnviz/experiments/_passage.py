@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .kv_eviction import KvEviction
 
 
+TOGETHER = 16  # tokens whose predictions are compared at once
+
+
 class Passage:
     """A text, its prompt's cache, the order in which each score keeps keys, and the predictions behind the whole cache.
 
@@ -84,19 +87,17 @@ class Passage:
         """What this score and budget cost; numbers, JSON-able."""
         kept = self._index(method, budget)
         logits, outputs = self._continued(kept)
-        whole, log_p, log_q = self._whole, self._whole.log_softmax(-1), logits.log_softmax(-1)
-        apart = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
-        losses = [_loss(one, self._rest[0]) for one in (log_q, log_p)]
-        same = (whole.argmax(-1) == logits.argmax(-1)).float().mean()
+        apart, losses = _compared(self._whole, logits, self._rest[0])
+        same = (self._whole.argmax(-1) == logits.argmax(-1)).float().mean()
         return {
             "divergence": float(apart.mean()),
             "divergence_most": float(apart.max()),
-            "loss_change": losses[0] - losses[1],
+            "loss_change": losses[1] - losses[0],
             "same_token": float(same),
             "greedy_kept": self._same_greedy(kept),
             "output_error": [_apart(one, other) for one, other in zip(outputs, self._outputs, strict=True)],
             "bytes_kept": nbytes(layers_of(self._behind(kept))),
-            "loss": losses[1],
+            "loss": losses[0],
             "bytes_whole": nbytes(self._layers),
             "tokens": self._end,
             "measured": self._rest.shape[1],
@@ -136,9 +137,16 @@ class Passage:
         return float(sum(one == other for one, other in zip(found, self._greedy, strict=False)))
 
 
-def _loss(log_p: Tensor, ids: Tensor) -> float:
-    """Mean negative log-likelihood of each next token."""
-    return float(-log_p[:-1].gather(-1, ids[1:, None]).mean())
+def _compared(whole: Tensor, found: Tensor, ids: Tensor) -> tuple[Tensor, list[float]]:
+    """KL of each prediction, and the mean loss of the next tokens behind both caches; in float64, some tokens at a time."""
+    apart, losses = [], [0.0, 0.0]
+    for at in range(0, len(whole), TOGETHER):
+        log_p, log_q = (one[at : at + TOGETHER].double().log_softmax(-1) for one in (whole, found))
+        apart.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0))
+        next_ids = ids[at + 1 : at + 1 + TOGETHER, None]
+        for which, log in enumerate((log_p, log_q)):
+            losses[which] -= float(log[: len(next_ids)].gather(-1, next_ids).sum())
+    return torch.cat(apart), [loss / (len(ids) - 1) for loss in losses]
 
 
 def _apart(found: Tensor, whole: Tensor) -> float:

@@ -23,6 +23,7 @@ _NUMBERS = ("divergence", "loss_change", "same_token", "greedy_kept", "bytes_kep
 
 
 @experiment(
+    sites=("attention",),
     variables=(
         Variable(
             "divergence",

@@ -33,6 +33,9 @@ def measured(model: Any, ids: Any, **options: Any) -> xr.Dataset:
     return bnviz.experiment(model, ids, "kv_eviction", progress=False, **options)["kv_eviction"]
 
 
+OF_LLAMA = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
 # ------------------------------------------------------------------------------------------------------------ against a mask
 def under_a_mask(model: Any, ids: torch.Tensor, end: int, kept: list[int]) -> torch.Tensor:
     """Logits of the rest of a text in one forward whose rows after the prompt see only the kept tokens of it."""
@@ -40,7 +43,8 @@ def under_a_mask(model: Any, ids: torch.Tensor, end: int, kept: list[int]) -> to
     sees = torch.ones(tokens, tokens).tril().bool()
     sees[end:, :end] = False
     sees[end:, kept] = True
-    mask = torch.zeros(1, 1, tokens, tokens).masked_fill(~sees, torch.finfo(torch.float32).min)
+    dtype = next(model.parameters()).dtype
+    mask = torch.zeros(1, 1, tokens, tokens, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
     with torch.no_grad():
         return model(ids, attention_mask=mask).logits[0, end:].double()
 
@@ -66,6 +70,46 @@ def test_it_is_what_a_mask_over_the_dropped_keys_gives(model: Any, budget: float
     )
     cache = 2 * 4 * 2 * 16 * 4  # keys and values, layers, kv heads, dim, float32
     assert (float(found["bytes_whole"][0]), float(found["bytes_kept"].isel(at))) == (48 * cache, many * cache)
+
+
+FAMILIES = {
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "Qwen3": {"head_dim": 8},
+    "GPTNeoX": {"num_key_value_heads": None},
+    "GPTJ": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    "Mixtral": {"num_local_experts": 4},
+    "Falcon": {"num_key_value_heads": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((name, torch.float32) for name in FAMILIES), ("Qwen3", torch.bfloat16)]
+)
+def test_of_other_families_too(family: str, dtype: torch.dtype) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2} | FAMILIES[family]
+    sizes = {
+        name: value
+        for name, value in sizes.items()
+        if value is not None and not (name in OF_LLAMA and "n_embd" in sizes)
+    }
+    torch.manual_seed(0)
+    heads = {"GPT2": "LMHeadModel"}.get(family, "ForCausalLM")
+    other = (
+        getattr(transformers, f"{family}{heads}")(getattr(transformers, f"{family}Config")(**sizes)).to(dtype).eval()
+    )
+    ids = text(40) % 120
+    found = measured(other, ids, methods=["streaming_llm"], budgets=[0.5, 1.0], prompt=32, greedy=2)["divergence"]
+    with torch.no_grad():
+        whole = other(ids).logits[0, 32:].double()
+    cut_off = under_a_mask(other, ids, 32, [*range(4), *range(20, 32)])
+    apart = (whole.softmax(-1) * (whole.log_softmax(-1) - cut_off.log_softmax(-1))).sum(-1).mean()
+    assert float(found.isel(sample=0, method=0, budget=0)) == pytest.approx(
+        float(apart), rel=0.02 if dtype != torch.float32 else 1e-3
+    )
+    assert float(found.isel(sample=0, method=0, budget=1)) == 0
 
 
 def test_attention_outputs_are_those_under_the_mask(model: Any) -> None:

@@ -49,7 +49,10 @@ def test_what_the_model_does_not_have_is_not_asked_for(run: Run, net: nn.Module)
     assert absent["expert_load"] == "Not applicable: no router found in this model"
     assert absent["roofline"].endswith('Add probes=["ops"] and run again')
     text = repr(bnviz.diagnose(run))
-    assert "not applicable to this model: attention_heads, kv_importance, expert_load (see .absent)" in text
+    assert (
+        "not applicable to this model: attention_heads, kv_importance, kv_budget, eviction_cost, expert_load (see .absent)"
+        in text
+    )
     assert re.search(r"not captured for: information_plane, roofline, memory_timeline, host_time", text)
 
 
@@ -74,12 +77,13 @@ def test_a_number_that_is_not_defined_for_the_model_says_so(run: Run) -> None:
 
 
 def test_every_optional_need_can_be_asked_for_or_is_not_defined_for_some_models() -> None:
-    declared = {f"{name}.{v.name}": v for name, probe in catalog.every("probes") for v in probe.spec.variables}
+    sources = (*catalog.every("probes"), *catalog.every("experiments"))
+    declared = {f"{name}.{v.name}": v for name, source in sources for v in source.spec.variables}
     for _, diagnostic in catalog.every("diagnostics"):
         for need in diagnostic.spec.needs:
             record = need.partition(".")[0]
             said = lack(diagnostic.spec, {record: xr.Dataset({"x": ("sample", np.zeros(1))})}, {})
-            assert said.startswith(("Not captured", "Not applicable")), need
+            assert said.startswith(("Not captured", "Not applicable", "Not measured")), need
             assert need in declared
 
 
