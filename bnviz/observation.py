@@ -140,6 +140,37 @@ class BlockSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotary:
+    """Queries of one call of attention before rotary positions turned them, and how these turn; without any, nothing turns.
+
+    Parameters
+    ----------
+    query : Tensor (batch, heads, queries, dim)
+        Before the rotation, in the channels and the units of the queries that the kernel got.
+    partner : Tensor (dim,) int
+        The channel that each one turns with; itself where none.
+    sign : Tensor (dim,)
+        -1 for the first of two channels, 1 for the second, 0 where none.
+    angle, rate : Tensor (batch, dim)
+        Of the last query, and what every further token adds.
+    holds : Tensor (batch,) bool
+        It was verified: what the kernel got of a sequence is `query` turned so, up to rounding.
+
+    Notes
+    -----
+    What the kernel gets of a query x that stands n tokens after the last (before it, where n < 0) is, in channel c,
+    cos(a_c) x_c + sign_c sin(a_c) x_partner(c), a = angle + n rate.
+    """
+
+    query: Tensor
+    partner: Tensor
+    sign: Tensor
+    angle: Tensor
+    rate: Tensor
+    holds: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSeen:
     """One call of an attention mechanism, as the kernel got it: after rotation, norms and the cache's update.
 
@@ -171,6 +202,9 @@ class AttentionSeen:
     grows : int
         Not 0: keys and values are those of a cache that only puts new tokens behind. Calls with the same number follow one
         another without anything else done to it: what the earlier was given comes first in what the later was given.
+    rotary : Rotary, optional
+        The queries before rotary positions turned them, where a probe asks for them and the model computed them where they can
+        be seen; never while decoding.
 
     Notes
     -----
@@ -195,6 +229,7 @@ class AttentionSeen:
     dropped: int = 0
     across: bool = False
     grows: int = 0
+    rotary: Rotary | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +359,7 @@ class Probe(Protocol):
       ("step", "layer", "head", "key"): the recorder drops padding and packs sequences at the end of the step.
       Others are returned without a batch axis and must leave padding out themselves (`seen.context.valid`).
       In decoding, one observation may show several tokens that were written one after the other.
+    * `rotary = True`: attention is shown with its queries before rotary positions turned them, where these can be seen.
     * `profiled(profile)`: for `uses=("profiler",)`; returns {variable: array} without step and layer axes.
     * `start()`, `stop()`: for `uses=("process",)`; `stop` returns {variable: array}.
     """

@@ -25,7 +25,7 @@ DIMENSIONS: Mapping[str, str] = MappingProxyType(
         "feature": "channel of an activation",
         "class": "value of a label",
         "estimator": "name of an information estimator",
-        "method": "name of a KV-importance score",
+        "method": "name of a KV-importance score, or of a way to share a cache out",
         "method_to": "the score a score is compared with",
         "pattern": "name of an attention pattern",
         "budget": "share of the KV cache that is kept",

@@ -33,9 +33,10 @@ ROWS = (  # from the top; a file imports from rows below it, and from its own ro
 )
 RANK = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 PART_OF = (
-    {"doctor": "cli", "profile": "observation", "experiment": "experiments"}
+    {"doctor": "cli", "profile": "observation", "experiment": "experiments", "vocabulary": "schema"}
     | dict.fromkeys(
-        ("assemble", "counts", "gathered", "layered", "rows", "segments", "store", "streamed", "trace"), "run"
+        ("assemble", "counts", "gathered", "head_lists", "layered", "rows", "segments", "store", "streamed", "trace"),
+        "run",
     )
     | dict.fromkeys(
         ("page", "figures", "overview", "tables", "findings", "needs", "compare", "comparison", "aligned", "matching"),
@@ -103,7 +104,10 @@ def test_sizes(file: Path) -> None:
             length = (body[-1].end_lineno or 0) - body[0].lineno + 1
             assert length <= 50, f"{file.name}:{node.lineno} {node.name} has a body of {length} lines"
         every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        taken = [a.arg for a in every if a.arg not in ("self", "cls", "_")]
+        records = {a.arg for a in every if a.annotation is not None and "Dataset" in ast.unparse(a.annotation)}
+        taken = [
+            a.arg for a in every if a.arg not in ("self", "cls", "_", *records)
+        ]  # a diagnostic's records are its input
         kernel = any("jit" in ast.dump(d) for d in node.decorator_list)  # a kernel's pointers and strides are its shape
         assert len(taken) < 8 or kernel, f"{file.name}:{node.lineno} {node.name} takes {len(taken)} parameters"
 
@@ -111,7 +115,7 @@ def test_sizes(file: Path) -> None:
 def test_public_names_are_pinned() -> None:
     assert sorted(bnviz.__all__) == [
         "BnvizError", "Recorder", "Report", "Run", "__version__", "capture", "compare", "diagnose", "diagnostics",
-        "estimators", "open", "probes", "reduce", "scores", "sites", "views",
+        "estimators", "experiment", "experiments", "open", "probes", "reduce", "scores", "sites", "views",
     ]  # fmt: skip
     for name in bnviz.__all__:
         assert getattr(bnviz, name) is not None

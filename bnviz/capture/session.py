@@ -165,7 +165,8 @@ class Session:
         elif wanted:
             follow_blocks(plan, watch, stack)
         if wanted & {"attention", "cross_attention"}:
-            tap_attention(plan, watch, stack)
+            rotary = any(getattr(probe, "rotary", False) for probe in self._probes.values())
+            tap_attention(plan, watch, stack, rotary=rotary)
         if wanted & {"router", "further_router"}:
             self._closing.remarks = tap_routers(plan, watch, stack)
         settle = partial(self._settle, audience)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ import numpy.typing as npt
 import xarray as xr
 
 from bnviz.catalog import load, names
-from bnviz.errors import NotCaptured, SchemaError
+from bnviz.errors import NotCaptured, SchemaError, UnknownName
 from bnviz.scores import AGGREGATES, Floats, Statistics, keep_order
 
 from ._passage import phases, places, step_row
@@ -38,6 +41,10 @@ class Passage:
         Which of the two.
     bytes_per_token : float
         Over all layers; NaN when keys and values were not captured.
+    spread : float
+        Of noisy scores over draws, as a share of their mean, median over layers, heads and keys; NaN: none known.
+    draws : int
+        Of the noise; 0: none.
     """
 
     row: int
@@ -46,6 +53,8 @@ class Passage:
     mass: Floats
     mass_of: str
     bytes_per_token: float
+    spread: float = float("nan")
+    draws: int = 0
 
 
 class _Cuts(Mapping[str, Floats]):
@@ -76,8 +85,14 @@ class _Cuts(Mapping[str, Floats]):
         return len(self._from)
 
 
-def passage(attention: xr.Dataset, keys_values: xr.Dataset | None, step: int | None, sequence: int) -> Passage:
-    """Cut one sequence out of the records."""
+def passage(
+    attention: xr.Dataset,
+    keys_values: xr.Dataset | None,
+    step: int | None,
+    sequence: int,
+    further: Mapping[str, xr.Dataset | None] = MappingProxyType({}),
+) -> Passage:
+    """Cut one sequence out of the records; of `further` ones, by name, those that hold this step and these layers."""
     row = step_row(attention, step)
     where = places(attention, row, sequence)
     mass = _cut(attention, "mass", row, where)
@@ -87,10 +102,13 @@ def passage(attention: xr.Dataset, keys_values: xr.Dataset | None, step: int | N
     taken, parts = float("nan"), [(attention, row, where)]
     if keys_values is not None:
         kv_heads = int(keys_values.sizes["kv_head"])
-        part, taken = _of_keys(attention, keys_values, row, sequence, len(where))
-        parts.append(part)
+        parts.append(_of_keys(attention, keys_values, row, sequence, len(where)))
+        if "bytes_per_token" in keys_values:
+            taken = float(parts[-1][0]["bytes_per_token"].values[parts[-1][1]].sum())
+    others = _further(attention, further, row, sequence, len(where))
+    parts += others.values()
     window = int(attention.attrs.get("window", 64))  # of the probe; its default where the record does not say
-    told = {**(keys_values.attrs if keys_values is not None else {}), **attention.attrs}
+    told = dict(ChainMap(dict(attention.attrs), *(dict(record.attrs) for record, *_ in parts[1:])))
     layers = tuple(
         Statistics(
             keys=len(where),
@@ -105,7 +123,32 @@ def passage(attention: xr.Dataset, keys_values: xr.Dataset | None, step: int | N
         for layer in range(attention.sizes["layer"])
     )
     judged, mass_of = _judged_by(attention, row, sequence, mass)
-    return Passage(row, where, layers, judged, mass_of, taken)
+    return Passage(row, where, layers, judged, mass_of, taken, *_noise(others.get("keyformer")))
+
+
+def _further(
+    attention: xr.Dataset, records: Mapping[str, xr.Dataset | None], row: int, sequence: int, keys: int
+) -> dict[str, tuple[xr.Dataset, int, Ints]]:
+    """Parts of records that only some scores read; one that was not kept for this step, or for a layer, is left out."""
+    found = {}
+    for name, record in records.items():
+        if record is None:
+            continue
+        with suppress(NotCaptured, UnknownName):
+            found[name] = _of_keys(attention, record, row, sequence, keys, name=name)
+    return found
+
+
+def _noise(part: tuple[xr.Dataset, int, Ints] | None) -> tuple[float, int]:
+    """How much a noisy score differs from draw to draw, as a share of its mean, and how many draws there were."""
+    if part is None or not {"noisy_mass", "noisy_mass_spread"} <= set(part[0].data_vars):
+        return float("nan"), 0
+    record, row, where = part
+    mean, spread = (record[name].values[row][..., where] for name in ("noisy_mass", "noisy_mass_spread"))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = spread / mean
+    shares = shares[np.isfinite(shares)]
+    return (float(np.median(shares)) if len(shares) else float("nan")), int(record.attrs.get("seeds", 3))
 
 
 def _cut(record: xr.Dataset, name: str, row: int, where: Ints) -> Floats | None:
@@ -140,29 +183,26 @@ def _seen(attention: xr.Dataset, row: int, sequence: int, of: tuple[int, int]) -
 
 
 def _of_keys(
-    attention: xr.Dataset, keys_values: xr.Dataset, row: int, sequence: int, keys: int
-) -> tuple[tuple[xr.Dataset, int, Ints], float]:
-    """What lies by key in `keys_values` for the same step and layers as `attention`, and the bytes of a token."""
+    attention: xr.Dataset, record: xr.Dataset, row: int, sequence: int, keys: int, *, name: str = "keys_values"
+) -> tuple[xr.Dataset, int, Ints]:
+    """What lies by key in a record for the same step and layers as `attention`: it, a row, and where on its key axis."""
     step = int(attention["step"].values[row]) if "step" in attention.coords else None
-    row = step_row(keys_values, step, name="keys_values") if "step" in keys_values.coords else row
-    if "layer" in attention.coords and "layer" in keys_values.coords:
-        absent = np.setdiff1d(attention["layer"].values, keys_values["layer"].values)
+    row = step_row(record, step, name=name) if "step" in record.coords else row
+    if "layer" in attention.coords and "layer" in record.coords:
+        absent = np.setdiff1d(attention["layer"].values, record["layer"].values)
         if len(absent):
             raise NotCaptured(
-                f"Layers {', '.join(map(str, absent))} are in the record attention and not in keys_values; "
+                f"Layers {', '.join(map(str, absent))} are in the record attention and not in {name}; "
                 f"capture both with the same sites."
             )
-        if not np.array_equal(attention["layer"].values, keys_values["layer"].values):
-            keys_values = keys_values.sel(layer=attention["layer"].values)
-    where = places(keys_values, row, sequence)
+        if not np.array_equal(attention["layer"].values, record["layer"].values):
+            record = record.sel(layer=attention["layer"].values)
+    where = places(record, row, sequence)
     if len(where) != keys:
         raise SchemaError(
-            f"Sequence {sequence} has {keys} keys in attention and {len(where)} in keys_values; expected the same step."
+            f"Sequence {sequence} has {keys} keys in attention and {len(where)} in {name}; expected the same step."
         )
-    taken = float("nan")
-    if "bytes_per_token" in keys_values:
-        taken = float(keys_values["bytes_per_token"].values[row].sum())
-    return (keys_values, row, where), taken
+    return record, row, where
 
 
 def _judged_by(attention: xr.Dataset, row: int, sequence: int, own: Floats) -> tuple[Floats, str]:
@@ -184,6 +224,7 @@ class Ranked:
     scores: Floats  # (method, layer, kv_head, key)
     ranks: npt.NDArray[np.int32]
     skipped: dict[str, str] = field(default_factory=dict)
+    on_request: dict[str, str] = field(default_factory=dict)  # by the probe that would have to be asked for
 
 
 def ranked(of: Passage, methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | None, aggregate: str) -> Ranked:
@@ -198,6 +239,7 @@ def ranked(of: Passage, methods: Sequence[str] | Mapping[str, Mapping[str, Any]]
     options = {name: dict(asked[name]) if isinstance(asked, Mapping) else {} for name in asked}
     found: dict[str, Floats] = {}
     skipped: dict[str, str] = {}
+    on_request: dict[str, str] = {}
     for name, given in options.items():
         score = load("scores", name)
         if "aggregate" in inspect.signature(score).parameters:
@@ -207,11 +249,21 @@ def ranked(of: Passage, methods: Sequence[str] | Mapping[str, Mapping[str, Any]]
         except (NotCaptured, SchemaError) as error:
             if methods is not None:
                 raise
-            skipped[name] = str(error)
+            asked_for = _on_request(score.spec.needs, of)
+            if asked_for:
+                on_request[name] = asked_for
+            else:
+                skipped[name] = str(error)
     if not found:
         raise SchemaError(f"kv_importance: no method to rank by. Valid: {', '.join(names('scores'))}.")
     scores = np.stack(list(found.values()))
-    return Ranked(tuple(found), scores, keep_order(scores), skipped)
+    return Ranked(tuple(found), scores, keep_order(scores), skipped, on_request)
+
+
+def _on_request(needs: Sequence[str], of: Passage) -> str:
+    """The probe that was not asked for and that no capture has unasked; empty where that is not why a score is missing."""
+    absent = [need.partition(".") for need in needs if need.partition(".")[2] not in of.layers[0].arrays]
+    return next((record for record, _, _ in absent if not load("probes", record).spec.default), "")
 
 
 def check_budgets(budgets: Sequence[float], aggregate: str) -> npt.NDArray[np.float64]:

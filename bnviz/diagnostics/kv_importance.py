@@ -33,7 +33,12 @@ _KEY = ("method", "layer", "kv_head", "key")
 @diagnostic(
     question="How small may the KV cache be, and which score should choose what stays?",
     needs=("attention.mass",),
-    wants=("keys_values.key_norm", "keys_values.bytes_per_token"),
+    wants=(
+        "keys_values.key_norm",
+        "keys_values.bytes_per_token",
+        "keyformer.noisy_mass",
+        "query_moments.expected_logit",
+    ),
     gives=(
         Variable(
             "score", _KEY, "1", "importance of a key in the method's own unit, larger stays longer; inf: always kept"
@@ -77,6 +82,8 @@ _KEY = ("method", "layer", "kv_head", "key")
 def kv_importance(
     attention: xr.Dataset,
     keys_values: xr.Dataset | None = None,
+    keyformer: xr.Dataset | None = None,
+    query_moments: xr.Dataset | None = None,
     *,
     methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
     budgets: Sequence[float] = _BUDGETS,
@@ -97,9 +104,13 @@ def kv_importance(
     keys_values : Dataset, optional
         Record of the probe `keys_values`. Gives the number of key-value heads, `key_norm` and the bytes of a token. Without it
         every query head is ranked alone, as in a model without grouped heads, and bytes are NaN.
+    keyformer : Dataset, optional
+        Record of the probe `keyformer`, for the score of that name: `noisy_mass`, and `noisy_mass_spread` of its draws.
+    query_moments : Dataset, optional
+        Record of the probe `query_moments`, for the score `expected_attention`.
     methods : sequence of str, or mapping of str to options, optional
         Scores from `bnviz.scores`, e.g. `{"snapkv": {"kernel": 7}, "random": {}}`. None: all that these records allow; those
-        left out are in `attrs["skipped"]` with the reason.
+        left out are in `attrs["skipped"]` with the reason, those whose probe has to be asked for in `attrs["on_request"]`.
     budgets : sequence of float
         Shares of the cache that are kept, in (0, 1]; the same number of tokens in every layer and head.
     aggregate : {"mean", "max", "sum"}
@@ -114,7 +125,9 @@ def kv_importance(
     Dataset
         See `kv_importance.spec.gives`. Coordinates: method, method_to, budget, layer with path, kv_head, key (the position).
         Select a method with `result.sel({"method": "h2o"})`: `sel(method=...)` is xarray's own option and selects nothing.
-        attrs: model, tokens, heads, kv_heads, aggregate, window, mass_of, skipped, tokens_text.
+        attrs: model, tokens, heads, kv_heads, aggregate, window, mass_of, skipped, tokens_text; with `keyformer`
+        also keyformer_spread (standard deviation of a key's score over draws of noise, as a share of its mean; median over
+        layers, heads and keys) and keyformer_seeds, the draws.
 
     Raises
     ------
@@ -142,7 +155,7 @@ def kv_importance(
     ([[0.7, 1.0]], [0, 3, 1, 2])
     """
     shares = check_budgets(budgets, aggregate)
-    of = passage(attention, keys_values, step, sequence)
+    of = passage(attention, keys_values, step, sequence, {"keyformer": keyformer, "query_moments": query_moments})
     methods_ranked = ranked(of, methods, aggregate)
     result = _measured(of, methods_ranked, shares)
     result = result.assign_coords(_coordinates(attention, of, methods_ranked, shares))
@@ -161,8 +174,11 @@ def kv_importance(
         "mass_of": of.mass_of,
         "model_bytes": None if keys_values is None else keys_values.attrs.get("model_bytes"),
         "skipped": methods_ranked.skipped,
+        "on_request": methods_ranked.on_request,
         "tokens_text": text(attention, of.row, of.where),
     }
+    if of.draws:
+        result.attrs |= {"keyformer_spread": of.spread, "keyformer_seeds": of.draws}
     return stamp(result, kv_importance.spec.gives)  # type: ignore[attr-defined]
 
 
@@ -274,8 +290,8 @@ def _shrink(result: xr.Dataset, best: str, budget: float, null: float, lost: flo
         severity="medium" if budget <= 0.5 else "low",
         value=budget,
         limit=null,
-        advice=f"Evict to {q.count(tokens)} of {q.count(full)} tokens a head by {best}, and compare the loss on your own task "
-        f"before you keep it.",
+        advice=f"Evict to {q.count(tokens)} of {q.count(full)} tokens a head by {best}, and measure what it costs first: "
+        'bnviz.experiment(model, batch, "kv_eviction").',
         saving=saving,
     )
 
@@ -313,7 +329,10 @@ def _uneven(result: xr.Dataset, best: str, lost: float, uneven: float) -> list[F
 
 def _caveats(result: xr.Dataset) -> list[str]:
     attrs = result.attrs
-    lines = ["Mass is not output error: a key with little attention can still matter. One passage of text."]
+    lines = [
+        'Mass is not output error: a key with little attention can still matter; bnviz.experiment(model, batch, "kv_eviction") '
+        "measures that. One passage of text."
+    ]
     if attrs["mass_of"] != "decode queries":
         lines.append(
             "Judged by the passage's own queries, which h2o ranks by; capture decoding for queries no score has seen."
@@ -325,5 +344,22 @@ def _caveats(result: xr.Dataset) -> list[str]:
             f"{attrs['heads'] // attrs['kv_heads']} query heads share a kv head; their scores are put together by "
             f"{attrs['aggregate']}."
         )
+    if "keyformer" in result["method"].values and "keyformer_seeds" in attrs:
+        lines.append(_of_draws(attrs["keyformer_seeds"], attrs["keyformer_spread"]))
     lines += [f"Left out: {reason}" for reason in attrs["skipped"].values()]
+    if attrs["on_request"]:
+        probes = ", ".join(f'"{probe}"' for probe in attrs["on_request"].values())
+        lines.append(f"On request: {', '.join(attrs['on_request'])}, with probes=[..., {probes}].")
     return lines
+
+
+def _of_draws(draws: int, spread: float) -> str:
+    """What the noise of keyformer's score leaves open."""
+    if draws == 1:
+        return "keyformer's score is one draw of noise (seeds=1): how much it differs from draw to draw is not known."
+    if not np.isfinite(spread):
+        return f"keyformer's score is the mean of {draws} draws of noise (seeds={draws}); their spread is not known."
+    return (
+        f"keyformer's score is the mean of {draws} draws of noise (seeds={draws}); from draw to draw a key's score varies by "
+        f"{q.share(spread)} (standard deviation, median over keys): keys that are nearer than that have no order."
+    )

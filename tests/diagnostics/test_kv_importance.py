@@ -18,6 +18,7 @@ import bnviz
 from bnviz.catalog import names
 from bnviz.diagnostics.kv_importance import judge, kv_importance
 from bnviz.errors import NotCaptured, SchemaError, UnknownName
+from tests.reduce._gumbel_definition import noisy, uniform
 
 KEY = ("step", "layer", "head", "key")
 
@@ -145,7 +146,8 @@ def watched(load_model: Any) -> tuple[Any, torch.Tensor, np.ndarray, torch.Tenso
     ids = torch.tensor([list(text[5000:5060])])
     model = load_model("llama-induction-byte")
     told = {"window": 8, "history": 20, "lag": 9}
-    with bnviz.capture(model, probes=["attention", "keys_values"], strict=True, **told) as recorder, torch.no_grad():
+    probes = ["attention", "keys_values", "keyformer", "query_moments"]
+    with bnviz.capture(model, probes=probes, strict=True, **told) as recorder, torch.no_grad():
         model(ids)
     with torch.no_grad():
         out = load_model("llama-induction-byte", "eager")(ids, output_attentions=True, use_cache=True)
@@ -190,6 +192,21 @@ def of_attention(weights: np.ndarray, value: torch.Tensor) -> dict[str, np.ndarr
     return {"observed_attention": observed, "scissorhands": scissorhands, "finch": finch, "vatp": vatp}
 
 
+def of_noise(weights: np.ndarray, seeds: int = 3) -> np.ndarray:
+    """Keyformer's score: the logarithm of a weight is its logit, but for a number that its row shares."""
+    keys, places, found = weights.shape[-1], np.arange(weights.shape[-1]), []
+    sees = torch.ones(keys, keys, dtype=torch.bool).tril()
+    for layer, logits in enumerate(torch.from_numpy(weights).log()):
+        drawn = []
+        for seed in range(seeds):
+            noise = -(-torch.from_numpy(uniform(seed, layer, len(logits), places, places)).log()).log()
+            drawn.append(noisy(logits[None], sees, noise)[0].sum(1))
+        found.append(torch.stack(drawn).mean(0).numpy())
+    scores = grouped(np.stack(found))
+    scores[..., keys - int(0.1 * keys) :] = np.inf
+    return scores
+
+
 def of_keys(key: torch.Tensor, value: torch.Tensor) -> dict[str, np.ndarray]:
     unit = torch.nn.functional.normalize(key, dim=-1)
     keydiff = -torch.nn.functional.cosine_similarity(key, unit.mean(2, keepdim=True), dim=-1).numpy()
@@ -212,11 +229,40 @@ def of_keys(key: torch.Tensor, value: torch.Tensor) -> dict[str, np.ndarray]:
     return {"keydiff": keydiff, "cur": cur, "lagkv": lagkv, "value_norm": value.norm(dim=-1).numpy()}
 
 
-def test_every_score_is_the_one_of_full_matrices(watched: Any) -> None:
-    run, _, weights, keys, values = watched
-    result = kv_importance(run["attention"], run["keys_values"])
+def of_queries(model: Any, ids: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> np.ndarray:
+    """Expected attention, from what the query projections give and the model's own positions."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    made = list[torch.Tensor]()
+    hooks = [
+        layer.self_attn.q_proj.register_forward_hook(lambda module, args, output: made.append(output[0].double()))
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    tokens, dim = key.shape[2:]
+    cos, sin = model.model.rotary_emb(key.float(), torch.arange(tokens, tokens + 512)[None])
+    units = torch.eye(dim).double()[:, None].expand(1, dim, 512, dim)
+    turn = apply_rotary_pos_emb(units, units, cos.double(), sin.double())[0][0].mean(1).T
+    query = torch.stack(made).view(len(made), tokens, -1, dim).transpose(1, 2)[:, :, 4:]
+    keys = key[:, :, 4:].repeat_interleave(2, 1)
+    mean = query.mean(2, keepdim=True)
+    spread = turn @ ((query - mean).mT @ (query - mean) / (tokens - 4)) @ turn.T
+    logit = (keys @ turn @ mean.mT)[..., 0] / dim**0.5 + ((keys @ spread) * keys).sum(-1) / (2 * dim)
+    found = np.full(key.shape[:3], np.inf)
+    found[..., 4:] = grouped(logit.softmax(-1).numpy()) * value[:, :, 4:].norm(dim=-1).numpy()
+    return found
+
+
+def test_every_score_is_the_one_of_full_matrices(watched: Any, load_model: Any) -> None:
+    run, ids, weights, keys, values = watched
+    records = {name: run[name] for name in ("keyformer", "query_moments")}
+    result = kv_importance(run["attention"], run["keys_values"], **records)
     assert result.attrs["skipped"] == {} and result.attrs["window"] == 8
-    written = expected_scores(weights, keys, values)
+    written = expected_scores(weights, keys, values) | {"keyformer": of_noise(weights)}
+    written["expected_attention"] = of_queries(load_model("llama-induction-byte"), ids, keys, values)
     assert {*written, "random"} == set(names("scores"))
     for name, expected in written.items():
         found = result["score"].sel({"method": name}).values
@@ -229,6 +275,62 @@ def test_every_score_is_the_one_of_full_matrices(watched: Any) -> None:
     np.testing.assert_allclose(
         result["mass_kept"].sel({"method": "tova", "budget": 0.5}), (half * kept).sum(-1) / half.sum(-1), rtol=1e-5
     )
+
+
+def test_how_much_noise_is_in_a_score_is_said(watched: Any, load_model: Any) -> None:
+    run, ids, *_ = watched
+    record = run["keyformer"]
+    result = kv_importance(run["attention"], run["keys_values"], keyformer=record)
+    shares = (record["noisy_mass_spread"] / record["noisy_mass"]).values
+    assert result.attrs["keyformer_spread"] == pytest.approx(np.median(shares)) and 0.05 < np.median(shares) < 1
+    assert result.attrs["keyformer_seeds"] == 3 and json.loads(json.dumps(result.attrs)) == result.attrs
+    line = next(line for line in judge(result).caveats if "draws of noise" in line)
+    assert (
+        "mean of 3 draws of noise (seeds=3)" in line and f"varies by {np.median(shares):.0%}".replace("%", " %") in line
+    )
+    by_name = kv_importance(run["attention"], run["keys_values"], record, methods=["tova"])
+    assert not any("noise" in line for line in judge(by_name).caveats)  # of a score that was not asked for
+    told = bnviz.diagnose(run, "kv_importance", strict=True)["kv_importance"]
+    assert "keyformer" in told["method"].values
+    model, probes = load_model("llama-induction-byte"), ["attention", "keyformer"]
+    with bnviz.capture(model, probes=probes, seeds=1, strict=True) as recorder, torch.no_grad():
+        model(ids)
+    one = kv_importance(recorder.run["attention"], keyformer=recorder.run["keyformer"])
+    assert one.attrs["keyformer_seeds"] == 1 and np.isnan(one.attrs["keyformer_spread"])
+    assert any("one draw of noise" in line for line in judge(one).caveats)
+
+
+def test_without_noise_keyformer_is_left_out_and_says_how_to_get_it(watched: Any) -> None:
+    run = watched[0]
+    result = kv_importance(run["attention"], run["keys_values"])
+    assert "keyformer_spread" not in result.attrs
+    assert result.attrs["on_request"] == {"expected_attention": "query_moments", "keyformer": "keyformer"}
+    assert not {"keyformer", "expected_attention"} & set(result.attrs["skipped"])
+    assert (
+        'On request: expected_attention, keyformer, with probes=[..., "query_moments", "keyformer"].'
+        in judge(result).caveats
+    )
+    assert not any(line.startswith("Left out") for line in judge(result).caveats)
+    # a record of other layers or of another step costs that score alone
+    for other in (run["keyformer"].isel(layer=[0]), run["keyformer"].assign_coords(step=[7])):
+        result = kv_importance(run["attention"], run["keys_values"], other)
+        assert "keyformer" in result.attrs["on_request"]
+        assert {"tova", "key_norm"} <= set(result["method"].values)
+    with pytest.raises(NotCaptured, match=r'needs .noisy_mass.*add "keyformer" to probes='):
+        kv_importance(run["attention"], methods=["keyformer"])
+
+
+def test_without_queries_expected_attention_is_left_out_and_says_why(watched: Any) -> None:
+    run = watched[0]
+    result = kv_importance(run["attention"], run["keys_values"])
+    assert result.attrs["on_request"]["expected_attention"] == "query_moments"
+    unknown = run["query_moments"].copy(deep=True)
+    unknown["expected_logit"][:, 1] = np.nan
+    result = kv_importance(run["attention"], run["keys_values"], query_moments=unknown)
+    assert "queries before rotation of layer 1 are not known" in result.attrs["skipped"]["expected_attention"]
+    assert any("queries before rotation of layer 1" in line for line in judge(result).caveats)
+    told = bnviz.diagnose(run, "kv_importance", strict=True)["kv_importance"]
+    assert "expected_attention" in told["method"].values
 
 
 def test_bytes_are_those_of_the_cache(watched: Any) -> None:
@@ -253,7 +355,7 @@ def test_a_left_padded_batch_gives_each_sequence_what_it_has_alone(load_model: A
 
     def watch(rows: list[list[int]], mask: list[list[int]]) -> Any:
         given_ = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
-        probes = ["attention", "keys_values"]
+        probes = ["attention", "keys_values", "keyformer"]
         with bnviz.capture(model, probes=probes, window=8, strict=True) as recorder, torch.no_grad():
             if generate:
                 model.generate(**given_, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -264,8 +366,9 @@ def test_a_left_padded_batch_gives_each_sequence_what_it_has_alone(load_model: A
     both = watch([whole, [0] * 15 + short], [[1] * 40, [0] * 15 + [1] * 25])
     for sequence, alone in enumerate((whole, short)):
         run = watch([alone], [[1] * len(alone)])
-        one = kv_importance(both["attention"], both["keys_values"], sequence=sequence)
-        two = kv_importance(run["attention"], run["keys_values"])
+        one = kv_importance(both["attention"], both["keys_values"], both["keyformer"], sequence=sequence)
+        two = kv_importance(run["attention"], run["keys_values"], run["keyformer"])
+        assert "keyformer" in one["method"].values
         assert one.attrs["tokens"] == len(alone)
         assert one.attrs["mass_of"] == ("decode queries" if generate else "queries of the passage itself")
         np.testing.assert_allclose(one["score"], two["score"], rtol=1e-4, atol=1e-4)

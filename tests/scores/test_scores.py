@@ -29,6 +29,8 @@ def statistics(weights: np.ndarray, kv_heads: int = 1, window: int = 2, **more: 
         window_mass=weights[:, -window:].sum(1),
         recent_mass=weights.sum(1),
         recent_pivotal=(weights > 1 / np.arange(1, keys + 1)[:, None]).sum(1).astype(float),
+        noisy_mass=weights.sum(1),
+        expected_logit=weights.sum(1),
         ranged_mass=(weights * np.arange(keys)[:, None])[:, -window:].sum(1),
         last_row=weights[:, -1],
         seen=np.arange(keys, 0, -1.0),
@@ -135,7 +137,8 @@ def test_a_score_says_what_it_needs_and_how_to_get_it(name: str, needs: tuple[st
         assert load("scores", name)(bare).shape == (1, 6)
         return
     with pytest.raises(
-        NotCaptured, match=f"{name}.*needs '{needs[0].partition('.')[2]}'.*add \"(attention|keys_values)\" to probes="
+        NotCaptured,
+        match=f"{name}.*needs '{needs[0].partition('.')[2]}'.*add \"({needs[0].partition('.')[0]})\" to probes=",
     ):
         load("scores", name)(bare)
 
@@ -192,6 +195,16 @@ def test_scissorhands_counts_pivotal_rows_and_keeps_the_last_keys() -> None:
         load("scores", "scissorhands")(given_, recent=4)
     with pytest.raises(SchemaError, match=r"recent is 0.5, expected a whole number of tokens"):
         load("scores", "scissorhands")(given_, recent=0.5)
+
+
+def test_keyformer_ranks_by_noisy_mass_and_keeps_the_recent_share() -> None:
+    given_ = Statistics(noisy_mass=np.array([[3.0, 0, 1, 2], [1, 2, 1, 0]]), keys=4, heads=2, kv_heads=1)
+    keyformer = load("scores", "keyformer")
+    assert keyformer(given_, recent=0.25).tolist() == [[2, 1, 1, INF]]
+    assert keyformer(given_, recent=0.5, aggregate="max").tolist() == [[3, 2, INF, INF]]
+    assert keyformer(given_).tolist() == [[2, 1, 1, 1]]  # int(0.1 x 4) keys
+    with pytest.raises(SchemaError, match=r"keyformer: recent is 1.5, expected a share of the keys"):
+        keyformer(given_, recent=1.5)
 
 
 def test_finch_weights_rows_by_their_position_and_keeps_its_window() -> None:

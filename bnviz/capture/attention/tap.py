@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnviz.capture.around import around
 from bnviz.capture.watch import Watch
-from bnviz.observation import AttentionSeen, Context, Site
+from bnviz.observation import AttentionSeen, Context, Rotary, Site
 
 from .call import Call
 from .code import INTERFACE
@@ -28,15 +28,16 @@ from .named import shown
 from .native import NativeTap
 from .pieces import together
 from .places import SELF, Places
+from .rotary import Projections
 from .trail import Mixed
 
 if TYPE_CHECKING:
     from bnviz.capture.plan import Plan
 
 
-def tap_attention(plan: Plan, watch: Watch, stack: contextlib.ExitStack) -> None:
+def tap_attention(plan: Plan, watch: Watch, stack: contextlib.ExitStack, *, rotary: bool = False) -> None:
     """Show every attention site, by whichever mechanism it is seen."""
-    AttentionTap(plan, watch).attach(stack)
+    AttentionTap(plan, watch).attach(stack, rotary=rotary)
 
 
 class AttentionTap:
@@ -56,10 +57,10 @@ class AttentionTap:
         self._frames = Frames(followed, watch.clock, self._numbered, self._ended, self._failed)
         self._checked: set[int] = set()
         self._muted: set[int] = set()
-        self._explained, self._bands = Explained(), Bands()
+        self._explained, self._bands, self._projections = Explained(), Bands(), Projections(watch.clock)
 
-    def attach(self, stack: contextlib.ExitStack) -> None:
-        """Listen until the stack ends."""
+    def attach(self, stack: contextlib.ExitStack, *, rotary: bool) -> None:
+        """Listen until the stack ends; with `rotary`, to what the queries were made of too."""
         stack.enter_context(growth.listening())
         self._frames.attach(stack)
         if any(p.mechanism in (INTERFACE, NAMED) for p in self._sites.values()):
@@ -69,6 +70,8 @@ class AttentionTap:
                 NativeTap(module, place.layer, self._native, self._clock).attach(stack)
             elif place.adapter is not None:
                 stack.enter_context(around(module, None, self._adapted))
+        if rotary:  # the last: what was heard is let go after it was shown
+            self._projections.attach(tuple(self._sites.values()), stack)
 
     # ------------------------------------------------------------------ what is heard
 
@@ -160,6 +163,8 @@ class AttentionTap:
         own = kind == SELF and again == 0
         at = replace(site, kind=SELF) if own else self._places.numbered(site, again)
         context, ids, valid = self._tokens(context, call, across=across)
+        whole = own and not across and not dropped and context.phase != "decode"
+        rotary = self._rotary(place, call, context) if whole else None
         return AttentionSeen(
             at,
             context,
@@ -177,7 +182,17 @@ class AttentionTap:
             dropped,
             across,
             grows,
+            rotary,
         )
+
+    def _rotary(self, place: AttentionSite, call: Call, context: Context) -> Rotary | None:
+        """The queries before rotation; what goes wrong in looking for them costs nothing else."""
+        try:
+            return self._projections.of(place, call, context.valid)
+        except Exception as error:
+            self._projections.on = False
+            self._watch.trouble(f"queries before rotation of {place.site.path or 'the model'}", error)
+            return None
 
     def _tokens(self, context: Context, call: Call, *, across: bool) -> tuple[Context, Tensor | None, Tensor | None]:
         """The context with the queries' padding, the ids of the keys, and which keys are no padding."""
