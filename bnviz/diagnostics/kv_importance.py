@@ -23,6 +23,7 @@ from ._eviction import (
     ranked,
     tokens_kept,
 )
+from ._mass_check import mass_check, mass_words
 from ._passage import phases, text
 
 NULL = "random"
@@ -175,6 +176,7 @@ def kv_importance(
         "model_bytes": None if keys_values is None else keys_values.attrs.get("model_bytes"),
         "skipped": methods_ranked.skipped,
         "on_request": methods_ranked.on_request,
+        "mass_check": mass_check(attention, of.row, sequence, of.where),
         "tokens_text": text(attention, of.row, of.where),
     }
     if of.draws:
@@ -346,6 +348,8 @@ def _caveats(result: xr.Dataset) -> list[str]:
         )
     if "keyformer" in result["method"].values and "keyformer_seeds" in attrs:
         lines.append(_of_draws(attrs["keyformer_seeds"], attrs["keyformer_spread"]))
+    if attrs["mass_check"]:
+        lines.append(mass_words(attrs["mass_check"]))
     lines += [f"Left out: {reason}" for reason in attrs["skipped"].values()]
     if attrs["on_request"]:
         probes = ", ".join(f'"{probe}"' for probe in attrs["on_request"].values())

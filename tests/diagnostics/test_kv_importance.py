@@ -333,6 +333,20 @@ def test_without_queries_expected_attention_is_left_out_and_says_why(watched: An
     assert "expected_attention" in told["method"].values
 
 
+def test_a_run_checks_that_attention_sums_to_its_queries(watched: Any) -> None:
+    run = watched[0]
+    check = kv_importance(run["attention"], run["keys_values"]).attrs["mass_check"]
+    assert check["queries"] == 60 and abs(check["share"] - 1) < 1e-5
+    told = judge(kv_importance(run["attention"], run["keys_values"]))
+    assert any(
+        line.startswith("Self-check: the attention of each head sums to its queries (60)") for line in told.caveats
+    )
+    short = run["attention"].copy(deep=True)
+    short["mass"][0, 1, 2] *= 0.8
+    told = judge(kv_importance(short, run["keys_values"]))
+    assert any("the attention of layer 1 head 2 sums to 80 % of its queries" in line for line in told.caveats)
+
+
 def test_bytes_are_those_of_the_cache(watched: Any) -> None:
     run, ids, *_ = watched
     result = kv_importance(run["attention"], run["keys_values"])
