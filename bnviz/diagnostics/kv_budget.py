@@ -78,7 +78,7 @@ _PLACE = ("method", "layer", "kv_head")
         Variable("mass_kept_mean", ("method",), "1", "mass_kept, mean over layers and kv heads"),
         Variable("bytes_kept", ("method",), "B", "bytes of the cache, all layers; NaN: not captured"),
     ),
-    order=30,
+    order=32,
 )
 def kv_budget(
     attention: xr.Dataset,

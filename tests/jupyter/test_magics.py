@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -207,7 +208,7 @@ def test_report_is_shown_or_written(watching: InteractiveShell, tmp_path: Any) -
     _, said = ran(watching, f"%bnviz report {target}")
     assert target.stat().st_size > 100_000
     assert said.stdout.startswith(str(target))
-    assert "KiB" in said.stdout
+    assert re.search(r" · [\d.]+ [KM]iB$", said.stdout.strip())
     ran(watching, f"%bnviz report {target}")  # its own is replaced
     assert target.stat().st_size > 100_000
     target.write_text("as it was")
