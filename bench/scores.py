@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import bnviz
 from tests.jupyter.conftest import CHROMIUM, FLAGS
 
+from .rounds import seconds
+
 PROBES = ["attention", "keys_values", "query_moments"]
 
 
@@ -29,13 +31,6 @@ def model(heads: int = 8, layers: int = 12) -> Any:
     return LlamaForCausalLM(
         LlamaConfig(num_attention_heads=heads, vocab_size=512, max_position_embeddings=1 << 15, **sizes)
     ).model.eval()
-
-
-def clock(call: Any) -> float:
-    """Processor seconds."""
-    began = time.process_time()
-    call()
-    return time.process_time() - began
 
 
 def opened(page: Path) -> float | None:
@@ -69,10 +64,10 @@ def main() -> None:
     with torch.no_grad():
         watched(ids[:, :512])
         for _ in range(asked.rounds):
-            plain = clock(lambda: watched(ids, use_cache=True))
+            plain = seconds(lambda: watched(ids, use_cache=True))
             for name, probes in ways.items():
                 with bnviz.capture(watched, probes=probes, progress=False) as recorder:
-                    ratios.setdefault(name, []).append(clock(lambda: watched(ids, use_cache=True)) / plain)
+                    ratios.setdefault(name, []).append(seconds(lambda: watched(ids, use_cache=True)) / plain)
                 run = recorder.run
     print(f"12 layers x 8 heads, {asked.tokens:,} tokens, float32, one thread, {asked.rounds} rounds")
     for name, some in ratios.items():

@@ -117,7 +117,7 @@ def _plain(value: Any) -> bool:
 def _measured(name: str, one: Any, of: Any, held: _Held, progress: bool | Told | None) -> dict[Any, Mapping[str, Any]]:
     """Every case of one experiment, those that were measured before read from where they are held."""
     found: dict[Any, Mapping[str, Any]] = {}
-    with _shown(name, progress) as tell:
+    with _Shown(name, progress) as tell:
         try:
             for case in one.cases(of):
                 tell(len(found), one.many(of), " · ".join(map(str, case)))
@@ -163,9 +163,6 @@ class _Shown:
         if self._told is not None:
             self._told(done, total, case)
         self._bar.tick()
-
-
-_shown = _Shown
 
 
 class _Held:

@@ -49,7 +49,7 @@ class Passage:
         self._layers = layers_of(self._cache)
         self._ranked(watched)
         self._modules = [of.model.get_submodule(path) for _, path in self.places]
-        self._whole, self._outputs = self._continued(None)
+        self._whole, self._outputs = self._continued(self._behind(None))
         self._greedy = self._greedily(None)
 
     def _watched(self, model: nn.Module, prompt: Tensor) -> Any:
@@ -86,7 +86,9 @@ class Passage:
     def measured(self, method: str, budget: float) -> dict[str, Any]:
         """What this score and budget cost; numbers, JSON-able."""
         kept = self._index(method, budget)
-        logits, outputs = self._continued(kept)
+        behind = self._behind(kept)
+        taken = nbytes(layers_of(behind))  # before the rest of the text is in it too
+        logits, outputs = self._continued(behind)
         apart, losses = _compared(self._whole, logits, self._rest[0])
         same = (self._whole.argmax(-1) == logits.argmax(-1)).float().mean()
         return {
@@ -96,7 +98,7 @@ class Passage:
             "same_token": float(same),
             "greedy_kept": self._same_greedy(kept),
             "output_error": [_apart(one, other) for one, other in zip(outputs, self._outputs, strict=True)],
-            "bytes_kept": nbytes(layers_of(self._behind(kept))),
+            "bytes_kept": taken,
             "loss": losses[0],
             "bytes_whole": nbytes(self._layers),
             "tokens": self._end,
@@ -114,10 +116,10 @@ class Passage:
     def _behind(self, kept: list[Tensor] | None) -> Any:
         return cut(self._cache, self._layers, kept)
 
-    def _continued(self, kept: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """Logits (tokens, vocabulary) of the rest of the text, and each layer's attention output."""
+    def _continued(self, cache: Any) -> tuple[Tensor, list[Tensor]]:
+        """Logits (tokens, vocabulary) of the rest of the text behind a cache, and each layer's attention output."""
         with _outputs_of(self._modules) as outputs:
-            logits, _ = self._read(self._rest, self._behind(kept), self._end)
+            logits, _ = self._read(self._rest, cache, self._end)
         return logits, outputs
 
     def _greedily(self, kept: list[Tensor] | None, until: list[int] | None = None) -> list[int]:

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import html
-
 import numpy as np
 import xarray as xr
-from bokeh.models import CustomJS, Div, InlineStyleSheet, Slider
+from bokeh.models import Div, Slider
 
 from bnviz import quantities as q
 
-from . import style
 from ._score_lines import NULL, budget_slider
-
-_CSS = f"""
-:host {{ font: {style.SIZE["subtitle"]}/1.5 var(--jp-ui-font-family, {style.FONT}); color: var(--bnv-ink, #212121);
-  font-variant-numeric: tabular-nums; }}
-"""
-_READ = "div.text = words[cb_obj.value];"
 
 
 def start(result: xr.Dataset) -> int:
@@ -52,13 +43,8 @@ def words(result: xr.Dataset) -> list[str]:
 
 
 def slider(result: xr.Dataset) -> tuple[Slider, Div]:
-    """A slider over the indices of the budgets, and a line that says what the chosen one keeps; both work without a kernel."""
-    told = [html.escape(line) for line in words(result)]
-    at = start(result)
-    made = budget_slider(len(told), at)
-    line = Div(text=told[at], stylesheets=[InlineStyleSheet(css=_CSS)], width=360, styles={"max-width": "100%"})
-    made.js_on_change("value", CustomJS(args={"div": line, "words": told}, code=_READ))
-    return made, line
+    """The slider over the budgets of a result, and its line."""
+    return budget_slider(words(result), start(result))
 
 
 def nothing_to_draw(result: xr.Dataset) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource, Div, GlyphRenderer, InlineStyleSheet, Slider
+from bokeh.models import ColumnDataSource, CustomJS, Div, GlyphRenderer, InlineStyleSheet, Slider
 
 from . import style
 
@@ -20,6 +20,11 @@ _CSS = f"""
 .bnviz-names {{ display: grid; grid-template-columns: 18px max-content max-content; gap: 0 8px; align-items: center; }}
 .bnviz-names i {{ height: 0; border-top: 2px solid; }}
 .bnviz-names b {{ font-weight: 400; text-align: right; }}
+"""
+
+_LINE = f"""
+:host {{ font: {style.SIZE["subtitle"]}/1.5 var(--jp-ui-font-family, {style.FONT}); color: var(--bnv-ink, #212121);
+  font-variant-numeric: tabular-nums; }}
 """
 
 
@@ -102,17 +107,21 @@ def named(text: str) -> Div:
     return Div(text=text, width=220, stylesheets=[InlineStyleSheet(css=_CSS)], name="bnviz-names")
 
 
-def budget_slider(count: int, at: int) -> Slider:
-    """A slider over the indices of budgets."""
-    return Slider(
+def budget_slider(words: Sequence[str], at: int) -> tuple[Slider, Div]:
+    """A slider over the indices of budgets, and a line that says what the chosen one keeps; both work without a kernel."""
+    told = [html.escape(line) for line in words]
+    made = Slider(
         start=0,
-        end=max(1, count - 1),
+        end=max(1, len(told) - 1),
         value=at,
         step=1,
         title=None,
         show_value=False,
         width=200,
         bar_color=style.LIGHT["accent"],
-        disabled=count < 2,
+        disabled=len(told) < 2,
         name="bnviz-budget",
     )
+    line = Div(text=told[at], stylesheets=[InlineStyleSheet(css=_LINE)], width=360, styles={"max-width": "100%"})
+    made.js_on_change("value", CustomJS(args={"div": line, "words": told}, code="div.text = words[cb_obj.value];"))
+    return made, line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,7 @@ import xarray as xr
 from bokeh.models import (
     ColumnDataSource,
     CustomJS,
-    Div,
     FixedTicker,
-    InlineStyleSheet,
     NumeralTickFormatter,
     Span,
     UIElement,
@@ -22,19 +19,15 @@ from bnviz import quantities as q
 from bnviz.schema import view
 
 from . import style
+from ._budget import start
 from ._score_lines import COLOURED, NULL, budget_slider, draw, groups, name_list, named
 
 FLOOR = 1e-4  # nat: what changes less is drawn there
 _MOVE = """
 const at = cb_obj.value;
 mark.location = budgets[at];
-line.text = words[at];
 names.text = lists[at];
 for (const [i, source] of sources.entries()) source.data = {...source.data, y: errors[at][i], shown: texts[at][i]};
-"""
-_LINE = f"""
-:host {{ font: {style.SIZE["subtitle"]}/1.5 {style.UI_FONT}; color: var(--bnv-ink, {style.LIGHT["ink"]});
-  font-variant-numeric: tabular-nums; }}
 """
 
 
@@ -59,22 +52,19 @@ def eviction_cost(result: xr.Dataset, *, compact: bool = False) -> UIElement:
     """
     if not result.sizes.get("method") or not np.isfinite(result["divergence"].values).any():
         return style.empty("No eviction was measured. Run bnviz.experiment(model, batch, 'kv_eviction')", 200)
-    at = int(np.abs(result["budget"].values - 0.3).argmin())
+    at = start(result)
     names = _order(result, at)
     values = result["divergence"].sel({"method": names}).values
     texts = [[q.written(float(v), "nat") for v in column] for column in values.T]
     lists = [name_list(names, values[:, b], texts[b], rising=True) for b in range(len(texts))]
-    words = _words(result)
-    line = Div(text=words[at], stylesheets=[InlineStyleSheet(css=_LINE)], width=420, styles={"max-width": "100%"})
+    control, line = budget_slider(_words(result), at)
     beside = named(lists[at])
     curves, mark = _curves(result, names, at, compact)
     layers, sources = _layers(result, names, at, compact)
     shown = result["output_error"].transpose("budget", "method", "layer").sel({"method": names}).values
     moved: dict[str, Any] = {
         "mark": mark,
-        "line": line,
         "names": beside,
-        "words": words,
         "lists": lists,
         "sources": sources,
     }
@@ -83,7 +73,6 @@ def eviction_cost(result: xr.Dataset, *, compact: bool = False) -> UIElement:
         "errors": shown[:, : len(sources)].astype("f4").tolist(),
     }
     moved["texts"] = [[[q.share(float(v)) for v in row] for row in some[: len(sources)]] for some in shown]
-    control = budget_slider(len(words), at)
     control.js_on_change("value", CustomJS(args=moved, code=_MOVE))
     return style.column(style.row(control, line), style.row(curves, beside, spacing=16), layers)
 
@@ -100,7 +89,7 @@ def _words(result: xr.Dataset) -> list[str]:
     kept = np.nanmean(result["bytes_kept"].values, axis=0)
     whole = float(result["bytes_whole"])
     return [
-        html.escape(f"Keep {q.share(float(b))}: {q.size(taken)} of {q.size(whole)}")
+        f"Keep {q.share(float(b))}: {q.size(taken)} of {q.size(whole)}"
         for b, taken in zip(result["budget"].values, kept, strict=True)
     ]
 

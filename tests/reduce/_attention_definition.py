@@ -10,8 +10,8 @@ from torch import Tensor
 from bnviz.reduce.attention_stats import Pattern, Statistics
 
 
-def weights(query: Tensor, key: Tensor, pattern: Pattern, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """p (batch, heads, queries, keys), visible pairs, live rows (batch, heads, queries), log-sum-exp."""
+def logits_of(query: Tensor, key: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Logits (batch, heads, queries, keys), additive masks included, and which pairs are seen."""
     batch, heads, queries, dim = query.shape
     keys = key.shape[2]
     key = key.double().repeat_interleave(heads // key.shape[1], 1)
@@ -30,6 +30,12 @@ def weights(query: Tensor, key: Tensor, pattern: Pattern, rows: Tensor | None) -
         else:
             sees &= pattern.allowed > torch.finfo(pattern.allowed.dtype).min / 2
             logits = logits + pattern.allowed.double()
+    return logits, sees
+
+
+def weights(query: Tensor, key: Tensor, pattern: Pattern, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """p (batch, heads, queries, keys), visible pairs, live rows (batch, heads, queries), log-sum-exp."""
+    logits, sees = logits_of(query, key, pattern)
     live = sees.any(-1)
     if rows is not None:
         live = live & rows[:, None]

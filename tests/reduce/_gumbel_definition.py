@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bnviz.reduce.attention_stats import Pattern
+from tests.reduce._attention_definition import logits_of
 
 
 def mixed(x: np.ndarray) -> np.ndarray:
@@ -47,28 +48,6 @@ def positions(valid: np.ndarray | None, queries: int, keys: int) -> tuple[np.nda
     elif valid is not None:
         columns = np.concatenate([np.arange(shift), shift + valid.cumsum() - 1])
     return (columns[shift:] if shift >= 0 else np.arange(shift, keys)), columns
-
-
-def logits_of(query: Tensor, key: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Logits, float64, and which pairs are seen."""
-    batch, heads, queries, dim = query.shape
-    keys = key.shape[2]
-    key = key.double().repeat_interleave(heads // key.shape[1], 1)
-    logits = query.double() @ key.mT * (dim**-0.5 if pattern.scale is None else pattern.scale)
-    if pattern.softcap is not None:
-        logits = pattern.softcap * torch.tanh(logits / pattern.softcap)
-    at, column = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)[None]
-    sees = torch.ones(batch, heads, queries, keys, dtype=torch.bool)
-    if pattern.causal:
-        sees &= column <= at
-    if pattern.window is not None:
-        sees &= (at - column).abs() < pattern.window
-    if pattern.allowed is not None:
-        if pattern.allowed.dtype == torch.bool:
-            return logits, sees & pattern.allowed
-        sees &= pattern.allowed > torch.finfo(pattern.allowed.dtype).min / 2
-        logits = logits + pattern.allowed.double()
-    return logits, sees
 
 
 def noisy(logits: Tensor, sees: Tensor, noise: Tensor, *, tau: float = 1.0, sinks: Tensor | None = None) -> Tensor:
