@@ -126,7 +126,8 @@ class Desk:
     def state(self) -> dict[str, Any]:
         """All of it, small and as JSON can hold it."""
         with self._lock:
-            watching = self.watched or self.waiting
+            # Words of an end are written after it, by a thread that holds no lock: they are read before what is watched.
+            said, watching = self.said, self.watched or self.waiting
             return {
                 "models": [_of_model(*one) for one in sorted(models.candidates(self.shell.user_ns).items())],
                 "runs": [{**_of_run(*one), "id": self._id(one[1])} for one in self.runs().items()],
@@ -142,7 +143,7 @@ class Desk:
                 else None,
                 "next_cell": None if self.armed is None else self.armed[0],
                 "cell": self.cell,
-                "said": self.said,
+                "said": said,
             }
 
     def _id(self, run: Any) -> str:

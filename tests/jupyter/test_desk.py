@@ -46,6 +46,23 @@ def test_attach_and_detach(desk: Desk) -> None:
         desk.detach()
 
 
+def test_words_of_an_end_never_stand_beside_what_was_watched(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = desk.runs
+    desk.attach(names(desk)["net"], "net", {})
+
+    def ends_meanwhile() -> dict[str, Any]:
+        # As `detach` does, without a lock, in the thread of the cells
+        desk.watched, desk.said = "", "Nothing was captured."
+        return runs()
+
+    monkeypatch.setattr(desk, "runs", ends_meanwhile)
+    between = desk.state()
+    assert between["watching"]["model"] == "net" and between["said"] == ""
+    after = desk.state()
+    assert after["watching"] is None and after["said"] == "Nothing was captured."
+    desk.leave()
+
+
 def test_a_second_model_is_refused_while_one_is_watched(desk: Desk) -> None:
     desk.attach(names(desk)["net"], "net", {})
     for again in (
