@@ -171,6 +171,22 @@ class Rotary:
 
 
 @dataclass(frozen=True, slots=True)
+class Projection:
+    """The matrix that the output of attention is multiplied by.
+
+    Parameters
+    ----------
+    weight : Tensor (heads, value dim, features)
+        What each head's output is multiplied by, and summed over heads; the model's own memory.
+    holds : Tensor () bool
+        It was verified: what the module that holds it was given is the output of the heads, up to rounding.
+    """
+
+    weight: Tensor
+    holds: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSeen:
     """One call of an attention mechanism, as the kernel got it: after rotation, norms and the cache's update.
 
@@ -205,6 +221,9 @@ class AttentionSeen:
     rotary : Rotary, optional
         The queries before rotary positions turned them, where a probe asks for them and the model computed them where they can
         be seen; never while decoding.
+    projection : Projection, optional
+        What the output of the heads is multiplied by, where a probe asks for it and a module of the model's does that; never
+        while decoding.
 
     Notes
     -----
@@ -230,6 +249,7 @@ class AttentionSeen:
     across: bool = False
     grows: int = 0
     rotary: Rotary | None = None
+    projection: Projection | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +380,7 @@ class Probe(Protocol):
       Others are returned without a batch axis and must leave padding out themselves (`seen.context.valid`).
       In decoding, one observation may show several tokens that were written one after the other.
     * `rotary = True`: attention is shown with its queries before rotary positions turned them, where these can be seen.
+    * `projection = True`: attention is shown with the matrix that its output is multiplied by, where a module does that.
     * `profiled(profile)`: for `uses=("profiler",)`; returns {variable: array} without step and layer axes.
     * `start()`, `stop()`: for `uses=("process",)`; `stop` returns {variable: array}.
     """

@@ -334,7 +334,8 @@ def _outcome(
     needed = {split(need)[0] for need in spec.needs}
     wanted = {split(want)[0] for want in spec.wants if holds(records, want)}
     own, limits = _accepts(diagnostic), _accepts(judge)
-    arguments = {name: records[name] for name in sorted(needed | wanted)}
+    further = set(records) - set(own) if _takes_any(diagnostic) else set()
+    arguments = {name: records[name] for name in sorted(needed | wanted | further)}
     result = diagnostic(**arguments, **{k: v for k, v in options.items() if k in own})
     judgement = judge(result, **{k: v for k, v in options.items() if k in limits})
     return Outcome(spec, result, replace(judgement, caveats=(*known, *judgement.caveats)) if known else judgement)
@@ -344,6 +345,11 @@ def _accepts(function: Any) -> tuple[str, ...]:
     """Names of the keyword options of a diagnostic or a judge."""
     parameters = inspect.signature(function).parameters.values()
     return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+def _takes_any(function: Any) -> bool:
+    """Whether a diagnostic reads whatever records there are besides those it names."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
 def _check_options(diagnostic: Any, options: Mapping[str, Any]) -> None:

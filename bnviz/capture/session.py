@@ -26,7 +26,7 @@ from bnviz.run import Run
 
 from .around import around, gated
 from .arrival import Pending
-from .attention.tap import tap_attention
+from .attention.tap import FURTHER, tap_attention
 from .audience import Audience
 from .beside import beside
 from .between import Between
@@ -165,8 +165,8 @@ class Session:
         elif wanted:
             follow_blocks(plan, watch, stack)
         if wanted & {"attention", "cross_attention"}:
-            rotary = any(getattr(probe, "rotary", False) for probe in self._probes.values())
-            tap_attention(plan, watch, stack, rotary=rotary)
+            further = {name for name in FURTHER for probe in self._probes.values() if getattr(probe, name, False)}
+            tap_attention(plan, watch, stack, further)
         if wanted & {"router", "further_router"}:
             self._closing.remarks = tap_routers(plan, watch, stack)
         settle = partial(self._settle, audience)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from bnviz.catalog import load, names
+from bnviz.catalog import every, load, names
 from bnviz.errors import NotCaptured, SchemaError, UnknownName
 from bnviz.scores import AGGREGATES, Floats, Statistics, keep_order
 
@@ -70,8 +70,11 @@ class _Cuts(Mapping[str, Floats]):
 
     def __init__(self, parts: Sequence[tuple[xr.Dataset, int, Ints]], layer: int) -> None:
         self._layer = layer
-        self._from = {
-            str(name): part for part in parts for name, one in part[0].variables.items() if one.dims in _BY_KEY
+        self._from = {  # of a name that two records have, the first counts
+            str(name): part
+            for part in reversed(parts)
+            for name, one in part[0].variables.items()
+            if one.dims in _BY_KEY
         }
 
     def __getitem__(self, name: str) -> Floats:
@@ -130,9 +133,11 @@ def _further(
     attention: xr.Dataset, records: Mapping[str, xr.Dataset | None], row: int, sequence: int, keys: int
 ) -> dict[str, tuple[xr.Dataset, int, Ints]]:
     """Parts of records that only some scores read; one that was not kept for this step, or for a layer, is left out."""
+    specs = [score.spec for _, score in every("scores")]
+    read = {variable.partition(".")[0] for spec in specs for variable in (*spec.needs, *spec.wants)}
     found = {}
     for name, record in records.items():
-        if record is None:
+        if record is None or name not in read:
             continue
         with suppress(NotCaptured, UnknownName):
             found[name] = _of_keys(attention, record, row, sequence, keys, name=name)

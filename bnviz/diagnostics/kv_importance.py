@@ -37,8 +37,6 @@ _KEY = ("method", "layer", "kv_head", "key")
     wants=(
         "keys_values.key_norm",
         "keys_values.bytes_per_token",
-        "keyformer.noisy_mass",
-        "query_moments.expected_logit",
     ),
     gives=(
         Variable(
@@ -83,14 +81,13 @@ _KEY = ("method", "layer", "kv_head", "key")
 def kv_importance(
     attention: xr.Dataset,
     keys_values: xr.Dataset | None = None,
-    keyformer: xr.Dataset | None = None,
-    query_moments: xr.Dataset | None = None,
     *,
     methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
     budgets: Sequence[float] = _BUDGETS,
     aggregate: str = "mean",
     step: int | None = None,
     sequence: int = 0,
+    **further: xr.Dataset,
 ) -> xr.Dataset:
     """Rank the keys of one passage by published scores and measure the attention that a smaller cache keeps.
 
@@ -105,10 +102,6 @@ def kv_importance(
     keys_values : Dataset, optional
         Record of the probe `keys_values`. Gives the number of key-value heads, `key_norm` and the bytes of a token. Without it
         every query head is ranked alone, as in a model without grouped heads, and bytes are NaN.
-    keyformer : Dataset, optional
-        Record of the probe `keyformer`, for the score of that name: `noisy_mass`, and `noisy_mass_spread` of its draws.
-    query_moments : Dataset, optional
-        Record of the probe `query_moments`, for the score `expected_attention`.
     methods : sequence of str, or mapping of str to options, optional
         Scores from `bnviz.scores`, e.g. `{"snapkv": {"kernel": 7}, "random": {}}`. None: all that these records allow; those
         left out are in `attrs["skipped"]` with the reason, those whose probe has to be asked for in `attrs["on_request"]`.
@@ -120,6 +113,9 @@ def kv_importance(
         Label of a step; None: the first that is not decoding.
     sequence : int
         Of the batch.
+    **further : Dataset
+        Records that only some scores read, by name: `keyformer`, `query_moments` (expected_attention), `projected_values`
+        (value_norm with `norm="projected"`), or that of a probe of your own. Records that no score reads change nothing.
 
     Returns
     -------
@@ -156,7 +152,7 @@ def kv_importance(
     ([[0.7, 1.0]], [0, 3, 1, 2])
     """
     shares = check_budgets(budgets, aggregate)
-    of = passage(attention, keys_values, step, sequence, {"keyformer": keyformer, "query_moments": query_moments})
+    of = passage(attention, keys_values, step, sequence, further)
     methods_ranked = ranked(of, methods, aggregate)
     result = _measured(of, methods_ranked, shares)
     result = result.assign_coords(_coordinates(attention, of, methods_ranked, shares))

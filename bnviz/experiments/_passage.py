@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +55,8 @@ class Passage:
     def _watched(self, model: nn.Module, prompt: Tensor) -> Any:
         from bnviz.capture import capture
 
-        with capture(model, probes=["attention", "keys_values"], progress=False, **self._asked.probes) as recorder:
+        probes = _read_by(self._asked.methods)
+        with capture(model, probes=probes, progress=False, **self._asked.probes) as recorder:
             logits, self._cache = self._read(prompt)
         self._next = int(logits[-1].argmax())
         return recorder.run
@@ -64,9 +65,9 @@ class Passage:
         from bnviz.diagnostics.kv_importance import kv_importance
 
         asked = self._asked
+        records = {name: run[name] for name in run.kinds}
         result = kv_importance(
-            run["attention"],
-            run["keys_values"],
+            **records,
             methods=asked.methods,
             budgets=asked.budgets.tolist(),
             aggregate=asked.aggregate,
@@ -137,6 +138,15 @@ class Passage:
             return float("nan")
         found = self._greedily(kept, [self._next, *self._greedy])
         return float(sum(one == other for one, other in zip(found, self._greedy, strict=False)))
+
+
+def _read_by(methods: Collection[str] | None) -> list[str]:
+    """The probes whose records these scores read; attention, keys and values in any case."""
+    from bnviz import catalog
+
+    specs = [catalog.load("scores", name).spec for name in methods or ()]
+    read = (variable.partition(".")[0] for spec in specs for variable in (*spec.needs, *spec.wants))
+    return list(dict.fromkeys(("attention", "keys_values", *read)))
 
 
 def _compared(whole: Tensor, found: Tensor, ids: Tensor) -> tuple[Tensor, list[float]]:

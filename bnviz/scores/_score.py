@@ -112,18 +112,22 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class ScoreSpec:
-    """The declaration of a score: its name, its claim, the variables it needs and the paper that defines it."""
+    """The declaration of a score: its name, its claim, the variables it needs and the paper that defines it.
+
+    `wants` are those that only some of its options read.
+    """
 
     name: str
     doc: str
     needs: tuple[str, ...]
     paper: str
+    wants: tuple[str, ...] = ()
 
 
 _F = TypeVar("_F", bound=Callable[..., Floats])
 
 
-def score(*, needs: tuple[str, ...], paper: str) -> Callable[[_F], _F]:
+def score(*, needs: tuple[str, ...], paper: str, wants: tuple[str, ...] = ()) -> Callable[[_F], _F]:
     """Declare a score: `NAME(statistics, *, option=default, ...) -> array (kv_head, key)`, larger is more important.
 
     A position that the method always keeps is `inf`. Equal scores are ranked by position, the later first.
@@ -134,19 +138,21 @@ def score(*, needs: tuple[str, ...], paper: str) -> Callable[[_F], _F]:
         Variables as "record.variable".
     paper : str
         Where it is defined.
+    wants : tuple of str
+        Variables that only some of its options read.
 
     Raises
     ------
     SchemaError
         A need is not written so.
     """
-    for name in needs:
+    for name in (*needs, *wants):
         if name.count(".") != 1:
             raise SchemaError(f'A score needs {name!r}; expected "record.variable", as "attention.mass".')
 
     def declare(function: _F) -> _F:
         claim = (function.__doc__ or "").strip().splitlines()[0]
-        function.spec = ScoreSpec(function.__name__, claim, needs, paper)  # type: ignore[attr-defined]
+        function.spec = ScoreSpec(function.__name__, claim, needs, paper, wants)  # type: ignore[attr-defined]
         return function
 
     return declare

@@ -8,10 +8,20 @@ from bnviz.errors import unknown
 
 from ._score import Floats, Statistics, over_group, score
 
-_VARIABLES = MappingProxyType({"l2": "value_norm", "l1": "value_norm_l1", "projected": "value_norm_projected"})
+_VARIABLES = MappingProxyType(
+    {
+        "l2": "keys_values.value_norm",
+        "l1": "keys_values.value_norm_l1",
+        "projected": "projected_values.value_norm_projected",
+    }
+)
 
 
-@score(needs=("keys_values.value_norm",), paper="arXiv:2502.03805")
+@score(
+    needs=("keys_values.value_norm",),
+    wants=("keys_values.value_norm_l1", "projected_values.value_norm_projected"),
+    paper="arXiv:2502.03805",
+)
 def value_norm(statistics: Statistics, *, aggregate: str = "mean", norm: str = "l2") -> Floats:
     """Norm of the value a key fetches: keys with large values stay.
 
@@ -20,7 +30,7 @@ def value_norm(statistics: Statistics, *, aggregate: str = "mean", norm: str = "
     Parameters
     ----------
     statistics : Statistics
-        With `value_norm`, `value_norm_l1` or `value_norm_projected`.
+        With `value_norm`, `value_norm_l1`, or `value_norm_projected` of the probe `projected_values`.
     aggregate : {"mean", "max", "sum"}
         Over the query heads that share a key-value head, for "projected": each has its own part of the output projection.
     norm : {"l2", "l1", "projected"}
@@ -49,7 +59,7 @@ def value_norm(statistics: Statistics, *, aggregate: str = "mean", norm: str = "
     """
     if norm not in _VARIABLES:
         raise unknown("norm of value_norm", norm, _VARIABLES)
-    name = f"keys_values.{_VARIABLES[norm]}"
+    name = _VARIABLES[norm]
     if norm == "projected":
         return over_group(statistics.of_heads(name, "value_norm"), statistics.kv_heads, aggregate)
     return statistics.of_kv_heads(name, "value_norm")

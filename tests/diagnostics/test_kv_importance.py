@@ -288,7 +288,7 @@ def test_how_much_noise_is_in_a_score_is_said(watched: Any, load_model: Any) -> 
     assert (
         "mean of 3 draws of noise (seeds=3)" in line and f"varies by {np.median(shares):.0%}".replace("%", " %") in line
     )
-    by_name = kv_importance(run["attention"], run["keys_values"], record, methods=["tova"])
+    by_name = kv_importance(run["attention"], run["keys_values"], keyformer=record, methods=["tova"])
     assert not any("noise" in line for line in judge(by_name).caveats)  # of a score that was not asked for
     told = bnviz.diagnose(run, "kv_importance", strict=True)["kv_importance"]
     assert "keyformer" in told["method"].values
@@ -313,7 +313,7 @@ def test_without_noise_keyformer_is_left_out_and_says_how_to_get_it(watched: Any
     assert not any(line.startswith("Left out") for line in judge(result).caveats)
     # a record of other layers or of another step costs that score alone
     for other in (run["keyformer"].isel(layer=[0]), run["keyformer"].assign_coords(step=[7])):
-        result = kv_importance(run["attention"], run["keys_values"], other)
+        result = kv_importance(run["attention"], run["keys_values"], keyformer=other)
         assert "keyformer" in result.attrs["on_request"]
         assert {"tova", "key_norm"} <= set(result["method"].values)
     with pytest.raises(NotCaptured, match=r'needs .noisy_mass.*add "keyformer" to probes='):
@@ -380,8 +380,8 @@ def test_a_left_padded_batch_gives_each_sequence_what_it_has_alone(load_model: A
     both = watch([whole, [0] * 15 + short], [[1] * 40, [0] * 15 + [1] * 25])
     for sequence, alone in enumerate((whole, short)):
         run = watch([alone], [[1] * len(alone)])
-        one = kv_importance(both["attention"], both["keys_values"], both["keyformer"], sequence=sequence)
-        two = kv_importance(run["attention"], run["keys_values"], run["keyformer"])
+        one = kv_importance(both["attention"], both["keys_values"], keyformer=both["keyformer"], sequence=sequence)
+        two = kv_importance(run["attention"], run["keys_values"], keyformer=run["keyformer"])
         assert "keyformer" in one["method"].values
         assert one.attrs["tokens"] == len(alone)
         assert one.attrs["mass_of"] == ("decode queries" if generate else "queries of the passage itself")

@@ -101,13 +101,20 @@ def _explains(call: Call, output: Tensor | None, weights: Tensor | None) -> bool
         assert weights is not None
         wide = math.sqrt(torch.finfo(weights.dtype).eps) if weights.dtype.itemsize < 4 else WEIGHTS
         return bool(((again - weights.detach()[:1, :, rows].float()).abs().amax(-1)[seen] <= wide).all())
-    value = call.value.detach()[:1].float()
-    groups = value.shape[1]
-    mixed = again.reshape(1, groups, -1, again.shape[-1]) @ value
-    off = (mixed.reshape(*again.shape[:3], -1) - output.detach()[:1, rows].transpose(1, 2).float()).abs().amax(-1)
+    off = (_mixed(again, call) - output.detach()[:1, rows].transpose(1, 2).float()).abs().amax(-1)
     eps = max(torch.finfo(one).eps for one in (output.dtype, torch.float32))  # in which it is made again
-    most = OUTPUTS * math.sqrt(eps) * value.abs().max()
+    most = OUTPUTS * math.sqrt(eps) * call.value.detach()[:1].abs().max()
     return bool((off[seen] <= most).all())
+
+
+def mixed(call: Call, rows: Tensor) -> Tensor:
+    """(1, heads, rows, dim) float32: what attention gives some queries of the first sequence; NaN where one sees nothing."""
+    return _mixed(_weights(call, rows), call)
+
+
+def _mixed(weights: Tensor, call: Call) -> Tensor:
+    value = call.value.detach()[:1].float()
+    return (weights.reshape(1, value.shape[1], -1, weights.shape[-1]) @ value).reshape(*weights.shape[:3], -1)
 
 
 def _weights(call: Call, rows: Tensor) -> Tensor:
@@ -116,7 +123,7 @@ def _weights(call: Call, rows: Tensor) -> Tensor:
     if call.softcap is not None:
         logits = call.softcap * torch.tanh(logits / call.softcap)
     columns = call.key.shape[-2]
-    behind = (rows + columns - call.query.shape[-2])[:, None] - torch.arange(columns)
+    behind = (rows + columns - call.query.shape[-2])[:, None] - torch.arange(columns, device=rows.device)
     hidden = behind < 0 if call.causal else torch.zeros_like(behind, dtype=torch.bool)
     if call.window is not None:
         hidden = hidden | (behind.abs() >= call.window)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnviz.capture.around import around
 from bnviz.capture.watch import Watch
-from bnviz.observation import AttentionSeen, Context, Rotary, Site
+from bnviz.observation import AttentionSeen, Context, Site
 
 from .call import Call
 from .code import INTERFACE
@@ -28,6 +28,7 @@ from .named import shown
 from .native import NativeTap
 from .pieces import together
 from .places import SELF, Places
+from .projected import Outputs
 from .rotary import Projections
 from .trail import Mixed
 
@@ -35,9 +36,12 @@ if TYPE_CHECKING:
     from bnviz.capture.plan import Plan
 
 
-def tap_attention(plan: Plan, watch: Watch, stack: contextlib.ExitStack, *, rotary: bool = False) -> None:
-    """Show every attention site, by whichever mechanism it is seen."""
-    AttentionTap(plan, watch).attach(stack, rotary=rotary)
+FURTHER = ("rotary", "projection")  # what probes ask for by an attribute of that name: it costs more
+
+
+def tap_attention(plan: Plan, watch: Watch, stack: contextlib.ExitStack, further: Collection[str] = ()) -> None:
+    """Show every attention site, by whichever mechanism it is seen, with what of `FURTHER` is asked for."""
+    AttentionTap(plan, watch).attach(stack, further)
 
 
 class AttentionTap:
@@ -57,10 +61,11 @@ class AttentionTap:
         self._frames = Frames(followed, watch.clock, self._numbered, self._ended, self._failed)
         self._checked: set[int] = set()
         self._muted: set[int] = set()
-        self._explained, self._bands, self._projections = Explained(), Bands(), Projections(watch.clock)
+        self._explained, self._bands = Explained(), Bands()
+        self._projections, self._outputs = Projections(watch.clock), Outputs(watch.clock)
 
-    def attach(self, stack: contextlib.ExitStack, *, rotary: bool) -> None:
-        """Listen until the stack ends; with `rotary`, to what the queries were made of too."""
+    def attach(self, stack: contextlib.ExitStack, further: Collection[str]) -> None:
+        """Listen until the stack ends, and with `further` to what the queries were made of, or the output is given to."""
         stack.enter_context(growth.listening())
         self._frames.attach(stack)
         if any(p.mechanism in (INTERFACE, NAMED) for p in self._sites.values()):
@@ -70,8 +75,9 @@ class AttentionTap:
                 NativeTap(module, place.layer, self._native, self._clock).attach(stack)
             elif place.adapter is not None:
                 stack.enter_context(around(module, None, self._adapted))
-        if rotary:  # the last: what was heard is let go after it was shown
-            self._projections.attach(tuple(self._sites.values()), stack)
+        for name, listener in (("rotary", self._projections), ("projection", self._outputs)):
+            if name in further:  # the last: what was heard is let go after it was shown
+                listener.attach(tuple(self._sites.values()), stack)
 
     # ------------------------------------------------------------------ what is heard
 
@@ -164,7 +170,10 @@ class AttentionTap:
         at = replace(site, kind=SELF) if own else self._places.numbered(site, again)
         context, ids, valid = self._tokens(context, call, across=across)
         whole = own and not across and not dropped and context.phase != "decode"
-        rotary = self._rotary(place, call, context) if whole else None
+        rotary = (
+            self._looked(self._projections, "queries before rotation", place, call, context.valid) if whole else None
+        )
+        projection = self._looked(self._outputs, "output projection", place, call) if whole else None
         return AttentionSeen(
             at,
             context,
@@ -183,15 +192,16 @@ class AttentionTap:
             across,
             grows,
             rotary,
+            projection,
         )
 
-    def _rotary(self, place: AttentionSite, call: Call, context: Context) -> Rotary | None:
-        """The queries before rotation; what goes wrong in looking for them costs nothing else."""
+    def _looked(self, listener: Any, what: str, place: AttentionSite, *given: Any) -> Any:
+        """What of a call was asked for beside it; what goes wrong in looking for it costs nothing else."""
         try:
-            return self._projections.of(place, call, context.valid)
+            return listener.of(place, *given)
         except Exception as error:
-            self._projections.on = False
-            self._watch.trouble(f"queries before rotation of {place.site.path or 'the model'}", error)
+            listener.on = False
+            self._watch.trouble(f"{what} of {place.site.path or 'the model'}", error)
             return None
 
     def _tokens(self, context: Context, call: Call, *, across: bool) -> tuple[Context, Tensor | None, Tensor | None]:
