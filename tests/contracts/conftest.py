@@ -104,6 +104,16 @@ def net_run() -> Run:
 
 
 @pytest.fixture(scope="session")
+def asked_run(load_model: Any) -> Run:
+    """Every probe of attention that is there on request, on two texts of the trained mixture-of-experts model."""
+    asked = [name for name, p in catalog.every("probes") if not p.spec.default and p.spec.sites == ("attention",)]
+    model = load_model("mixtral-bard")
+    with torch.no_grad(), bnviz.capture(model, probes=asked, strict=True) as recorder:
+        model.generate(torch.arange(5, 101).reshape(2, 48), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    return recorder.run
+
+
+@pytest.fixture(scope="session")
 def measured_run(load_model: Any) -> Run:
     """Every experiment on the trained mixture-of-experts model."""
     ids = torch.arange(5, 165).reshape(2, 80)
@@ -111,8 +121,8 @@ def measured_run(load_model: Any) -> Run:
 
 
 @pytest.fixture(scope="session")
-def runs(experts_run: Run, net_run: Run, pairs_run: Run, measured_run: Run) -> tuple[Run, ...]:
-    return experts_run, net_run, pairs_run, measured_run
+def runs(experts_run: Run, net_run: Run, pairs_run: Run, measured_run: Run, asked_run: Run) -> tuple[Run, ...]:
+    return experts_run, net_run, pairs_run, measured_run, asked_run
 
 
 @pytest.fixture(scope="session")
