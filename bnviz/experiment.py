@@ -38,8 +38,8 @@ def experiment(
     Parameters
     ----------
     model : torch.nn.Module
-    batch : Tensor (tokens,) or (batch, tokens), or mapping
-        Token ids; a mapping as a tokenizer gives it, whose padding is left out.
+    batch : Tensor (tokens,) or (batch, tokens), or mapping, optional
+        Token ids; a mapping as a tokenizer gives it, whose padding is left out. None for an experiment that makes its own text.
     *names : str
         Experiments, from `bnviz.experiments`; none named: all.
     path : path-like, optional
@@ -87,7 +87,8 @@ def experiment(
         for name, one in chosen.items():
             found = _measured(name, one, of, held, progress)
             if not found:
-                raise BnvizError(f"{name}: nothing could be measured.")
+                lacks = "" if of.texts else "; give a batch of token ids"
+                raise BnvizError(f"{name}: nothing could be measured{lacks}.")
             records[name] = stamp(one.record(of, found), one.spec.variables).assign_attrs(
                 model=facts["model"], model_bytes=facts["parameter_bytes"]
             )

@@ -43,22 +43,24 @@ def head_list(result: xr.Dataset, *, retrieval: float = 0.05) -> dict[str, Any]:
     Parameters
     ----------
     result : Dataset
-        From `bnviz.diagnostics.kv_budget`.
+        From `bnviz.diagnostics.kv_budget`, or from `bnviz.diagnostics.retrieval_heads`.
     retrieval : float
-        A kv head keeps all when one of its query heads puts more than this share of its attention beyond sinks and recent
-        tokens, or when that is not known.
+        Of `kv_budget`: a kv head keeps all when one of its query heads puts more than this share of its attention beyond sinks
+        and recent tokens, or when that is not known. Of `retrieval_heads` the heads that it names keep all, and those that are
+        not known.
 
     Returns
     -------
     dict
-        JSON-able: `kind`, `model`, `tokens`, `retrieval`, `sinks`, `recent`, `of` (what `value` is) and `layers`, each with
+        JSON-able: `kind`, `model`, `tokens`, `retrieval`, `sinks`, `recent`, `of` (what `value` is: "retrieval_share", or
+        "copies", the larger of echo and induction of its query heads) and `layers`, each with
         `layer`, `path` and `kv_heads`: `kv_head`, `cache` ("full" or "streaming"), `value` (None: not known), and where it
         streams `sinks` and `recent`, in tokens.
 
     Raises
     ------
     NotCaptured
-        The dataset is not a result of `kv_budget`.
+        The dataset is a result of neither.
 
     Examples
     --------
@@ -68,8 +70,13 @@ def head_list(result: xr.Dataset, *, retrieval: float = 0.05) -> dict[str, Any]:
     >>> [head["cache"] for head in made["layers"][0]["kv_heads"]]
     ['streaming', 'full']
     """
+    if {"role", "echo", "induction", "kv_heads"} <= set(result.variables):
+        return _of_copies(result)
     if "retrieval_share" not in result or not {"kv_heads", "sinks", "local"} <= set(result.attrs):
-        raise NotCaptured("head_list needs a result of kv_budget: bnviz.diagnostics.kv_budget(attention, keys_values).")
+        raise NotCaptured(
+            "head_list needs a result of kv_budget: bnviz.diagnostics.kv_budget(attention, keys_values); or one of "
+            "retrieval_heads."
+        )
     attrs = result.attrs
     sizes = int(attrs["sinks"]), int(attrs["local"])
     share = neediest(result["retrieval_share"].values, int(attrs["kv_heads"]))
@@ -82,16 +89,36 @@ def head_list(result: xr.Dataset, *, retrieval: float = 0.05) -> dict[str, Any]:
         }
         for layer, path, row in zip(result["layer"].values, paths, share, strict=True)
     ]
+    return _list(attrs, "retrieval_share", float(retrieval), layers)
+
+
+def _list(attrs: Mapping[Any, Any], of: str, retrieval: float, layers: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "kind": "kv_head_list",
         "model": str(attrs.get("model", "model")),
         "tokens": int(attrs.get("tokens", 0)),
-        "of": "retrieval_share",
-        "retrieval": float(retrieval),
-        "sinks": sizes[0],
-        "recent": sizes[1],
+        "of": of,
+        "retrieval": retrieval,
+        "sinks": int(attrs["sinks"]),
+        "recent": int(attrs["local"]),
         "layers": layers,
     }
+
+
+def _of_copies(result: xr.Dataset) -> dict[str, Any]:
+    """A list from `retrieval_heads`: layers may have other numbers of heads."""
+    attrs, role = result.attrs, result["role"].values
+    sizes = int(attrs["sinks"]), int(attrs["local"])
+    share = np.maximum(result["echo"].values, result["induction"].values)
+    paths = [str(p) for p in result["path"].values] if "path" in result.coords else [""] * len(share)
+    layers = []
+    for row, (layer, many) in enumerate(zip(result["layer"].values, result["kv_heads"].values, strict=True)):
+        there = max([int(many), *(np.flatnonzero(np.isfinite(share[row])) + 1).tolist()])
+        values = neediest(share[row : row + 1, :there], int(many))[0].tolist()
+        finds = neediest((role[row : row + 1, :there] >= 0).astype(float), int(many))[0].tolist()
+        heads = [_head(at, value, math.isfinite(value) and not finds[at], sizes) for at, value in enumerate(values)]
+        layers.append({"layer": int(layer), "path": paths[row], "kv_heads": heads})
+    return _list(attrs, "copies", float(attrs["least"]), layers)
 
 
 def _head(at: int, value: float, streams: bool, sizes: tuple[int | None, int | None]) -> dict[str, Any]:

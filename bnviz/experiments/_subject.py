@@ -46,8 +46,8 @@ def subject(model: Any, batch: Any) -> Subject:
     Parameters
     ----------
     model : nn.Module
-    batch : Tensor (tokens,) or (batch, tokens), sequence of int, or mapping
-        Ids; a mapping as a tokenizer gives it, with `input_ids` and perhaps `attention_mask`.
+    batch : Tensor (tokens,) or (batch, tokens), sequence of int, or mapping, optional
+        Ids; a mapping as a tokenizer gives it, with `input_ids` and perhaps `attention_mask`; None: no texts.
 
     Raises
     ------
@@ -58,6 +58,8 @@ def subject(model: Any, batch: Any) -> Subject:
         raise BnvizError(
             f"experiment: found a {type(model).__name__}, expected a torch.nn.Module; give the model itself."
         )
+    if batch is None:
+        return Subject(model, ())
     mask = None
     if isinstance(batch, Mapping) or hasattr(batch, "keys"):
         if "input_ids" not in batch:
