@@ -47,8 +47,25 @@ def allocate(own: Floats, judged: Floats, budget: float, needs: tuple[Floats, Fl
         Share of its keys that each layer needs (ZipVL), and its share of the whole (D2O).
     """
     held = np.isfinite(own)
-    most = held.sum(axis=-1)
     ranks = keep_order(np.where(held, own, -np.inf))
+    tokens = shared_out(own, ranks, held.sum(axis=-1), budget, needs)
+    return Given(tokens, _kept(judged, ranks, tokens))
+
+
+def shared_out(own: Floats, ranks: Ints, most: Ints, budget: float, needs: tuple[Floats, Floats]) -> Ints:
+    """(method, layer, kv_head): tokens that each way gives out; `NAMES` are the methods.
+
+    Parameters
+    ----------
+    own : array (layer, kv_head, key)
+        What keys are ranked by; not finite: nothing that AdaKV compares between heads.
+    ranks : array (layer, kv_head, key)
+        0 is kept longest.
+    most : array (layer, kv_head)
+        Keys that there are.
+    budget, needs
+        As of `allocate`.
+    """
     even = np.minimum(most, np.maximum(1, np.floor(budget * most + 1e-9).astype(np.int64)))
     ones = np.ones(most.shape)
     quotas = {
@@ -58,8 +75,7 @@ def allocate(own: Floats, judged: Floats, budget: float, needs: tuple[Floats, Fl
     }
     whole = {name: apportion(quota, int(even.sum()), most) for name, quota in quotas.items()}
     whole |= {UNIFORM: even, "adakv": np.stack([over_heads(*of) for of in zip(own, ranks, even, strict=True)])}
-    tokens = np.stack([whole[name] for name in NAMES])
-    return Given(tokens, _kept(judged, ranks, tokens))
+    return np.stack([whole[name] for name in NAMES])
 
 
 def pyramid(even: float, keys: float, layers: int) -> Floats:
@@ -90,7 +106,7 @@ def over_heads(scores: Floats, ranks: Ints, even: Ints) -> Ints:
     """
     safe = np.minimum(even, np.maximum(1, np.floor(SAFEGUARD * even + 1e-9).astype(np.int64)))
     value = np.where(ranks < safe[:, None], np.inf, np.where(np.isfinite(scores), scores, -np.inf))
-    best = np.argsort(-value, axis=None, kind="stable")[: int(even.sum())]
+    best = np.lexsort((ranks.ravel(), -value.ravel()))[: int(even.sum())]  # of equals, every head its own first
     return np.bincount(best // scores.shape[-1], minlength=len(scores))
 
 

@@ -17,6 +17,7 @@ _CELL = ("method", "budget")
 @diagnostic(
     question="What does a smaller KV cache cost the output, measured?",
     needs=("kv_eviction.divergence",),
+    wants=("decode_time.step_ratio",),
     gives=(
         Variable(
             "divergence",
@@ -39,13 +40,20 @@ _CELL = ("method", "budget")
         Variable(
             "output_error", (*_CELL, "layer"), "1", "relative change of a layer's attention output, mean over texts"
         ),
-        Variable("bytes_kept", _CELL, "B", "bytes of the cache that was cut, mean over texts"),
+        Variable("bytes_kept", _CELL, "B", "bytes of the keys and values that are kept, mean over texts"),
+        Variable(
+            "step_ratio",
+            ("budget",),
+            "1",
+            "time of a decode step over that behind the whole cache, mean over texts; NaN: not timed at this budget",
+            optional=True,
+        ),
         Variable("bytes_whole", (), "B", "bytes of the whole cache, mean over texts"),
         Variable("texts", _CELL, "count", "texts that were measured"),
     ),
     order=35,
 )
-def eviction_cost(kv_eviction: xr.Dataset) -> xr.Dataset:
+def eviction_cost(kv_eviction: xr.Dataset, decode_time: xr.Dataset | None = None) -> xr.Dataset:
     """Average what an eviction experiment measured over its texts, for each score and budget.
 
     Read `divergence` against its `random` row: a score earns its place by the distance to it. That a score keeps much attention
@@ -56,6 +64,8 @@ def eviction_cost(kv_eviction: xr.Dataset) -> xr.Dataset:
     kv_eviction : Dataset
         Record of the experiment `kv_eviction`: `divergence`, `loss_change`, ... (sample, method, budget), `output_error` (sample,
         method, budget, layer).
+    decode_time : Dataset, optional
+        Record of the experiment `decode_time`: `step_ratio` (sample, budget).
 
     Returns
     -------
@@ -95,6 +105,9 @@ def eviction_cost(kv_eviction: xr.Dataset) -> xr.Dataset:
         },
         coords={name: record.coords[name] for name in ("method", "budget", "layer", "path") if name in record.coords},
     )
+    if decode_time is not None:
+        timed = decode_time["step_ratio"].mean("sample").reindex(budget=record["budget"].values)
+        result["step_ratio"] = ("budget", timed.values)
     result.attrs = {
         "model": str(record.attrs.get("model", "model")),
         "aggregate": str(record.attrs.get("aggregate", "mean")),
@@ -191,7 +204,7 @@ def _finding(result: xr.Dataset, method: str, budget: float, limit: float) -> Fi
     return Finding(
         code="eviction_cost/budget",
         sentence=f"A cache of {q.share(budget)} by {method} changes the next-token distribution by {q.written(found, 'nat')} "
-        f"(limit {q.written(limit, 'nat')}{chance}); {q.share(whole)} of the most likely tokens stay",
+        f"(limit {q.written(limit, 'nat')}{chance}); {q.share(whole)} of the most likely tokens stay{_time(result, at)}",
         severity="medium" if budget <= 0.5 else "low",
         value=found,
         limit=limit,
@@ -199,6 +212,13 @@ def _finding(result: xr.Dataset, method: str, budget: float, limit: float) -> Fi
         advice=f"Evict by {method} to {q.share(budget)} after the prompt, and check it on texts of your own task and length.",
         saving=Saving(full - kept, "B", (full - kept) / of, how),
     )
+
+
+def _time(result: xr.Dataset, at: dict[str, Any]) -> str:
+    """Of a cache of which every head keeps as many tokens."""
+    known = "step_ratio" in result and "+" not in at["method"]
+    ratio = float(result["step_ratio"].sel(budget=at["budget"])) if known else float("nan")
+    return f", and a decode step takes {q.share(ratio)} of its time" if np.isfinite(ratio) else ""
 
 
 def _strained(result: xr.Dataset, method: str, budget: float, strained: float) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""Caches of keys and values that are really cut: other tokens for every key-value head, the same number in all."""
+"""Caches of keys and values that are really cut: other tokens for every key-value head."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def layers_of(cache: Any) -> Layers:
     kind = type(cache).__name__
     if kind != "DynamicCache":
         raise BnvizError(
-            f"kv_eviction: the model gave a {kind} as its cache, expected a DynamicCache of transformers; "
+            f"experiment: the model gave a {kind} as its cache, expected a DynamicCache of transformers; "
             "only that can be cut. Call the model with use_cache=True, and leave cache_implementation alone."
         )
     layers = getattr(cache, "layers", None)
@@ -34,7 +34,7 @@ def layers_of(cache: Any) -> Layers:
     for number, layer in enumerate(layers):
         if type(layer).__name__ != "DynamicLayer":
             raise BnvizError(
-                f"kv_eviction: layer {number} keeps a {type(layer).__name__}, expected every token of the text in a "
+                f"experiment: layer {number} keeps a {type(layer).__name__}, expected every token of the text in a "
                 "DynamicLayer; a cache that slides or holds states has dropped keys already."
             )
     return [(layer.keys, layer.values) for layer in layers]
@@ -49,7 +49,7 @@ def cut(cache: Any, layers: Layers, kept: Sequence[Tensor] | None) -> Any:
     layers : list of (Tensor, Tensor)
         From `layers_of`.
     kept : sequence of Tensor (kv_heads, tokens kept) int64, optional
-        By layer, ascending.
+        By layer.
     """
     made = type(cache)()
     for number, (keys, values) in enumerate(layers):
@@ -85,7 +85,7 @@ class Reader:
         names = [name for name in ("cache", "past_key_values") if name in takes]
         if not names or "position_ids" not in takes:
             raise BnvizError(
-                f"kv_eviction: {type(model).__name__}.forward takes no {'position_ids' if names else 'cache'}; expected a "
+                f"experiment: {type(model).__name__}.forward takes no {'position_ids' if names else 'cache'}; expected a "
                 "decoder of transformers, which goes on behind a cache that was cut."
             )
         self._model, self._name = model, names[0]
@@ -98,7 +98,7 @@ class Reader:
         after = out.get(self._name) if hasattr(out, "get") else getattr(out, self._name, None)
         if getattr(out, "logits", None) is None or after is None:
             raise BnvizError(
-                f"kv_eviction: {type(self._model).__name__} gave no {'cache' if after is None else 'logits'}; give the model "
+                f"experiment: {type(self._model).__name__} gave no {'cache' if after is None else 'logits'}; give the model "
                 "with its language head, and let it use its cache."
             )
         return out.logits[0].float(), after

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnviz.diagnostics._allocations import NAMES, UNIFORM, shared_out
 from bnviz.errors import BnvizError
 
 from ._cut import Reader, cut, layers_of, nbytes
+from ._ragged import Kept, hidden, kept_of, readable
 from ._subject import Subject
 
 if TYPE_CHECKING:
@@ -49,13 +51,16 @@ class Passage:
         self._layers = layers_of(self._cache)
         self._ranked(watched)
         self._modules = [of.model.get_submodule(path) for _, path in self.places]
-        self._whole, self._outputs = self._continued(self._behind(None))
+        if any(way != UNIFORM for _, way in self._ways.values()):
+            readable(of.model)
+        self._whole, self._outputs = self._continued(None)
         self._greedy = self._greedily(None)
 
     def _watched(self, model: nn.Module, prompt: Tensor) -> Any:
         from bnviz.capture import capture
 
-        probes = _read_by(self._asked.methods)
+        ways = self._asked.ways
+        probes = _read_by(() if ways is None else ways.scores)
         with capture(model, probes=probes, progress=False, **self._asked.probes) as recorder:
             logits, self._cache = self._read(prompt)
         self._next = int(logits[-1].argmax())
@@ -68,14 +73,18 @@ class Passage:
         records = {name: run[name] for name in run.kinds}
         result = kv_importance(
             **records,
-            methods=asked.methods,
+            methods=None if asked.ways is None else asked.ways.scores,
             budgets=asked.budgets.tolist(),
             aggregate=asked.aggregate,
         )
-        self.methods = [str(name) for name in result["method"].values]
+        ranked = [str(name) for name in result["method"].values]
+        pairs = {name: (name, UNIFORM) for name in ranked} if asked.ways is None else asked.ways.pairs
+        self._ways = {name: (ranked.index(score), way) for name, (score, way) in pairs.items()}
+        self.methods = list(self._ways)
         self.skipped = list(result.attrs["skipped"].values())
         self.places = [(int(n), str(p)) for n, p in zip(result["layer"].values, result["path"].values, strict=True)]
-        self._ranks, self._kept = result["keep_rank"].values, result["tokens_kept"].values
+        self._ranks, self._scores = result["keep_rank"].values, result["score"].values
+        self._heads, self._needs = int(result.attrs["heads"]), _needs(records, {way for _, way in self._ways.values()})
         found = [(keys.shape[1], keys.shape[2]) for keys, _ in self._layers]
         expected = [(self._ranks.shape[2], self._end)] * self._ranks.shape[1]
         if found != expected:
@@ -85,11 +94,9 @@ class Passage:
             )
 
     def measured(self, method: str, budget: float) -> dict[str, Any]:
-        """What this score and budget cost; numbers, JSON-able."""
-        kept = self._index(method, budget)
-        behind = self._behind(kept)
-        taken = nbytes(layers_of(behind))  # before the rest of the text is in it too
-        logits, outputs = self._continued(behind)
+        """What this score, with its way to give tokens out, and this budget cost; numbers, JSON-able."""
+        kept = self._kept(method, budget)
+        logits, outputs = self._continued(kept)
         apart, losses = _compared(self._whole, logits, self._rest[0])
         same = (self._whole.argmax(-1) == logits.argmax(-1)).float().mean()
         return {
@@ -99,7 +106,7 @@ class Passage:
             "same_token": float(same),
             "greedy_kept": self._same_greedy(kept),
             "output_error": [_apart(one, other) for one, other in zip(outputs, self._outputs, strict=True)],
-            "bytes_kept": taken,
+            "bytes_kept": sum(one.tokens * _taken(*layer) for one, layer in zip(kept, self._layers, strict=True)),
             "loss": losses[0],
             "bytes_whole": nbytes(self._layers),
             "tokens": self._end,
@@ -108,43 +115,70 @@ class Passage:
             "skipped": self.skipped,
         }
 
-    def _index(self, method: str, budget: float) -> list[Tensor]:
-        """(kv_heads, tokens kept) by layer: the places a head keeps, ascending."""
-        many = int(self._kept[np.flatnonzero(self._asked.budgets == budget)[0]])
-        inside = self._ranks[self.methods.index(method)] < many
-        return [torch.from_numpy(np.nonzero(layer)[1].reshape(len(layer), many)) for layer in inside]
+    def _kept(self, method: str, budget: float) -> list[Kept]:
+        """What the heads of each layer keep."""
+        at, way = self._ways[method]
+        ranks, scores = self._ranks[at], self._scores[at]
+        most = np.full(ranks.shape[:2], ranks.shape[2])
+        own = np.where(np.isposinf(scores), np.finfo(np.float64).max, scores)  # what is always kept is above all others
+        tokens = shared_out(own, ranks, most, budget, self._needs)[NAMES.index(way)]
+        return [kept_of(*of) for of in zip(ranks, tokens, strict=True)]
 
-    def _behind(self, kept: list[Tensor] | None) -> Any:
-        return cut(self._cache, self._layers, kept)
+    def _behind(self, kept: list[Kept] | None) -> Any:
+        return cut(self._cache, self._layers, None if kept is None else [one.index for one in kept])
 
-    def _continued(self, cache: Any) -> tuple[Tensor, list[Tensor]]:
+    def _seen_as(self, kept: list[Kept] | None, rest: int = 0) -> contextlib.AbstractContextManager[None]:
+        """Queries see what heads keep: all that is in the cache, where heads and layers keep as many."""
+        if kept is None or (len({one.index.shape[1] for one in kept}) == 1 and all(one.held.all() for one in kept)):
+            return contextlib.nullcontext()
+        return hidden(self._modules, kept, self._heads, rest)
+
+    def _continued(self, kept: list[Kept] | None) -> tuple[Tensor, list[Tensor]]:
         """Logits (tokens, vocabulary) of the rest of the text behind a cache, and each layer's attention output."""
-        with _outputs_of(self._modules) as outputs:
-            logits, _ = self._read(self._rest, cache, self._end)
+        with self._seen_as(kept), _outputs_of(self._modules) as outputs:
+            logits, _ = self._read(self._rest, self._behind(kept), self._end)
         return logits, outputs
 
-    def _greedily(self, kept: list[Tensor] | None, until: list[int] | None = None) -> list[int]:
+    def _greedily(self, kept: list[Kept] | None, until: list[int] | None = None) -> list[int]:
         """Tokens that greedy decoding gives after the prompt; it ends where they differ from `until`."""
         found, cache, device = [self._next], self._behind(kept), self._rest.device
         for step in range(self._asked.greedy):
-            logits, cache = self._read(torch.tensor([[found[-1]]], device=device), cache, self._end + step)
+            with self._seen_as(kept, step):
+                logits, cache = self._read(torch.tensor([[found[-1]]], device=device), cache, self._end + step)
             found.append(int(logits[-1].argmax()))
             if until is not None and found[-1] != until[len(found) - 1]:
                 break
         return found[1:]
 
-    def _same_greedy(self, kept: list[Tensor]) -> float:
+    def _same_greedy(self, kept: list[Kept]) -> float:
         if not self._asked.greedy:
             return float("nan")
         found = self._greedily(kept, [self._next, *self._greedy])
         return float(sum(one == other for one, other in zip(found, self._greedy, strict=False)))
 
 
-def _read_by(methods: Collection[str] | None) -> list[str]:
+def _needs(records: dict[str, Any], given_out: Collection[str]) -> tuple[np.ndarray, np.ndarray]:
+    """What layers need of their keys by ZipVL, and their shares of the whole by D2O, where that is asked for; (layer,) each."""
+    layers = records["attention"].sizes["layer"]
+    if not {"zipvl", "d2o"} & set(given_out):
+        return np.ones(layers), np.ones(layers)
+    from bnviz.diagnostics.kv_budget import kv_budget
+
+    result = kv_budget(records["attention"], records["keys_values"])
+    at = result["threshold"].values == result.attrs["threshold"]
+    return result["adaptive_ratio_layer"].values[at][0], result["layer_share"].values
+
+
+def _taken(keys: Tensor, values: Tensor) -> int:
+    """Bytes of one token in one head."""
+    return sum(one.shape[-1] * one.element_size() for one in (keys, values))
+
+
+def _read_by(methods: Collection[str]) -> list[str]:
     """The probes whose records these scores read; attention, keys and values in any case."""
     from bnviz import catalog
 
-    specs = [catalog.load("scores", name).spec for name in methods or ()]
+    specs = [catalog.load("scores", name).spec for name in methods]
     read = (variable.partition(".")[0] for spec in specs for variable in (*spec.needs, *spec.wants))
     return list(dict.fromkeys(("attention", "keys_values", *read)))
 

@@ -12,6 +12,7 @@ from bnviz.errors import BnvizError, SchemaError
 from bnviz.schema import ExperimentSpec, Variable, experiment
 
 from ._subject import Subject
+from ._ways import ways
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from ._passage import Passage
 
 _CELL = ("sample", "method", "budget")
-_NUMBERS = ("divergence", "loss_change", "same_token", "greedy_kept", "bytes_kept")
 
 
 @experiment(
@@ -38,7 +38,7 @@ _NUMBERS = ("divergence", "loss_change", "same_token", "greedy_kept", "bytes_kep
         Variable(
             "output_error", (*_CELL, "layer"), "1", "change of a layer's attention output, relative, over all tokens"
         ),
-        Variable("bytes_kept", _CELL, "B", "bytes of the cache that was cut, as it lies in memory"),
+        Variable("bytes_kept", _CELL, "B", "bytes of the keys and values that are kept"),
         Variable("loss", ("sample",), "nat", "mean loss of the text's own next tokens with the whole cache"),
         Variable("bytes_whole", ("sample",), "B", "bytes of the whole cache after the prompt"),
         Variable("tokens", ("sample",), "token", "tokens of the prompt"),
@@ -55,7 +55,9 @@ class KvEviction:
     Parameters
     ----------
     methods : sequence of str, or mapping of str to options, optional
-        Scores from `bnviz.scores`; None: all that a capture of attention, keys and values allows.
+        Scores from `bnviz.scores`; None: all that a capture of attention, keys and values allows. "snapkv+adakv" is a score and
+        the way in which its tokens are given out to layers and heads: pyramidkv, adakv, zipvl or d2o; without one, each head
+        gets as many. What layers need by zipvl and d2o comes of the attention mass; adakv compares the score itself.
     budgets : sequence of float
         Shares of the prompt's tokens that each head keeps, in (0, 1].
     prompt : float or int
@@ -73,13 +75,17 @@ class KvEviction:
     ------
     SchemaError
         An option out of its range.
+    UnknownName
+        No such way to give tokens out.
 
     Notes
     -----
     With P_t the distribution after token t behind the whole cache and Q_t behind the one that was cut, divergence = mean of
     KL(P_t || Q_t). Tokens keep their own positions (`position_ids`); the new ones see all kept keys. `output_error` is
     ||o' - o|| / ||o|| over the outputs o of a layer's attention, errors of the layers before it included. Nothing is dropped
-    while the text goes on.
+    while the text goes on. Where heads or layers keep unlike numbers of tokens, every head of a layer is padded to the longest
+    and the padding hidden by a mask: the predictions are those of such a cache, and `bytes_kept` is what it would hold without
+    padding.
     Cost: one watched prefill a text, then one forward of the rest and `greedy` decode steps for each score and budget.
 
     Examples
@@ -113,7 +119,8 @@ class KvEviction:
         for name, value, least in (("most", most, 2), ("greedy", greedy, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise SchemaError(f"kv_eviction: {name} is {value!r}, expected a whole number, {least} or more.")
-        self.methods, self.aggregate, self.prompt, self.most, self.greedy = methods, aggregate, prompt, most, greedy
+        self.aggregate, self.prompt, self.most, self.greedy = aggregate, prompt, most, greedy
+        self.ways = None if methods is None else ways(methods)
         self.probes = dict(probes or {})
         self._passage: Passage | None = None
 

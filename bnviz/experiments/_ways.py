@@ -1,0 +1,60 @@
+"""Scores, and the ways in which the tokens that each keeps are given out to layers and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bnviz.diagnostics._allocations import NAMES, UNIFORM
+from bnviz.errors import SchemaError, unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What is tried.
+
+    Parameters
+    ----------
+    pairs : mapping of str to (str, str)
+        By name: a score, and how its tokens are given out.
+    scores : mapping of str to mapping
+        Each score's options.
+    """
+
+    pairs: Mapping[str, tuple[str, str]]
+    scores: Mapping[str, Mapping[str, Any]]
+
+
+def ways(methods: Collection[str] | Mapping[str, Mapping[str, Any]]) -> Ways:
+    """Read names such as "snapkv" and "snapkv+adakv".
+
+    Raises
+    ------
+    UnknownName
+        No such way to give tokens out.
+    SchemaError
+        A score is given other options with another way, or there is none.
+
+    Examples
+    --------
+    >>> ways(["h2o", "h2o+adakv"]).pairs
+    {'h2o': ('h2o', 'uniform'), 'h2o+adakv': ('h2o', 'adakv')}
+    """
+    methods = (methods,) if isinstance(methods, str) else methods
+    pairs: dict[str, tuple[str, str]] = {}
+    scores: dict[str, Mapping[str, Any]] = {}
+    for name in methods:
+        score, plus, way = name.partition("+")
+        if plus and way not in NAMES:
+            raise unknown("way to give tokens out", way, NAMES)
+        options = dict(methods[name]) if isinstance(methods, Mapping) else {}
+        if scores.setdefault(score, options) != options:
+            raise SchemaError(
+                f"kv_eviction: {name} is given {options or 'no options'}, and {score} with another way "
+                f"{dict(scores[score]) or 'none'}; expected the same with every way. Run the experiment twice."
+            )
+        pairs[name] = score, way or UNIFORM
+    if not pairs:
+        raise SchemaError("kv_eviction: methods is empty; expected scores such as h2o, or None for all.")
+    return Ways(pairs, scores)
