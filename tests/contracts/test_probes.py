@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +27,17 @@ def model_for(probe: Any, load_model: Any) -> tuple[nn.Module, Callable[[nn.Modu
         return encoder_decoder(), lambda m: m(input_ids=ids, decoder_input_ids=ids[:, :5]).logits
     if {"attention", "router"} & set(probe.spec.sites):
         ids = torch.arange(5, 53).reshape(2, 24)
-        return load_model("mixtral-bard"), lambda m: m(ids).logits
+        return load_model("mixtral-bard"), lambda m: written(m, ids)
     x = torch.linspace(-1, 1, 24).reshape(4, 6)
     return pairs() if "further_router" in probe.spec.sites else net(), lambda m: m(x)
+
+
+def written(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of a passage and of a token that is written after it: some probes look at one of both alone."""
+    first = model(ids, use_cache=True)
+    takes = inspect.signature(type(model).forward).parameters
+    then = model(ids[:, :1], **{"cache" if "cache" in takes else "past_key_values": first.past_key_values})
+    return torch.cat([first.logits, then.logits], 1)
 
 
 def passed(call: Callable[[nn.Module], Any], model: nn.Module) -> Any:

@@ -1,0 +1,104 @@
+"""The heat map of `attention_over_time`: generated token by key position, one layer or the mean of all, on a log scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from bokeh.models import ColumnDataSource, CustomJS, CustomJSHover, FixedTicker, Select
+
+from bnviz import quantities as q
+
+from . import style
+
+LEAST = 1e-3  # attention at which the scale begins: an even share is 1 / 256 or more
+_STEPS = 254  # of the scale; 0 is what was not there
+_TEXT = 8_192  # tokens of the prompt up to which their text travels with the drawing
+_MOVE = """
+const image = source.data.image[0], first = Number(cb_obj.value) * image.length;
+for (let i = 0; i < image.length; i++) image[i] = codes[first + i];
+source.change.emit();
+"""
+_SHOWN = """
+if (!(value > 0)) return 'no key was there';
+if (value < 1.5) return 'at most ' + 100 * least + ' %';
+const share = 100 * least * Math.pow(1 / least, (value - 1) / steps);
+return (share < 0.95 ? share.toFixed(2) : share < 9.5 ? share.toFixed(1) : share.toFixed(0)) + ' %';
+"""
+_ROW = """
+const from = Math.max(0, Math.floor((value + 0.5) / wide) * wide), to = Math.min(from + wide, tokens) - 1;
+return wide === 1 ? `token ${from}, at position ${from + prompt}` : `tokens ${from} to ${to}, mean`;
+"""
+_KEYS = """
+const from = Math.max(0, Math.floor((value + 0.5) / wide) * wide), to = Math.min(from + wide, keys) - 1;
+const text = words.slice(from, Math.min(to + 1, from + 12)).join('').replace(/\\n/g, '⏎');
+const where = from === to ? `key ${from}` : `keys ${from} to ${to}`;
+return where + (text ? `: “${text}”` : from >= prompt ? ', generated' : '');
+"""
+
+
+def time_heat(result: xr.Dataset, *, compact: bool = False) -> tuple[Any, Select]:
+    """The map, and the control that chooses what it shows; both work without a kernel."""
+    codes = _codes(result)
+    rows, columns = codes.shape[1:]
+    attrs = result.attrs
+    size = columns * attrs["cell_keys"], rows * attrs["row_tokens"]
+    plot = style.figure(
+        width=760,
+        height=240 if compact else 340,
+        x="position of the key",
+        y="generated token",
+        grid="",
+        x_range=(-0.5, attrs["keys"] - 0.5),
+        y_range=(attrs["generated"] - 0.5, -0.5),
+    )
+    source = ColumnDataSource({"image": [codes[0].copy()]})
+    colours = style.mapper("cividis", 1, 1 + _STEPS, low_color="rgba(0, 0, 0, 0)")
+    place = {"x": -0.5, "y": -0.5, "dw": size[0], "dh": size[1]}
+    image = plot.image("image", source=source, color_mapper=colours, level="image", **place)
+    shares = [10.0**power for power in range(round(np.log10(LEAST)), 1)]
+    ticks = [_code(share) for share in shares]
+    labels = {tick: f"{100 * share:g} %" for tick, share in zip(ticks, shares, strict=True)}
+    labels[ticks[0]] = f"≤ {labels[ticks[0]]}"
+    plot.add_layout(style.color_bar(colours, ticker=FixedTicker(ticks=ticks), major_label_overrides=labels), "right")
+    _hover(plot, image, attrs)
+    names = [("0", "mean over layers")]
+    names += [(str(at + 1), f"layer {label}") for at, label in enumerate(result["layer"].values.tolist())]
+    picked = Select(options=names, value="0", width=180, name="bnviz-layer")
+    picked.js_on_change("value", CustomJS(args={"source": source, "codes": codes.ravel()}, code=_MOVE))
+    return plot, picked
+
+
+def cell_words(result: xr.Dataset) -> str:
+    """What a cell of the map is."""
+    attrs = result.attrs
+    of_keys = "one key" if attrs["cell_keys"] == 1 else f"the sum over {attrs['cell_keys']} keys"
+    of_tokens = "" if attrs["row_tokens"] == 1 else f", the mean of {q.counted(attrs['row_tokens'], 'generated token')}"
+    return f"A cell is the attention on {of_keys}{of_tokens}, mean over heads; log scale."
+
+
+def _codes(result: xr.Dataset) -> np.ndarray:
+    """(1 + layer, row, column) uint8: the mean over layers, then each layer; 0: not there, 1: LEAST or less, 255: all."""
+    values = np.concatenate([result["attention_mean"].values[None], result["attention"].values])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.clip(_code(values), 1, 1 + _STEPS)
+    return np.where(np.isfinite(values), np.nan_to_num(codes, neginf=1), 0).round().astype(np.uint8)
+
+
+def _code(share: Any) -> Any:
+    return 1 + _STEPS * (1 - np.log10(share) / np.log10(LEAST))
+
+
+def _hover(plot: Any, image: Any, attrs: dict[str, Any]) -> None:
+    words = [str(word) for word in attrs["tokens_text"]][:_TEXT]
+    told = {"prompt": attrs["prompt"]}
+    formats = {
+        "$y": CustomJSHover(args={**told, "wide": attrs["row_tokens"], "tokens": attrs["generated"]}, code=_ROW),
+        "$x": CustomJSHover(
+            args={**told, "wide": attrs["cell_keys"], "keys": attrs["keys"], "words": words}, code=_KEYS
+        ),
+        "@image": CustomJSHover(args={"least": LEAST, "steps": _STEPS}, code=_SHOWN),
+    }
+    lines = [("", "generated $y{custom}"), ("attention", "@image{custom}"), ("on", "$x{custom}")]
+    plot.add_tools(style.hover(image, lines, formatters=formats))
