@@ -12,7 +12,7 @@ from bokeh.models import ColumnDataSource, CustomJSHover, LinearColorMapper
 from . import style
 
 WIDE = 24  # layers from which a map takes the whole width
-_CELLS = 2048  # beyond, one image instead of rectangles
+CELLS = 2048  # beyond, one image instead of rectangles
 _LAYER = "return String(layers[Math.round(value)]);"
 _HEAD = "return String(Math.round(value));"
 
@@ -46,7 +46,7 @@ def kv_head_map(
         For a panel: narrow, whatever there is to show.
     """
     layers, heads = result.sizes["layer"], result.sizes["kv_head"]
-    image = layers * heads > _CELLS
+    image = layers * heads > CELLS
     wide = layers > WIDE
     plot = style.figure(
         width=340 if compact else 760 if wide else int(np.clip(layers * 28, 170, 280)) + 70,
