@@ -52,7 +52,8 @@ def streaming(result: xr.Dataset, limit: float) -> list[Finding]:
             value=float(share[tuple(found[-1])]),
             limit=limit,
             advice="Give them sinks and recent tokens only (DuoAttention, arXiv:2410.10819): bnviz.head_lists.head_list(result) "
-            "names them; compare the loss on your own task.",
+            'names them. Measure what that changes: bnviz.experiment(model, batch, "kv_eviction", '
+            'methods=["streaming_llm", "streaming_llm+duoattention"]).',
             saving=saving,
         )
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from bnviz.diagnostics._allocations import NAMES, UNIFORM, shared_out
 from bnviz.errors import BnvizError
+from bnviz.head_lists import neediest
 
 from ._cut import Reader, cut, layers_of, nbytes
 from ._ragged import Kept, hidden, kept_of, readable
 from ._subject import Subject
+from ._ways import DUO, whole_heads
 
 if TYPE_CHECKING:
     from .kv_eviction import KvEviction
@@ -121,7 +124,12 @@ class Passage:
         ranks, scores = self._ranks[at], self._scores[at]
         most = np.full(ranks.shape[:2], ranks.shape[2])
         own = np.where(np.isposinf(scores), np.finfo(np.float64).max, scores)  # what is always kept is above all others
-        tokens = shared_out(own, ranks, most, budget, self._needs)[NAMES.index(way)]
+        if way == DUO:
+            even = max(1, int(np.floor(budget * ranks.shape[2] + 1e-9)))
+            tokens = whole_heads(self._needs.beyond, ranks.shape[2], even, self._needs.least)
+        else:
+            needs = self._needs.of_layer, self._needs.share
+            tokens = shared_out(own, ranks, most, budget, needs)[NAMES.index(way)]
         return [kept_of(*of) for of in zip(ranks, tokens, strict=True)]
 
     def _behind(self, kept: list[Kept] | None) -> Any:
@@ -157,16 +165,31 @@ class Passage:
         return float(sum(one == other for one, other in zip(found, self._greedy, strict=False)))
 
 
-def _needs(records: dict[str, Any], given_out: Collection[str]) -> tuple[np.ndarray, np.ndarray]:
-    """What layers need of their keys by ZipVL, and their shares of the whole by D2O, where that is asked for; (layer,) each."""
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What layers need of their keys by ZipVL, and their shares of the whole by D2O: (layer,).
+
+    What heads have `beyond` sinks and recent tokens (layer, kv_head), of which there are `least`.
+    """
+
+    of_layer: np.ndarray
+    share: np.ndarray
+    beyond: np.ndarray
+    least: int
+
+
+def _needs(records: dict[str, Any], given_out: Collection[str]) -> _Needs:
+    """From the attention mass, where a way to give tokens out asks for it."""
     layers = records["attention"].sizes["layer"]
-    if not {"zipvl", "d2o"} & set(given_out):
-        return np.ones(layers), np.ones(layers)
+    if not {"zipvl", "d2o", DUO} & set(given_out):
+        return _Needs(np.ones(layers), np.ones(layers), np.zeros((layers, 1)), 1)
     from bnviz.diagnostics.kv_budget import kv_budget
 
     result = kv_budget(records["attention"], records["keys_values"])
-    at = result["threshold"].values == result.attrs["threshold"]
-    return result["adaptive_ratio_layer"].values[at][0], result["layer_share"].values
+    at, attrs = result["threshold"].values == result.attrs["threshold"], result.attrs
+    beyond = neediest(result["retrieval_share"].values, int(attrs["kv_heads"]))
+    of_layer = result["adaptive_ratio_layer"].values[at][0]
+    return _Needs(of_layer, result["layer_share"].values, beyond, int(attrs["sinks"]) + int(attrs["local"]))
 
 
 def _taken(keys: Tensor, values: Tensor) -> int:

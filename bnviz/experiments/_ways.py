@@ -6,8 +6,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from bnviz.diagnostics._allocations import NAMES, UNIFORM
 from bnviz.errors import SchemaError, unknown
+
+DUO = "duoattention"
+WAYS = (*NAMES, DUO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +52,8 @@ def ways(methods: Collection[str] | Mapping[str, Mapping[str, Any]]) -> Ways:
     scores: dict[str, Mapping[str, Any]] = {}
     for name in methods:
         score, plus, way = name.partition("+")
-        if plus and way not in NAMES:
-            raise unknown("way to give tokens out", way, NAMES)
+        if plus and way not in WAYS:
+            raise unknown("way to give tokens out", way, WAYS)
         options = dict(methods[name]) if isinstance(methods, Mapping) else {}
         if scores.setdefault(score, options) != options:
             raise SchemaError(
@@ -58,3 +64,28 @@ def ways(methods: Collection[str] | Mapping[str, Mapping[str, Any]]) -> Ways:
     if not pairs:
         raise SchemaError("kv_eviction: methods is empty; expected scores such as h2o, or None for all.")
     return Ways(pairs, scores)
+
+
+def whole_heads(share: npt.NDArray[np.floating[Any]], keys: int, even: int, least: int) -> npt.NDArray[np.int64]:
+    """(layer, kv_head): tokens of heads that keep all their keys, neediest first, and of the others, which keep `least`.
+
+    As many keep all as the total of `even` tokens a head allows; what is left over is not given out.
+
+    Parameters
+    ----------
+    share : array (layer, kv_head)
+        What a head would miss; not finite: not known, and neediest.
+    keys, even, least : int
+        Tokens that there are, that each head would get, and that a head needs at least.
+
+    Examples
+    --------
+    >>> whole_heads(np.array([[0.1, 0.4], [0.0, 0.2]]), 10, 5, 2).tolist()
+    [[2, 10], [2, 2]]
+    """
+    least = min(least, even)
+    many = (even - least) * share.size // max(1, keys - least)
+    order = np.argsort(-np.where(np.isfinite(share), share, np.inf), axis=None, kind="stable")
+    tokens = np.full(share.size, least, np.int64)
+    tokens[order[:many]] = keys
+    return tokens.reshape(share.shape)

@@ -56,8 +56,9 @@ class KvEviction:
     ----------
     methods : sequence of str, or mapping of str to options, optional
         Scores from `bnviz.scores`; None: all that a capture of attention, keys and values allows. "snapkv+adakv" is a score and
-        the way in which its tokens are given out to layers and heads: pyramidkv, adakv, zipvl or d2o; without one, each head
-        gets as many. What layers need by zipvl and d2o comes of the attention mass; adakv compares the score itself.
+        the way in which its tokens are given out to layers and heads: pyramidkv, adakv, zipvl, d2o or duoattention; without one,
+        each head gets as many. What layers need by zipvl and d2o comes of the attention mass; adakv compares the score itself;
+        by duoattention the heads with most attention beyond sinks and recent tokens keep all, the others that many.
     budgets : sequence of float
         Shares of the prompt's tokens that each head keeps, in (0, 1].
     prompt : float or int

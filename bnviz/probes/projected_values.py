@@ -93,6 +93,6 @@ def _norms(value: Tensor, weight: Tensor) -> Tensor:
     together = max(1, (AT_ONCE if value.is_cpu else ELSEWHERE) // (batch * weight.shape[-1]))
     for head, matrix in enumerate(weight):
         wide, rows = matrix.to(exact), value[:, head * kv_heads // len(weight)]
-        for some, into in zip(rows.split(together, 1), found[:, head].split(together, 1), strict=True):
+        for some, into in zip(torch.split(rows, together, 1), torch.split(found[:, head], together, 1), strict=True):
             torch.linalg.vector_norm(some.to(exact) @ wide, 1, -1, out=into)
     return found

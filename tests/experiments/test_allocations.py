@@ -14,6 +14,7 @@ import bnviz
 from bnviz.errors import BnvizError, SchemaError, UnknownName
 from bnviz.experiments._cut import Reader, cut, layers_of
 from bnviz.experiments._ragged import Kept, hidden, kept_of, readable
+from bnviz.experiments._ways import whole_heads
 from tests.probes.test_query_moments import ids_of, small
 
 from .test_kv_eviction import measured, text
@@ -107,6 +108,29 @@ def test_a_budget_is_one_total_however_it_is_given_out(found: xr.Dataset) -> Non
     assert (taken == taken[0, 0]).all() and taken[0, 0] == found["bytes_whole"].values[0] / 4
     changes = found["divergence"].sel(budget=0.25).values[0][:10].reshape(2, 5)
     assert len(np.unique(changes[0].round(9))) >= 4  # they give unlike numbers to heads, and that is felt
+
+
+def test_heads_that_look_far_keep_all_and_the_others_sinks_and_recent_tokens(load_model: Any) -> None:
+    asked = {"sinks": 2, "local": 6}
+    model, ids = load_model("llama-bard"), text(100)
+    names = ["streaming_llm", "streaming_llm+duoattention", "random"]
+    record = measured(model, ids, methods=names, budgets=[0.05, 0.4, 1.0], prompt=80, probes=asked, greedy=0)
+    with bnviz.capture(model, probes=["attention", "keys_values"], **asked) as recorder, torch.no_grad():
+        model(ids[:, :80])
+    share = bnviz.diagnose(recorder.run, "kv_budget")["kv_budget"]["retrieval_share"].values.reshape(4, 2, 4).max(-1)
+    token = float(record["bytes_whole"][0]) / (8 * 80)
+    many = (32 - 8) * 8 // (80 - 8)  # of 8 heads with 32 tokens each: those of 80 that fit beside those of 8
+    assert many == 2 and record["bytes_kept"].values[0, 1].tolist() == [
+        8 * 4 * token,
+        (2 * 80 + 6 * 8) * token,
+        8 * 80 * token,
+    ]
+    assert (
+        record["divergence"].values[0, 1, 0] == record["divergence"].values[0, 0, 0]
+    )  # too little for any head to keep all
+    assert abs(record["divergence"].values[0, 1, 2]) < 1e-9
+    tokens = whole_heads(share, 80, 32, 8)
+    assert sorted(np.argwhere(tokens == 80).tolist()) == sorted(np.argwhere(share >= np.sort(share, None)[-2]).tolist())
 
 
 def test_keys_that_a_score_always_keeps_are_shared_evenly_by_adakv(load_model: Any) -> None:

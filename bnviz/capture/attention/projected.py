@@ -102,7 +102,7 @@ class Outputs:
         if native is not None:  # torch's own function multiplies by it without a call
             known = _matrix(native)
             holds = torch.ones((), dtype=torch.bool, device=call.value.device)
-            return None if known is None else Projection(known.unflatten(0, (heads, dim)), holds)
+            return None if known is None else Projection(known.view(heads, dim, -1), holds)
         made = self._made.get(place.module, [])
         rows = _rows(call)
         again = mixed(call, rows)
@@ -112,7 +112,7 @@ class Outputs:
             for value, output in _laid(given, call.query.shape[0], call.query.shape[2]):
                 holds = _holds(again, value[:, rows], output[:, rows], given, call)
                 if not holds.is_cpu or bool(holds):  # another device is not waited for: the last that may be it
-                    return Projection(given.matrix.unflatten(0, (heads, dim)), holds)
+                    return Projection(given.matrix.view(heads, dim, -1), holds)
         return None
 
 
