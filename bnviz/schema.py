@@ -316,7 +316,8 @@ def diagnostic(
     """Declare a diagnostic: a pure function of its file's name from records to one Dataset, with a `judge` beside it.
 
     The function takes the records of `needs` and `wants` by name as its first parameters (those only wanted default to
-    None) and options as keywords; one with `**further` is given every other record too. `judge(result)` in the same file returns a `Judgement`.
+    None) and options as keywords; one with `**further` is given every other record too. `judge(result)` in the same file
+    returns a `Judgement`.
 
     Parameters
     ----------
