@@ -166,6 +166,28 @@ class _Strip:
             found.masked_fill_(of_heads(self.sight.dead, self.heads)[..., 0], -torch.inf)
         return found
 
+    def outputs(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(batch, heads, rows, dim): the values of the keys, each by its share; 0 for dead rows."""
+        sight = self.sight
+        logits = self._logits(query, key)
+        top = logits.amax(-1, keepdim=True)
+        sink = None if self.pattern.sinks is None else self.pattern.sinks[self.heads, None, None].to(top.dtype)
+        if sink is not None:
+            top = torch.maximum(top, sink)
+        shares = logits.sub_(top).clamp_min_(FLOOR[logits.dtype]).exp_()
+        for column, hidden, _ in sight.patches:
+            shares[..., column : column + hidden.shape[-1]].masked_fill_(of_heads(hidden, self.heads), 0.0)
+        total = shares.sum(-1, keepdim=True)
+        if sink is not None:
+            total = total + (sink - top).exp()
+        shared = slice(self.heads.start // self.group, -(-self.heads.stop // self.group))
+        values = value[self.batch, shared, sight.start : sight.stop].to(shares.dtype).flatten(0, 1)
+        product = shares.view(len(values), -1, shares.shape[-1]) @ values
+        found = product.view(*shares.shape[:3], values.shape[-1]) / total.clamp_min(torch.finfo(total.dtype).tiny)
+        if sight.dead is not None:
+            found.masked_fill_(of_heads(sight.dead, self.heads), 0.0)
+        return found
+
     def _logits(self, query: Tensor, key: Tensor) -> Tensor:
         """Hidden pairs at HIDDEN."""
         sight, dtype = self.sight, dtype_of(query)
