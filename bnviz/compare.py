@@ -10,7 +10,7 @@ from .aligned import Quantity, Unshared, aligned
 from .comparison import NAME, SPEC, TIMED, comparison, judge, same
 from .errors import BnvizError, NotCaptured
 from .matching import CLOCK, matched
-from .needs import NOT_APPLICABLE, split
+from .needs import sort_of, split
 from .overview import Overview, facts
 from .quantities import counted, share
 from .report import Outcome, Progress, Report, diagnose
@@ -189,7 +189,7 @@ class Comparison(Report):
         return self.overview().title
 
     def _unanswered(self) -> Iterator[tuple[str, list[str]]]:
-        some = [name for name, why in self.absent.items() if not why.startswith(NOT_APPLICABLE)]
+        some = [name for name, why in self.absent.items() if not sort_of(why)]
         if some:
             yield "not compared", some
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 NOT_APPLICABLE = "Not applicable"
+ON_REQUEST = "On request"
 
 
 def split(need: str) -> tuple[str, str]:
@@ -49,7 +50,8 @@ def lack(spec: DiagnosticSpec, records: Mapping[str, xr.Dataset], provenance: Ma
     -------
     str
         Without full stop. "Not applicable: ..." where the model has nothing of the kind, so that no capture could get it;
-        "Not complete: ..." where a place ran more often than it was seen.
+        "On request: ..." where only a probe or an experiment that is asked for by name gets it; "Not complete: ..." where a place
+        ran more often than it was seen.
     """
     lacking = [need for need in spec.needs if not holds(records, need)]
     if not lacking:
@@ -65,15 +67,23 @@ def lack(spec: DiagnosticSpec, records: Mapping[str, xr.Dataset], provenance: Ma
     return _to_get(absent, ", ".join(lacking), provenance)
 
 
+def sort_of(why: str) -> str:
+    """`NOT_APPLICABLE`, `ON_REQUEST`, or empty for what else is lacking, of the words of `lack`."""
+    return next((sort for sort in (NOT_APPLICABLE, ON_REQUEST) if why.startswith(sort)), "")
+
+
 def _to_get(absent: Sequence[str], lacking: str, provenance: Mapping[str, Any]) -> str:
     """The call that gets records which are not there."""
     if experiments := [name for name in absent if name in catalog.names("experiments")]:
         named = ", ".join(f'"{name}"' for name in experiments)
-        return f"Not measured: {lacking}. Run bnviz.experiment(model, batch, {named}), which runs the model again"
+        return f"{ON_REQUEST}: bnviz.experiment(model, batch, {named}), which runs the model again"
     attached = dict(provenance.get("options") or {}).get("probes") or ()
     if all(name in attached for name in absent):
         return f"Not captured: {lacking}. {', '.join(absent)} was watched and nothing was kept: the notes of the run say why"
     named = ", ".join(f'"{name}"' for name in absent)
+    declared = [_declared(name) for name in absent]
+    if any(probe is not None and not probe.default for probe in declared):
+        return f"{ON_REQUEST}: bnviz.capture(model, probes=[..., {named}])"
     return f"Not captured: {lacking}. Add probes=[{named}] and run again"
 
 

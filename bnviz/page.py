@@ -16,7 +16,7 @@ from . import __version__, catalog, quantities
 from .counts import summary as summary_of
 from .figures import Drawn, draw
 from .findings import NOT_ESTIMATED, place, rank, saving_words, share_of
-from .needs import NOT_APPLICABLE
+from .needs import ON_REQUEST, sort_of
 from .schema import Finding
 from .tables import Table, places, tables
 
@@ -301,23 +301,32 @@ def _table(table: Table) -> str:
 def _not_run(part: _Part) -> str:
     """Diagnostics whose records are not there, with what to add; and those that failed. Folded where others answer beside it."""
     report = part.report
-    lines = [
-        ("" if why.startswith(NOT_APPLICABLE) else "hatched", catalog.load("diagnostics", name).spec.question, why)
-        for name, why in report.absent.items()
-    ]
+    absent = [(sort_of(why), _question(name), why) for name, why in report.absent.items()]
+    asked = [("", what, why) for sort, what, why in absent if sort == ON_REQUEST]
+    lines = [("" if sort else "hatched", what, why) for sort, what, why in absent if sort != ON_REQUEST]
     lines += [
         ("failed", _title_of(name), f"○ {why}. The others were not affected") for name, why in report.failures.items()
     ]
-    if not lines:
+    if not lines and not asked:
         return ""
+    if part.mark and not report.failures:
+        words = f"{quantities.counted(len(lines) + len(asked), 'question')} this run does not answer"
+        folded = _states(lines + asked)
+        return f'<section class="block"><details><summary>{words}</summary>{folded}</details></section>'
+    more = f"<details><summary>{len(asked)} on request</summary>{_states(asked)}</details>" if asked else ""
+    return f'<section class="block"><h2>{escape(report.overview().unanswered)}</h2>{_states(lines)}{more}</section>'
+
+
+def _question(name: str) -> str:
+    question: str = catalog.load("diagnostics", name).spec.question
+    return question
+
+
+def _states(lines: Sequence[tuple[str, str, str]]) -> str:
     items = "".join(
         f'<li class="{kind}"><span>{escape(what)}</span><span>{escape(why)}</span></li>' for kind, what, why in lines
     )
-    states = f'<ul class="states">{items}</ul>'
-    if part.mark and not report.failures:
-        words = f"{quantities.counted(len(lines), 'question')} this run does not answer"
-        return f'<section class="block"><details><summary>{words}</summary>{states}</details></section>'
-    return f'<section class="block"><h2>{escape(report.overview().unanswered)}</h2>{states}</section>'
+    return f'<ul class="states">{items}</ul>' if items else ""
 
 
 def _provenance(part: _Part) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import catalog
 from .errors import BnvizError, NotCaptured, StoreError, unknown
 from .findings import place, rank, saving_words
-from .needs import NOT_APPLICABLE, holds, labels_record, lack, reservations, split
+from .needs import NOT_APPLICABLE, ON_REQUEST, holds, labels_record, lack, reservations, sort_of, split
 from .overview import Overview, of_run
 from .quantities import counted
 from .schema import DiagnosticSpec, Finding, Judgement
@@ -295,9 +295,10 @@ class Report:
         return f"Report on {self.model}"
 
     def _unanswered(self) -> Iterator[tuple[str, list[str]]]:
-        """Diagnostics without their records, those that this model has nothing for apart."""
-        for words, applies in (("not captured for", True), ("not applicable to this model", False)):
-            some = [name for name, why in self.absent.items() if applies != why.startswith(NOT_APPLICABLE)]
+        """Diagnostics without their records, by why that is."""
+        sorts = (("not captured for", ""), ("on request", ON_REQUEST), ("not applicable to this model", NOT_APPLICABLE))
+        for words, begins in sorts:
+            some = [name for name, why in self.absent.items() if sort_of(why) == begins]
             if some:
                 yield words, some
 

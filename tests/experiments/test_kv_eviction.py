@@ -326,4 +326,4 @@ def test_a_run_without_it_says_how_to_measure_it(model: Any) -> None:
         model(text(20))
     with pytest.raises(NotCaptured, match=r'bnviz.experiment\(model, batch, "kv_eviction"\)'):
         recorder.run["kv_eviction"]
-    assert "Run bnviz.experiment(model, batch" in bnviz.diagnose(recorder.run).absent["eviction_cost"]
+    assert "bnviz.experiment(model, batch" in bnviz.diagnose(recorder.run).absent["eviction_cost"]

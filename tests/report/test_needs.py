@@ -56,6 +56,19 @@ def test_what_the_model_does_not_have_is_not_asked_for(run: Run, net: nn.Module)
     assert re.search(r"not captured for: information_plane, roofline, memory_timeline, host_time", text)
 
 
+def test_what_is_only_got_by_asking_for_it_stands_apart(run: Run) -> None:
+    report = bnviz.diagnose(run)
+    diagnostic = catalog.load("diagnostics", "attention_window").spec
+    assert lack(diagnostic, {}, {}) == 'On request: bnviz.capture(model, probes=[..., "attention_window"])'
+    asked = lack(catalog.load("diagnostics", "eviction_cost").spec, {}, {})
+    assert asked == 'On request: bnviz.experiment(model, batch, "kv_eviction"), which runs the model again'
+    attached = {"options": {"probes": ["attention_window"]}}
+    assert lack(diagnostic, {}, attached).startswith(
+        "Not captured: attention_window.weight. attention_window was watched"
+    )
+    assert not any(why.startswith("On request") for name, why in report.absent.items() if name == "roofline")
+
+
 def test_older_runs_say_it_in_a_note(run: Run) -> None:
     spec = catalog.load("diagnostics", "attention_heads").spec
     note = "attention: no attention found in Sequential (flex attention called directly)."
@@ -83,7 +96,7 @@ def test_every_optional_need_can_be_asked_for_or_is_not_defined_for_some_models(
         for need in diagnostic.spec.needs:
             record = need.partition(".")[0]
             said = lack(diagnostic.spec, {record: xr.Dataset({"x": ("sample", np.zeros(1))})}, {})
-            assert said.startswith(("Not captured", "Not applicable", "Not measured")), need
+            assert said.startswith(("Not captured", "Not applicable", "Not measured", "On request")), need
             assert need in declared
 
 
