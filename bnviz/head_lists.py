@@ -47,7 +47,7 @@ def head_list(result: xr.Dataset, *, retrieval: float = 0.05) -> dict[str, Any]:
     retrieval : float
         Of `kv_budget`: a kv head keeps all when one of its query heads puts more than this share of its attention beyond sinks
         and recent tokens, or when that is not known. Of `retrieval_heads` the heads that it names keep all, and those that are
-        not known.
+        not known; where it names none, every head streams, and only the loss on long texts says whether that is right.
 
     Returns
     -------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def context_of(model: nn.Module) -> int | None:
     return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
-def ids_of(model: nn.Module, tokenizer: Any, vocabulary: int | Sequence[int] | None) -> Tensor:
+def ids_of(model: nn.Module, tokenizer: Any, vocabulary: int | Iterable[int] | None) -> Tensor:
     """Ids that may be drawn: those named, or below the size of the vocabulary; without special ones as far as they are known.
 
     Raises
@@ -48,7 +48,7 @@ def ids_of(model: nn.Module, tokenizer: Any, vocabulary: int | Sequence[int] | N
     """
     config = _config(model)
     named, size = list[int](), 0
-    if isinstance(vocabulary, Sequence):
+    if isinstance(vocabulary, Iterable):
         named = sorted({int(at) for at in vocabulary})
         size = max(named, default=-1) + 1
     else:

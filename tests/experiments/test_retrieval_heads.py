@@ -194,6 +194,7 @@ def test_ids_leave_special_tokens_out(load_model: Any) -> None:
     known = ids_of(model, tokenizer, None).tolist()
     assert not set(tokenizer.all_special_ids) & set(known)
     assert ids_of(model, None, [7, 0, 9, 9]).tolist() == [7, 9]
+    assert ids_of(model, None, torch.tensor([7, 9])).tolist() == [7, 9]
     assert ids_of(model, None, 5).tolist() == [1, 2, 3, 4]
     assert ids_of(Made(9), None, None).tolist() == list(range(9))
     assert context_of(model) == 512 and context_of(Made(9)) is None
