@@ -43,19 +43,19 @@ class KeySets:
         [[[1.0, 1.0]], [[1.0, 1.0]]]
         """
         found = np.full((2, len(lags), len(tops)), np.nan)
-        tokens, most = self.keys.shape
-        column = np.arange(most)
+        tokens, (table, number) = len(self.keys), self._table()
+        weighs = np.nan_to_num(self.weights)
         for row, lag in enumerate(lags):
             if lag >= tokens:
                 continue
-            then, weights = self.keys[lag:], np.nan_to_num(self.weights[lag:])
+            then, weights = self.keys[lag:], weighs[lag:]
             there = (then >= 0) & (then <= self.positions[:-lag, None])
-            place = self._places(then)
+            place = table[np.arange(tokens - lag)[:, None], number[lag:]]
             for at, top in enumerate(tops):
-                counts = there & (column < top)
-                shared = counts & (place < top)
+                counts = there[:, :top]
+                shared, of = counts & (place[:, :top] < top), weights[:, :top]
                 found[0, row, at] = _ratio(shared.sum(1), counts.sum(1))
-                found[1, row, at] = _ratio((weights * shared).sum(1), (weights * counts).sum(1))
+                found[1, row, at] = _ratio(np.einsum("tp,tp->t", of, shared), np.einsum("tp,tp->t", of, counts))
         return found[0], found[1]
 
     def persistence(self, tops: Sequence[int]) -> tuple[Floats, Floats]:
@@ -81,18 +81,16 @@ class KeySets:
                 found[:, at] = np.isin(after, before).mean(), len(before) / (last + 1)
         return found[0], found[1]
 
-    def _places(self, then: Ints) -> Ints:
-        """(token, place): where the first tokens have the keys `then`; beyond the last place where they do not have them."""
+    def _table(self) -> tuple[np.ndarray, Ints]:
+        """(token, number): the place of each key among those of a token, beyond the last where it has none; and (token, place)
+        numbers of the keys, the last for none.
+        """
         tokens, most = self.keys.shape
-        columns = int(self.keys.max(initial=0)) + 2
-        number = np.arange(tokens)[:, None] * columns
-        known = (number + self.keys + 1).ravel()
-        order = np.argsort(known, kind="stable")
-        asked = (number[: len(then)] + then + 1).ravel()
-        at = np.minimum(np.searchsorted(known, asked, sorter=order), len(known) - 1)
-        found = np.where(known[order[at]] == asked, order[at] % most, most)
-        places: Ints = found.reshape(then.shape)
-        return places
+        known, number = np.unique(np.where(self.keys < 0, np.iinfo(np.int64).max, self.keys), return_inverse=True)
+        number = number.reshape(tokens, most)
+        table = np.full((tokens, len(known)), most, np.int16)
+        table[np.arange(tokens)[:, None], number] = np.arange(most)
+        return table, number
 
 
 def overlap(keys: Ints, top: int, weights: Floats | None = None) -> Floats:
@@ -115,21 +113,20 @@ def overlap(keys: Ints, top: int, weights: Floats | None = None) -> Floats:
     >>> overlap(np.array([[[0, 1]], [[1, 2]]]), 2, np.array([[[0.5, 0.5]], [[0.8, 0.2]]])).tolist()
     [[1.0, 0.8], [0.5, 1.0]]
     """
-    from scipy import sparse
-
     keys = keys[..., :top]
     there = keys >= 0
-    layer, token, place = np.nonzero(there)
-    columns = int(keys.max(initial=0)) + 1
-    where, shape = (layer, token * columns + keys[there]), (len(keys), keys.shape[1] * columns)
     of = there.astype(np.float64) if weights is None else np.where(there, np.nan_to_num(weights[..., :top]), 0.0)
     whole = of.sum(-1, keepdims=True)
     part = np.divide(of, whole, out=np.zeros_like(of), where=whole > 0)
-    ours = sparse.csr_matrix((np.ones(len(layer)), where), shape)
-    theirs = sparse.csr_matrix((part[layer, token, place], where), shape)
+    total = np.zeros((len(keys), len(keys)))
+    for token in np.flatnonzero(there.any((0, 2))):
+        here = there[:, token]
+        layer, (known, number) = np.nonzero(here)[0], np.unique(keys[:, token][here], return_inverse=True)
+        ours, theirs = (np.zeros((len(keys), len(known))) for _ in range(2))
+        ours[layer, number], theirs[layer, number] = 1.0, part[:, token][here]
+        total += ours @ theirs.T
     has = there.any(-1).astype(np.float64)
     both: Floats = np.matmul(has, has.T)
-    total = (ours @ theirs.T).toarray()
     shared: Floats = np.divide(total, both, out=np.full_like(total, np.nan), where=both > 0)
     return shared
 

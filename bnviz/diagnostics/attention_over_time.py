@@ -317,7 +317,7 @@ def judge(result: xr.Dataset, *, shared: float = 0.7, held: float = 0.7, forgets
     attrs = result.attrs
     top, generated = attrs["top"], attrs["generated"]
     subtitle = (
-        f"top {top} keys of each generated token · {attrs['model']}, {result.sizes['layer']} layers × "
+        f"{q.counted(top, 'top key')} of each generated token · {attrs['model']}, {result.sizes['layer']} layers × "
         f"{q.counted(result.sizes['kv_head'], 'kv head')} · {q.counted(generated, 'generated token')} "
         f"after {q.count(attrs['prompt'])}"
     )
@@ -328,7 +328,8 @@ def judge(result: xr.Dataset, *, shared: float = 0.7, held: float = 0.7, forgets
         title = "No generated token has a later one to compare with"
     else:
         later = "the next token" if lag == 1 else f"the token {lag} later"
-        title = f"The {top} keys of a token hold {q.share(recall)} of what {later} attends to most"
+        holds = f"The {top} top keys of a token hold" if top > 1 else "The top key of a token holds"
+        title = f"{holds} {q.share(recall)} of what {later} attends to most"
     findings = () if generated < 2 else (*sharing(result, shared), *lasting(result, held), *forgotten(result, forgets))
     return Judgement(title, subtitle, _summary(result, title), tuple(caveats(result)), findings)
 

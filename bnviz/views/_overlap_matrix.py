@@ -30,7 +30,7 @@ def overlap_matrix(result: xr.Dataset, *, compact: bool = False) -> Any:
         x="layer",
         y="layer",
         grid="",
-        title=f"share of their {result.attrs['top']} top keys",
+        title=f"in common, of {q.counted(result.attrs['top'], 'top key')}",
         x_range=(-0.5, layers - 0.5),
         y_range=(layers - 0.5, -0.5),
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from bokeh.models import ColumnDataSource, CustomJS, CustomJSHover, FixedTicker, Select
+from bokeh.models import BasicTicker, ColumnDataSource, CustomJS, CustomJSHover, FixedTicker, Select
 
 from bnviz import quantities as q
 
@@ -53,6 +53,8 @@ def time_heat(result: xr.Dataset, *, compact: bool = False) -> tuple[Any, Select
         x_range=(-0.5, attrs["keys"] - 0.5),
         y_range=(attrs["generated"] - 0.5, -0.5),
     )
+    for axis in (plot.xaxis, plot.yaxis):
+        axis.ticker = BasicTicker(min_interval=1)  # whole tokens
     source = ColumnDataSource({"image": [codes[0].copy()]})
     colours = style.mapper("cividis", 1, 1 + _STEPS, low_color="rgba(0, 0, 0, 0)")
     place = {"x": -0.5, "y": -0.5, "dw": size[0], "dh": size[1]}
@@ -73,9 +75,9 @@ def time_heat(result: xr.Dataset, *, compact: bool = False) -> tuple[Any, Select
 def cell_words(result: xr.Dataset) -> str:
     """What a cell of the map is."""
     attrs = result.attrs
-    of_keys = "one key" if attrs["cell_keys"] == 1 else f"the sum over {attrs['cell_keys']} keys"
-    of_tokens = "" if attrs["row_tokens"] == 1 else f", the mean of {q.counted(attrs['row_tokens'], 'generated token')}"
-    return f"A cell is the attention on {of_keys}{of_tokens}, mean over heads; log scale."
+    of_keys = "one key" if attrs["cell_keys"] == 1 else f"{q.count(attrs['cell_keys'])} keys together"
+    of_tokens = "" if attrs["row_tokens"] == 1 else f"{q.counted(attrs['row_tokens'], 'generated token')} and "
+    return f"A cell is the attention on {of_keys}, mean over {of_tokens}all heads; log scale."
 
 
 def _codes(result: xr.Dataset) -> np.ndarray:

@@ -70,7 +70,7 @@ def _recall(result: xr.Dataset, compact: bool) -> Any:
         height=260 if compact else 370,
         x="generated tokens later (log)",
         y="of its top keys, known before",
-        title=f"recall of the {result.attrs['top']} top keys of a head",
+        title=f"recall of {q.counted(result.attrs['top'], 'top key')} of a head",
         x_axis_type="log",
         x_range=(lags[0] / (1.2 if result.sizes["layer"] > _NAMED else 1.2 * (end / lags[0]) ** 0.2), 1.2 * end),
         y_range=(0, 1.03),
@@ -100,8 +100,10 @@ def _recall(result: xr.Dataset, compact: bool) -> Any:
     mean = {"lag": lags[told], "recall": at["recall_all"].values[told]}
     plot.line("lag", "recall", source=ColumnDataSource(mean), line_color=style.SERIES[0], line_width=2.5)
     plot.scatter("lag", "recall", source=ColumnDataSource(mean), color=style.SERIES[0], size=5)
-    style.label(plot, float(lags[0]), 0.06, "mean over layers", color=style.SERIES[0])
     chance = float(at["chance_all"])
+    style.label(
+        plot, float(lags[0]), chance + 0.11 if chance < 0.12 else 0.06, "mean over layers", color=style.SERIES[0]
+    )
     if np.isfinite(chance):
         style.limit_line(plot, chance, f"at random: {q.share(chance)}")
     return plot

@@ -247,7 +247,7 @@ def test_layers_that_agree_are_found_once_from_the_first_that_could_choose() -> 
     assert "(limit 70 %, chance 9 %)" in one.sentence
     lasting = found["attention_over_time/lasting"].sentence
     assert lasting.startswith("A head's 10 tokens of one step hold 98 % of those of 8 steps later")
-    assert judgement.title == "The 10 keys of a token hold 98 % of what the token 16 later attends to most"
+    assert judgement.title == "The 10 top keys of a token hold 98 % of what the token 16 later attends to most"
     json.dumps(dict(one.where))
 
 

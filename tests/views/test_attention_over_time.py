@@ -128,7 +128,7 @@ def test_ten_thousand_keys_and_512_tokens_stay_small_with_their_text() -> None:
     drawing = draw(result)
     assert nbytes(drawing) < 400_000
     notes = [div.text for div in drawing.select({"type": Div})]
-    assert any("the sum over 84 keys, the mean of 3 generated tokens" in note for note in notes)
+    assert any("84 keys together, mean over 3 generated tokens and all heads" in note for note in notes)
 
 
 def test_nothing_generated_is_said_in_words() -> None:
