@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource, CustomJS, CustomJSHover
+from bokeh.models import BasicTicker, ColumnDataSource, CustomJS, CustomJSHover
 
 from . import style
 from ._head_picker import Picker
-from ._log_share import codes, image, shown
+from ._log_share import LogShare
 
 _TEXT = 8_192  # tokens up to which their text travels with the drawing
 _MOVE = """
@@ -58,7 +58,8 @@ def pair_map(maps: np.ndarray, chosen: Picker, sides: tuple[Axis, Axis], words: 
         Text of the tokens of the whole sequence; empty where it is not known.
     """
     rows, columns = sides
-    coded = codes(maps)
+    scale = LogShare()
+    coded = scale.codes(maps)
     layers = [int(value) for value, _ in chosen.layer.options[1:]]
     source = ColumnDataSource({"image": [coded[0].copy()]})
     told = {"source": source, "bytes": coded.ravel(), "layers": layers, "heads": len(chosen.head.options) - 1}
@@ -74,13 +75,15 @@ def pair_map(maps: np.ndarray, chosen: Picker, sides: tuple[Axis, Axis], words: 
         x_range=(columns.begin - 0.5, columns.end - 0.5),
         y_range=(rows.end - 0.5, rows.begin - 0.5),
     )
+    for axis in (plot.xaxis, plot.yaxis):
+        axis.ticker = BasicTicker(min_interval=1)  # whole tokens
     size = {"dw": coded.shape[2] * columns.wide, "dh": coded.shape[1] * rows.wide}
-    drawn = image(plot, source, x=columns.begin - 0.5, y=rows.begin - 0.5, **size)
+    drawn = scale.image(plot, source, x=columns.begin - 0.5, y=rows.begin - 0.5, **size)
     text = [str(word) for word in words][:_TEXT]
     spans = {
         name: CustomJSHover(args={"begin": a.begin, "end": a.end, "wide": a.wide, "words": text}, code=_SPAN)
         for name, a in (("$y", rows), ("$x", columns))
     }
     lines = [("", "query $y{custom}"), ("puts of its attention", "@image{custom}"), ("on key", "$x{custom}")]
-    plot.add_tools(style.hover(drawn, lines, formatters={**spans, "@image": shown("no query here sees a key")}))
+    plot.add_tools(style.hover(drawn, lines, formatters={**spans, "@image": scale.shown("no query here sees a key")}))
     return plot

@@ -6,25 +6,19 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from bokeh.models import BasicTicker, ColumnDataSource, CustomJS, CustomJSHover, FixedTicker, Select
+from bokeh.models import BasicTicker, ColumnDataSource, CustomJS, CustomJSHover, Select
 
 from bnviz import quantities as q
 
 from . import style
+from ._log_share import LogShare
 
-LEAST = 1e-3  # attention at which the scale begins: an even share is 1 / 256 or more
-_STEPS = 254  # of the scale; 0 is what was not there
+SCALE = LogShare(1e-3)  # an even share is 1 / 256 or more
 _TEXT = 8_192  # tokens of the prompt up to which their text travels with the drawing
 _MOVE = """
 const image = source.data.image[0], first = Number(cb_obj.value) * image.length;
 for (let i = 0; i < image.length; i++) image[i] = codes[first + i];
 source.change.emit();
-"""
-_SHOWN = """
-if (!(value > 0)) return 'no key was there';
-if (value < 1.5) return 'at most ' + 100 * least + ' %';
-const share = 100 * least * Math.pow(1 / least, (value - 1) / steps);
-return (share < 0.95 ? share.toFixed(2) : share < 9.5 ? share.toFixed(1) : share.toFixed(0)) + ' %';
 """
 _ROW = """
 const from = Math.max(0, Math.floor((value + 0.5) / wide) * wide), to = Math.min(from + wide, tokens) - 1;
@@ -56,14 +50,7 @@ def time_heat(result: xr.Dataset, *, compact: bool = False) -> tuple[Any, Select
     for axis in (plot.xaxis, plot.yaxis):
         axis.ticker = BasicTicker(min_interval=1)  # whole tokens
     source = ColumnDataSource({"image": [codes[0].copy()]})
-    colours = style.mapper("cividis", 1, 1 + _STEPS, low_color="rgba(0, 0, 0, 0)")
-    place = {"x": -0.5, "y": -0.5, "dw": size[0], "dh": size[1]}
-    image = plot.image("image", source=source, color_mapper=colours, level="image", **place)
-    shares = [10.0**power for power in range(round(np.log10(LEAST)), 1)]
-    ticks = [_code(share) for share in shares]
-    labels = {tick: f"{100 * share:g} %" for tick, share in zip(ticks, shares, strict=True)}
-    labels[ticks[0]] = f"≤ {labels[ticks[0]]}"
-    plot.add_layout(style.color_bar(colours, ticker=FixedTicker(ticks=ticks), major_label_overrides=labels), "right")
+    image = SCALE.image(plot, source, x=-0.5, y=-0.5, dw=size[0], dh=size[1])
     _hover(plot, image, attrs)
     names = [("0", "mean over layers")]
     names += [(str(at + 1), f"layer {label}") for at, label in enumerate(result["layer"].values.tolist())]
@@ -81,15 +68,9 @@ def cell_words(result: xr.Dataset) -> str:
 
 
 def _codes(result: xr.Dataset) -> np.ndarray:
-    """(1 + layer, row, column) uint8: the mean over layers, then each layer; 0: not there, 1: LEAST or less, 255: all."""
+    """(1 + layer, row, column) uint8: the mean over layers, then each layer."""
     values = np.concatenate([result["attention_mean"].values[None], result["attention"].values])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        codes = np.clip(_code(values), 1, 1 + _STEPS)
-    return np.where(np.isfinite(values), np.nan_to_num(codes, neginf=1), 0).round().astype(np.uint8)
-
-
-def _code(share: Any) -> Any:
-    return 1 + _STEPS * (1 - np.log10(share) / np.log10(LEAST))
+    return SCALE.codes(values)
 
 
 def _hover(plot: Any, image: Any, attrs: dict[str, Any]) -> None:
@@ -100,7 +81,7 @@ def _hover(plot: Any, image: Any, attrs: dict[str, Any]) -> None:
         "$x": CustomJSHover(
             args={**told, "wide": attrs["cell_keys"], "keys": attrs["keys"], "words": words}, code=_KEYS
         ),
-        "@image": CustomJSHover(args={"least": LEAST, "steps": _STEPS}, code=_SHOWN),
+        "@image": SCALE.shown("no key was there"),
     }
     lines = [("", "generated $y{custom}"), ("attention", "@image{custom}"), ("on", "$x{custom}")]
     plot.add_tools(style.hover(image, lines, formatters=formats))

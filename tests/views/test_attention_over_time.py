@@ -29,7 +29,7 @@ from bokeh.models import (
 from bokeh.resources import INLINE
 
 from bnviz.diagnostics.attention_over_time import attention_over_time
-from bnviz.views._time_heat import LEAST, _code
+from bnviz.views._time_heat import SCALE
 from bnviz.views.attention_over_time import attention_over_time as draw_time
 from tests.diagnostics.test_attention_over_time import record
 
@@ -62,7 +62,7 @@ def nbytes(drawing: UIElement) -> int:
 
 def shares_of(codes: np.ndarray) -> np.ndarray:
     """What a code of the map stands for; NaN for what was not there."""
-    return np.where(codes == 0, np.nan, LEAST ** (1 - (codes.astype(float) - 1) / 254))
+    return np.where(codes == 0, np.nan, SCALE.least ** (1 - (codes.astype(float) - 1) / 254))
 
 
 def test_the_map_holds_the_attention_of_the_mean_and_of_every_layer() -> None:
@@ -78,12 +78,12 @@ def test_the_map_holds_the_attention_of_the_mean_and_of_every_layer() -> None:
     np.testing.assert_array_equal(codes[0], shown)
     for found, expected in zip(codes, [result["attention_mean"].values, *result["attention"].values], strict=True):
         assert (np.isnan(expected) == (found == 0)).all()
-        np.testing.assert_allclose(shares_of(found), np.maximum(expected, LEAST), rtol=0.02)
+        np.testing.assert_allclose(shares_of(found), np.maximum(expected, SCALE.least), rtol=0.02)
     assert (image.glyph.dw, image.glyph.dh) == (70, 40)
 
 
 def test_the_ends_of_the_scale_are_all_and_next_to_nothing() -> None:
-    assert (_code(1.0), _code(LEAST)) == (255, 1)
+    assert SCALE.codes(np.array([1.0, SCALE.least])).tolist() == [255, 1]
 
 
 def test_lines_are_layers_and_carry_their_places() -> None:
@@ -170,4 +170,4 @@ def test_the_control_shows_another_layer(tmp_path: Path) -> None:
     assert errors == []
     assert before == image.data_source.data["image"][0].ravel().tolist()
     found = np.array(after, np.uint8).reshape(result["attention"].shape[1:])
-    np.testing.assert_allclose(shares_of(found), np.maximum(result["attention"].values[1], LEAST), rtol=0.02)
+    np.testing.assert_allclose(shares_of(found), np.maximum(result["attention"].values[1], SCALE.least), rtol=0.02)

@@ -18,7 +18,7 @@ import bnviz
 from bnviz.catalog import load
 from bnviz.diagnostics.attention_map import attention_map
 from bnviz.diagnostics.attention_window import attention_window
-from bnviz.views._log_share import codes
+from bnviz.views._log_share import LogShare
 
 CHROMIUM = shutil.which("chromium")
 SIZES = [(1, 1, 64), (2, 4, 8), (80, 64, 64), (12, 8, 64)]
@@ -61,7 +61,7 @@ def test_no_map_grows_with_the_model_or_the_text(layers: int, heads: int, bins: 
     assert len(cells) == (layers * heads <= 4096)
     (image,) = [s for s in drawing.select({"type": ColumnDataSource}) if "image" in s.data]
     mean = result["share_mean"].values
-    np.testing.assert_array_equal(image.data["image"][0], codes(np.where(mean == 0, np.nan, mean)))
+    np.testing.assert_array_equal(image.data["image"][0], LogShare().codes(np.where(mean == 0, np.nan, mean)))
 
 
 @pytest.mark.parametrize(("layers", "heads", "side"), [(1, 1, 1), (2, 4, 96)])
@@ -99,11 +99,11 @@ def test_a_head_chosen_anywhere_is_shown_and_a_cell_says_how_to_see_it_exactly(l
         page.wait_for_function("() => (" + _CONTROLS + ")().join() === '2,5'")
         seen = np.array(page.evaluate(_IMAGE)).reshape(share.shape[2:])
         unseen = report["attention_map"]["share_mean"].values == 0
-        np.testing.assert_array_equal(seen, codes(np.where(unseen, np.nan, share[2, 5])))
+        np.testing.assert_array_equal(seen, LogShare().codes(np.where(unseen, np.nan, share[2, 5])))
         page.evaluate(_SET, ["bnviz-head", "mean"])
         seen = np.array(page.evaluate(_IMAGE)).reshape(share.shape[2:])
         mean = report["attention_map"]["share_of_layer"].values[2]
-        np.testing.assert_array_equal(seen, codes(np.where(unseen, np.nan, mean)))
+        np.testing.assert_array_equal(seen, LogShare().codes(np.where(unseen, np.nan, mean)))
         page.evaluate(_SET, ["bnviz-layer", "mean"])
         page.evaluate(_SET, ["bnviz-head", "3"])  # a head of no layer is that of the first
         assert page.evaluate(_CONTROLS) == ["0", "3"]
