@@ -29,7 +29,7 @@ def model(heads: int = 8, layers: int = 12) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64 * heads, "intermediate_size": 172 * heads, "num_hidden_layers": layers}
     return LlamaForCausalLM(
-        LlamaConfig(num_attention_heads=heads, vocab_size=512, max_position_embeddings=1 << 15, **sizes)
+        LlamaConfig(num_attention_heads=heads, vocab_size=512, max_position_embeddings=1 << 18, **sizes)
     ).model.eval()
 
 
@@ -56,9 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--heads", type=int, default=8)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    watched, ids = model(), torch.arange(asked.tokens)[None] % 512
+    watched, ids = model(asked.heads, asked.layers), torch.arange(asked.tokens)[None] % 512
     ratios: dict[str, list[float]] = {}
     ways = {"attention, keys and values": PROBES[:2], "with queries' moments": PROBES}
     with torch.no_grad():
@@ -69,7 +71,9 @@ def main() -> None:
                 with bnviz.capture(watched, probes=probes, progress=False) as recorder:
                     ratios.setdefault(name, []).append(seconds(lambda: watched(ids, use_cache=True)) / plain)
                 run = recorder.run
-    print(f"12 layers x 8 heads, {asked.tokens:,} tokens, float32, one thread, {asked.rounds} rounds")
+    print(
+        f"{asked.layers} layers x {asked.heads} heads, {asked.tokens:,} tokens, float32, one thread, {asked.rounds} rounds"
+    )
     for name, some in ratios.items():
         print(
             f"  {name:30s} {statistics.median(some):5.2f} x the plain prefill   aim 2.30   {run.nbytes / 2**20:.0f} MiB kept"

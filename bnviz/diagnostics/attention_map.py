@@ -192,10 +192,9 @@ def judge(result: xr.Dataset) -> Judgement:
     )
     if not np.isfinite(first):
         return Judgement("The text is too short for a map: fewer than three cells", subtitle)
-    title = (
-        f"{q.share(near)} of attention lies within {q.counted(2 * attrs['cell_keys'], 'token')}, {q.share(first)} on the first "
-        f"{attrs['cell_keys']}"
-    )
+    wide = attrs["cell_keys"]
+    title = f"{q.share(near)} of attention lies within {q.counted(2 * wide, 'token')}"
+    title += f", {q.share(first)} on the first {q.count(wide)}"
     exact = (
         'For exact weights of a part: bnviz.capture(model, probes=["attention_window"], rows=(first, last), '
         "columns=(first, last)); a click on a cell writes them out."

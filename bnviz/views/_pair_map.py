@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from bokeh.models import BasicTicker, ColumnDataSource, CustomJS, CustomJSHover
+from bokeh.models import BasicTicker, ColumnDataSource, CustomJS, CustomJSHover, NumeralTickFormatter
 
 from . import style
 from ._head_picker import Picker
@@ -76,7 +76,8 @@ def pair_map(maps: np.ndarray, chosen: Picker, sides: tuple[Axis, Axis], words: 
         y_range=(rows.end - 0.5, rows.begin - 0.5),
     )
     for axis in (plot.xaxis, plot.yaxis):
-        axis.ticker = BasicTicker(min_interval=1)  # whole tokens
+        axis.ticker = BasicTicker(min_interval=1, desired_num_ticks=5)  # whole tokens
+        axis.formatter = NumeralTickFormatter(format="0,0")
     size = {"dw": coded.shape[2] * columns.wide, "dh": coded.shape[1] * rows.wide}
     drawn = scale.image(plot, source, x=columns.begin - 0.5, y=rows.begin - 0.5, **size)
     text = [str(word) for word in words][:_TEXT]

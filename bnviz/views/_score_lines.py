@@ -122,6 +122,6 @@ def budget_slider(words: Sequence[str], at: int) -> tuple[Slider, Div]:
         disabled=len(told) < 2,
         name="bnviz-budget",
     )
-    line = Div(text=told[at], stylesheets=[InlineStyleSheet(css=_LINE)], width=420, styles={"max-width": "100%"})
+    line = Div(text=told[at], stylesheets=[InlineStyleSheet(css=_LINE)], width=480, styles={"max-width": "100%"})
     made.js_on_change("value", CustomJS(args={"div": line, "words": told}, code="div.text = words[cb_obj.value];"))
     return made, line

@@ -177,6 +177,7 @@ def dress(plot: Any, *, x: str | None = None, y: str | None = None, grid: str = 
         )
         if isinstance(axis.formatter, BasicTickFormatter):
             axis.formatter.power_limit_low = -5  # 0.002, not 2.000e-3
+            axis.formatter.power_limit_high = 8  # positions in a text of 131,072 tokens
     for lines, direction in ((plot.xgrid, "x"), (plot.ygrid, "y")):
         for line in lines:
             line.grid_line_color = LIGHT["grid"] if direction in grid else None
