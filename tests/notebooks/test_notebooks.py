@@ -108,3 +108,13 @@ def test_kv_cache_measures_what_it_ranks(executed: dict[str, Any]) -> None:
     assert len(re.findall(r"^\w+ +[\d.]+ +[\d.]+$", said, re.MULTILINE)) == 14  # scores, none left out
     cost = shown(outputs(executed["kv-cache"], "bnviz.diagnose(measured)"), "text/html")
     assert "What does a smaller KV cache cost the output, measured?" in cost
+
+
+def test_kv_cache_finds_the_heads_that_look_back_and_what_stays_important(executed: dict[str, Any]) -> None:
+    said = shown(outputs(executed["kv-cache"], '"retrieval_heads"'))
+    assert "llama-bard: No head finds earlier copies" in said
+    assert "llama-induction-byte: 1 of 8 heads finds earlier copies, most layer 1 head 3" in said
+    shared = shown(outputs(executed["kv-cache"], "streaming_llm+duoattention"))
+    assert len(re.findall(r"^(?:snapkv|streaming_llm)\S* +[\d.]+ +[\d.]+$", shared, re.MULTILINE)) == 7
+    recall = shown(outputs(executed["kv-cache"], 'over_time["recall_mean"]'))
+    assert len(re.findall(r"^\d +0\.\d\d", recall, re.MULTILINE)) == 4
