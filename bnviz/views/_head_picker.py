@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource, CustomJS, CustomJSHover, NumeralTickFormatter, Select
+import xarray as xr
+from bokeh.models import CustomJS, CustomJSHover, NumeralTickFormatter, Select
 
 from . import style
+from ._head_map import CELLS, head_map
 
-CELLS = 4096  # beyond, the controls alone choose
 MEAN = "mean"
 _PERCENT = "return Number.isFinite(value) ? (100 * value).toFixed(value < 0.0995 ? 1 : 0) + ' %' : 'not known';"
 _FOLLOW = """
@@ -55,44 +56,15 @@ def picker(shares: np.ndarray, layers: list[int], paths: list[str], *, title: st
     heads = [(MEAN, "mean of all heads"), *((str(n), f"head {n}") for n in range(shares.shape[1]))]
     layer = Select(options=every, value=start[0], width=160, name="bnviz-layer")
     head = Select(options=heads, value=start[1], width=160, name="bnviz-head")
-    if shares.size > CELLS:
+    if shares.size > CELLS:  # an image has no rows that could be selected: the controls alone choose
         return Picker(layer, head, None)
-    rows, columns = np.indices(shares.shape, dtype=np.int32).reshape(2, -1)
-    data = {
-        "layer": np.array(layers, np.int32)[rows],
-        "head": columns,
-        "row": rows,
-        "path": [paths[i] for i in rows],
-        "share": shares.astype("f4").ravel(),
-    }
-    source = ColumnDataSource(data)
+    of = xr.Dataset(coords={"layer": layers, "path": ("layer", paths), "head": np.arange(shares.shape[1])})
+    top = float(np.nanmax(shares)) if np.isfinite(shares).any() else 1.0
+    colours = style.mapper("ramp", 0, top or 1.0)
+    rows, code = [(title, "@shown{custom}")], {"@shown": CustomJSHover(code=_PERCENT)}
+    plot, source = head_map(of, {"shown": shares}, colours, title=title, rows=rows, code=code)
+    plot.add_layout(style.color_bar(colours, formatter=NumeralTickFormatter(format="0 %")), "right")
     source.selected.js_on_change(
         "indices", CustomJS(args={"source": source, "layer": layer, "head": head}, code=_FOLLOW)
     )
-    return Picker(layer, head, _map(source, shares, layers, title))
-
-
-def _map(source: ColumnDataSource, shares: np.ndarray, layers: list[int], title: str) -> Any:
-    plot = style.figure(
-        width=int(np.clip(len(layers) * 20, 90, 330)) + 100,
-        height=int(np.clip(shares.shape[1] * 20, 80, 330)) + 56,
-        x="layer",
-        y="head",
-        grid="",
-        title=title,
-        x_range=(-0.5, len(layers) - 0.5),
-        y_range=(shares.shape[1] - 0.5, -0.5),
-        sizing_mode="fixed",
-    )
-    plot.xaxis.ticker, plot.yaxis.ticker = style.place_ticks(len(layers)), style.place_ticks(shares.shape[1])
-    if layers != list(range(len(layers))):
-        plot.xaxis.major_label_overrides = {i: str(label) for i, label in enumerate(layers)}
-    top = float(np.nanmax(shares)) if np.isfinite(shares).any() else 1.0
-    colours = style.mapper("ramp", 0, top or 1.0)
-    fill = {"field": "share", "transform": colours}
-    cells = plot.rect("row", "head", 0.94, 0.94, source=source, fill_color=fill, line_color=None)
-    style.tap(cells, plot)
-    lines = [("", "layer @layer head @head"), (title, "@share{custom}")]
-    plot.add_tools(style.hover(cells, lines, formatters={"@share": CustomJSHover(code=_PERCENT)}))
-    plot.add_layout(style.color_bar(colours, formatter=NumeralTickFormatter(format="0 %")), "right")
-    return plot
+    return Picker(layer, head, plot)

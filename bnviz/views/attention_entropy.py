@@ -51,7 +51,7 @@ def attention_entropy(result: xr.Dataset, *, compact: bool = False) -> UIElement
         rows.append(("over the steps", "@begin{custom} to @end{custom}"))
     ratio = {"shown": result["ratio"].values, **grids}
     colours = style.mapper("ramp", 0, 1)
-    plot = head_map(result, ratio, colours, title="entropy over its largest", rows=rows, code=code, compact=compact)
+    plot, _ = head_map(result, ratio, colours, title="entropy over its largest", rows=rows, code=code, compact=compact)
     plot.add_layout(style.color_bar(colours, formatter=NumeralTickFormatter(format="0 %")), "right")
     if not over_steps:
         return plot
@@ -65,7 +65,7 @@ def _moves(
     most = max(float(np.nanmax(np.abs(moved))), 0.05)
     colours = style.mapper("diverge", -most, most)
     rows = [("over the steps", "@begin{custom} to @end{custom}")]
-    plot = head_map(
+    plot, _ = head_map(
         result, {"shown": moved, **grids}, colours, title="change over the steps", rows=rows, code=code, compact=compact
     )
     plot.add_layout(style.color_bar(colours, formatter=NumeralTickFormatter(format="+0 %")), "right")

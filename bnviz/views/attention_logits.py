@@ -62,7 +62,7 @@ def _map(result: xr.Dataset, compact: bool) -> Any:
     colours = style.mapper("ramp", 0, max(float(np.nanmax(result["largest"].values)), 1.0))
     title = "largest logit of a head"
     code = {f"@{name}": number for name in grids}
-    plot = head_map(result, grids, colours, title=title, rows=rows, code=code, compact=compact)
+    plot, _ = head_map(result, grids, colours, title=title, rows=rows, code=code, compact=compact)
     plot.add_layout(style.color_bar(colours), "right")
     return plot
 

@@ -54,7 +54,7 @@ def head_redundancy(result: xr.Dataset, *, compact: bool = False) -> UIElement:
     rows = [("most like", "@which{custom}, similarity @shown{custom}"), ("group", "@size{custom}")]
     colours = style.mapper("ramp", 0, 1)
     title = "similarity with the most similar other head"
-    plot = head_map(result, grids, colours, title=title, rows=rows, code=code, compact=compact)
+    plot, _ = head_map(result, grids, colours, title=title, rows=rows, code=code, compact=compact)
     plot.add_layout(style.color_bar(colours, formatter=NumeralTickFormatter(format="0.0")), "right")
     spare = np.argwhere((group >= 0) & (group != np.arange(group.shape[1])))
     if not len(spare):

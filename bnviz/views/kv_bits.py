@@ -12,8 +12,8 @@ from bnviz import quantities as q
 from bnviz.schema import view
 
 from . import style
+from ._head_map import WIDE, head_map
 from ._key import key
-from ._kv_head_map import CELLS, WIDE, kv_head_map
 from ._score_lines import budget_slider
 
 FLOOR = 1e-6  # of the squared length: less is drawn there
@@ -33,6 +33,7 @@ for (const source of sources) {
 }
 line.text = words[at];
 """
+_FEW = 2048  # heads up to which further columns travel with the map
 
 
 @view(of="kv_bits")
@@ -100,10 +101,10 @@ def _map(result: xr.Dataset, of: str, at: int, colours: Any, compact: bool) -> t
         ("random_error", "if drawn"),
     )
     for name, words in told:
-        if f"{of}_{name}" in result and error[0].size <= CELLS:  # beyond, they would be as large as all of the rest
+        if f"{of}_{name}" in result and error[0].size <= _FEW:  # beyond, they would be as large as all of the rest
             grids[name], code[f"@{name}"] = result[f"{of}_{name}"].values, CustomJSHover(code=_RATIO)
             rows.append((words, f"@{name}{{custom}}"))
-    plot, source = kv_head_map(
+    plot, source = head_map(
         result, grids, colours, title=f"{of}s: squared error (log)", rows=rows, code=code, compact=compact
     )
     source.name = f"{of}s"

@@ -12,8 +12,8 @@ from bnviz import quantities as q
 from bnviz.schema import view
 
 from . import style
+from ._head_map import WIDE, head_map
 from ._key import key
-from ._kv_head_map import WIDE, kv_head_map
 from ._score_lines import budget_slider
 
 FLOOR, NOTHING = 1e-4, 1e-6  # of the energy: where the axis ends, and where no energy is drawn
@@ -84,7 +84,7 @@ def _map(result: xr.Dataset, of: str, at: int, compact: bool) -> tuple[Any, Colu
     ]
     code = {"@shown": CustomJSHover(args={"sizes": [int(n) for n in size]}, code=_RANK)}
     title = f"{of}s: directions needed"
-    plot, source = kv_head_map(result, grids, colours, title=title, rows=rows, code=code, compact=compact)
+    plot, source = head_map(result, grids, colours, title=title, rows=rows, code=code, compact=compact)
     source.name = f"{of}s"
     plot.add_layout(style.color_bar(colours, formatter=NumeralTickFormatter(format="0 %")), "right")
     return plot, source
