@@ -24,7 +24,7 @@ class Site:
     Parameters
     ----------
     kind : str
-        "model", "block", "sublayer", "attention", "cross_attention", "router", "further_router", "gradient" or "module".
+        "picture", "block", "sublayer", "attention", "cross_attention", "router", "further_router", "gradient", "model", "module".
     path : str
         As in `model.named_modules()`.
     layer : int
@@ -224,6 +224,8 @@ class AttentionSeen:
     projection : Projection, optional
         What the output of the heads is multiplied by, where a probe asks for it and a module of the model's does that; never
         while decoding.
+    cached : float
+        Bytes that a token takes in this layer of the cache, as it holds them; 0: without a cache, or one that is not understood.
 
     Notes
     -----
@@ -250,6 +252,7 @@ class AttentionSeen:
     grows: int = 0
     rotary: Rotary | None = None
     projection: Projection | None = None
+    cached: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +294,15 @@ class RouterSeen:
     shared: int = 0
     verified: bool | Tensor = True
     mapped: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSeen:
+    """Pictures that a call of the model is given: `input` (batch, frames, channels, height, width), the model's own memory."""
+
+    site: Site
+    context: Context
+    input: Tensor
 
 
 @dataclass(frozen=True, slots=True)

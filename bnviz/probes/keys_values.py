@@ -63,9 +63,10 @@ class KeysValues:
 
     Notes
     -----
-    `key_norm` = ||k_j||_2, `value_norm` = ||v_j||_2, `value_norm_l1` = ||v_j||_1, in float32 or wider. `bytes_per_token` =
-    kv_heads x (key dim + value dim) x bytes of the dtype that the kernel was given: a model that repeats its heads before the
-    kernel, or caches something smaller (a latent, a quantised cache), is overstated. In decoding all keys are seen again at
+    `key_norm` = ||k_j||_2, `value_norm` = ||v_j||_2, `value_norm_l1` = ||v_j||_1, in float32 or wider. `bytes_per_token` is what
+    lies in the cache (quantised, shared by heads, with its scales) where it is one of transformers, and without a cache kv_heads
+    x (key dim + value dim) x bytes of the dtype that the kernel was given: a model that repeats its heads before the kernel, or
+    caches something smaller in a cache of its own, is overstated then. In decoding all keys are seen again at
     each step; the last step stays, NaN where a sliding cache no longer holds the key. What attention written by hand does not
     show (its keys, its values) is left out, and the bytes with it. Cost: one pass over keys and values; in decoding over those
     that are new, where the cache only grows.
@@ -82,7 +83,7 @@ class KeysValues:
     >>> seen = AttentionSeen(Site("attention", "attn", 0), Context(0, 0, "forward"), k, k, v, None, True, 1.0)
     >>> kept = KeysValues().observe(seen)
     >>> kept["key_norm"].item(), kept["value_norm_l1"].item(), kept["bytes_per_token"].item()
-    (5.0, 2.0, 16)
+    (5.0, 2.0, 16.0)
     """
 
     spec: ClassVar[ProbeSpec]
@@ -113,9 +114,9 @@ class KeysValues:
         if seen.context.phase != "decode":
             kept |= self._passage(seen, kept)
         dims = key.shape[-1], seen.value.shape[-1]
-        if all(dims):
-            taken = key.shape[1] * (dims[0] * key.element_size() + dims[1] * seen.value.element_size())
-            kept["bytes_per_token"] = torch.tensor(taken, dtype=torch.int64)
+        taken = key.shape[1] * (dims[0] * key.element_size() + dims[1] * seen.value.element_size())
+        if seen.cached or all(dims):
+            kept["bytes_per_token"] = torch.tensor(seen.cached or taken, dtype=torch.float64)
         return kept
 
     def _passage(self, seen: AttentionSeen, norms: dict[str, Tensor]) -> dict[str, Tensor]:

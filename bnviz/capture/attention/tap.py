@@ -14,6 +14,7 @@ from bnviz.capture.around import around
 from bnviz.capture.watch import Watch
 from bnviz.observation import AttentionSeen, Context, Site
 
+from .cached import cached_bytes
 from .call import Call
 from .code import INTERFACE
 from .columns import aligned, appended
@@ -193,6 +194,7 @@ class AttentionTap:
             grows,
             rotary,
             projection,
+            0.0 if across else cached_bytes(self._clock.cache, place.module, call),
         )
 
     def _looked(self, listener: Any, what: str, place: AttentionSite, *given: Any) -> Any:
