@@ -168,6 +168,8 @@ class Closing:
             self.discard()
             raise CaptureError(self._why_empty(clock, notes))
         self._add_labels(beside_rows, streamed, notes)
+        if any(kinds == ("picture",) and record not in streamed.extents for record, kinds in self._kinds.items()):
+            self._facts["found"]["picture"] = 0  # only a call tells
         notes += [*self.undivided(), *self._silent(counts, clock.forwards_watched), *self.remarks()]
         self._facts |= {"calls": clock.calls, "watched": clock.forwards_watched, "notes": notes}
         self._facts["sites"] = [one.to_json() for one in counts]

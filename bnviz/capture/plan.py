@@ -17,6 +17,7 @@ from .attention.find import AttentionSite, find_attention
 from .blocks.find import Block, find_blocks
 from .blocks.writers import fused_below
 from .compiled import plain
+from .pictures import takes_pictures
 from .routers.find import RouterSite
 from .routers.sites import router_sites
 from .tree import text, tree
@@ -45,6 +46,8 @@ class Plan:
         Tells paths where a hook would switch off a native fused path.
     suspects : list of AttentionSite
         Those of the unknown that are listened to all the same: they join `attention` when they show any.
+    pictures : bool
+        The model may be called with pictures: it is not one that reads tokens alone.
     cross : dict of int to str
         After a capture: path of every place that is no layer's self-attention, by its number in the record `cross_attention`.
     """
@@ -56,6 +59,7 @@ class Plan:
     fused: Callable[[str], bool] = lambda path: False
     unknown: list[Unknown] = field(default_factory=list)
     suspects: list[AttentionSite] = field(default_factory=list)
+    pictures: bool = False
     cross: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -73,6 +77,7 @@ class Plan:
             "router": sum(site.kind == "router" for site, _ in self.routers),
             "further_router": sum(site.kind == "further_router" for site, _ in self.routers),
             "gradient": len(self.blocks),
+            "picture": int(self.pictures),
         }.get(kind, 1)
 
     def _attention(self, kind: str) -> int:
@@ -121,7 +126,7 @@ def sites(model: nn.Module, *, attention: Any = None, routers: Any = None) -> Pl
     if not isinstance(model, nn.Module):
         raise CaptureError(f"sites: found a {type(model).__name__}, expected a torch.nn.Module; give the model itself.")
     model = plain(model)
-    plan = Plan(type(model).__name__, fused=fused_below(model))
+    plan = Plan(type(model).__name__, fused=fused_below(model), pictures=takes_pictures(model))
     for number, block in enumerate(find_blocks(model)):
         plan.blocks.append((Site("block", block.path, number, "block", block.evidence), block))
     found = find_attention(model, partial(_block, plan), plan.fused, attention)

@@ -43,6 +43,7 @@ from .layers import Layers
 from .modes import without_modes
 from .newest import newest
 from .options import Options, told
+from .pictures import tap_pictures
 from .plan import Plan, parts, sites
 from .progress import Progress, State
 from .provenance import provenance
@@ -54,7 +55,7 @@ from .watch import Watch
 if TYPE_CHECKING:
     from .blocks.writers import Shares
 
-KINDS = ("block", "attention", "cross_attention", "router")
+KINDS = ("block", "attention", "cross_attention", "router", "picture")
 
 
 class Session:
@@ -114,9 +115,8 @@ class Session:
         """Drop probes that find nothing to watch; refuse when they were asked for by name."""
         for name, probe in list(self._probes.items()):
             kinds = probe.spec.sites
-            late = (
-                "cross_attention" in kinds and not self._named and plan.count("attention") > 0
-            )  # may show while it runs
+            late = "cross_attention" in kinds and not self._named and plan.count("attention") > 0  # may show as it runs
+            late |= bool(getattr(probe, "picture_size", None))
             if late or not kinds or any(plan.count(k) for k in kinds):
                 continue
             sentence = f"{name}: no {' or '.join(kinds)} found in {type(self.model).__name__}"
@@ -169,6 +169,8 @@ class Session:
             tap_attention(plan, watch, stack, further)
         if wanted & {"router", "further_router"}:
             self._closing.remarks = tap_routers(plan, watch, stack)
+        if "picture" in wanted:
+            tap_pictures(self.model, watch, stack, self._probes.values())
         settle = partial(self._settle, audience)
         self.clock.ending.append(settle)  # the last, as others show something in the end
         stack.callback(self.clock.ending.remove, settle)
@@ -238,9 +240,7 @@ class Session:
     # ------------------------------------------------------------------ while the model runs
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (
-            not torch.compiler.is_compiling()
-        ):  # what is traced and compiled here is not watched, and holds nothing of ours
+        if not torch.compiler.is_compiling():  # what is traced and compiled is not watched, and holds nothing of ours
             with without_modes():
                 self._begin_forward(module, args, kwargs)
 

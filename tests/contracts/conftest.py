@@ -30,6 +30,15 @@ def encoder_decoder() -> nn.Module:
     return T5ForConditionalGeneration(T5Config(vocab_size=64, decoder_start_token_id=0, **sizes)).eval()
 
 
+def looker() -> nn.Module:
+    """A small model of pictures, with random weights: 6 x 8 patches and a class token."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    return ViTModel(ViTConfig(image_size=(24, 32), patch_size=4, **sizes)).eval()
+
+
 class Mixture(nn.Module):
     """Every token goes to the expert its gate scores highest."""
 
@@ -70,6 +79,15 @@ def pairs_run() -> Run:
     model = pairs()
     with torch.no_grad(), bnviz.capture(model, strict=True) as recorder:
         model(torch.linspace(-1, 1, 48).reshape(8, 6))
+    return recorder.run
+
+
+@pytest.fixture(scope="session")
+def looker_run() -> Run:
+    """Attention on two pictures."""
+    model = looker()
+    with torch.no_grad(), bnviz.capture(model, probes=["attention", "pictures"], strict=True) as recorder:
+        model(torch.linspace(-1, 1, 2 * 3 * 24 * 32).reshape(2, 3, 24, 32))
     return recorder.run
 
 
@@ -121,8 +139,10 @@ def measured_run(load_model: Any) -> Run:
 
 
 @pytest.fixture(scope="session")
-def runs(experts_run: Run, net_run: Run, pairs_run: Run, measured_run: Run, asked_run: Run) -> tuple[Run, ...]:
-    return experts_run, net_run, pairs_run, measured_run, asked_run
+def runs(
+    experts_run: Run, net_run: Run, pairs_run: Run, measured_run: Run, asked_run: Run, looker_run: Run
+) -> tuple[Run, ...]:
+    return experts_run, net_run, pairs_run, measured_run, asked_run, looker_run
 
 
 @pytest.fixture(scope="session")

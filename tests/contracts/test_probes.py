@@ -17,7 +17,7 @@ from bnviz.errors import CaptureError, UnknownName
 from bnviz.schema import DIMENSIONS, UNITS
 from tests.traces import traces
 
-from .conftest import encoder_decoder, net, pairs
+from .conftest import encoder_decoder, looker, net, pairs
 
 
 def model_for(probe: Any, load_model: Any) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
@@ -25,6 +25,9 @@ def model_for(probe: Any, load_model: Any) -> tuple[nn.Module, Callable[[nn.Modu
     if "cross_attention" in probe.spec.sites:
         ids = torch.arange(5, 29).reshape(2, 12)
         return encoder_decoder(), lambda m: m(input_ids=ids, decoder_input_ids=ids[:, :5]).logits
+    if "picture" in probe.spec.sites:
+        picture = torch.linspace(-1, 1, 2 * 3 * 24 * 32).reshape(2, 3, 24, 32)
+        return looker(), lambda m: m(picture).last_hidden_state
     if {"attention", "router"} & set(probe.spec.sites):
         ids = torch.arange(5, 53).reshape(2, 24)
         return load_model("mixtral-bard"), lambda m: written(m, ids)
