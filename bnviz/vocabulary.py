@@ -37,7 +37,7 @@ DIMENSIONS: Mapping[str, str] = MappingProxyType(
         "bits": "bits of a code that a number is kept as",
         "class": "value of a label",
         "estimator": "name of an information estimator",
-        "method": "name of a KV-importance score, or of a way to share a cache out",
+        "method": "name of a KV-importance score, or of a way to share a cache out or to keep it in fewer bytes",
         "method_to": "the score a score is compared with",
         "pattern": "name of an attention pattern",
         "budget": "share of the KV cache that is kept",

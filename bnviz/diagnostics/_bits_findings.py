@@ -11,6 +11,10 @@ from bnviz import quantities as q
 from bnviz.schema import Finding
 
 _PLACES = 64  # of one finding
+_NOT_OUTPUT = (
+    'Error of keys and values is not error of the output, which bnviz.experiment(model, batch, "kv_compression") measures. One '
+    "passage of text."
+)
 
 
 def sides(result: xr.Dataset) -> list[str]:
@@ -191,15 +195,25 @@ def splits(result: xr.Dataset, pays: float) -> list[Finding]:
                 severity="low",
                 value=ratio,
                 limit=pays,
-                advice="Give tokens bits by their attention (ZipVL, arXiv:2410.08584) and compare the loss on your own text.",
+                advice=_measured(result),
             )
         )
     return found
 
 
+def _measured(result: xr.Dataset) -> str:
+    """The call that measures a split of the bits."""
+    low, even, high = result.attrs["mixed"]
+    half = f'bits=[{even}, "{high}/{low}"]'
+    return (
+        "Give tokens bits by their attention (ZipVL, arXiv:2410.08584), and measure what the model then says: "
+        f'bnviz.experiment(model, batch, "kv_compression", {half}).'
+    )
+
+
 def caveats(result: xr.Dataset) -> list[str]:
     """What the numbers do not say, most general first."""
-    attrs, lines = result.attrs, ["Error of keys and values is not error of the output. One passage of text."]
+    attrs, lines = result.attrs, [_NOT_OUTPUT]
     if not sides(result):
         return lines
     most = int(result["bits"].values.max())

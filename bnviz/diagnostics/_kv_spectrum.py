@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
 
 _ROUND = 1e-12  # of the energy: nine tenths of ten tenths are reached by nine of them
-_FLOOR = 1e-13  # of the energy about zero: what sums in float64 leave where there is nothing
+FLOOR = 1e-13  # of the energy about zero: what sums in float64 leave where there is nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def spectra(record: xr.Dataset, of: str, *, centred: bool) -> Spectra:
         share[layer, head] = float(mean @ mean) / energy if energy > 0 else np.nan
         matrix = about_zero - np.outer(mean, mean) if centred else about_zero
         values = np.linalg.eigvalsh(matrix)[::-1]
-        found[layer, head, own] = np.where(values > _FLOOR * energy, values, 0.0)
+        found[layer, head, own] = np.where(values > FLOOR * energy, values, 0.0)
     taken = record[f"{of}_bytes"].transpose("step", "layer").values.astype(np.float64)
     taken = np.where(taken > 0, taken, np.nan).max(0, initial=0.0, where=taken > 0)
     itemsize = np.divide(taken, size, out=np.full(layers, np.nan), where=(size > 0) & (taken > 0))

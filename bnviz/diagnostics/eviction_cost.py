@@ -8,7 +8,9 @@ import numpy as np
 import xarray as xr
 
 from bnviz import quantities as q
-from bnviz.schema import Finding, Judgement, Saving, Variable, diagnostic, stamp
+from bnviz.schema import Finding, Judgement, Variable, diagnostic, stamp
+
+from ._changes import averaged, changes, most_changed, of_texts, sample_words, saved, told_of
 
 NULL = "random"
 _CELL = ("method", "budget")
@@ -19,28 +21,7 @@ _CELL = ("method", "budget")
     needs=("kv_eviction.divergence",),
     wants=("decode_time.step_ratio",),
     gives=(
-        Variable(
-            "divergence",
-            _CELL,
-            "nat",
-            "KL of the next-token distribution from that of the whole cache, mean over texts",
-        ),
-        Variable("divergence_least", _CELL, "nat", "the same of the text that changes least"),
-        Variable("divergence_most", _CELL, "nat", "the same of the text that changes most"),
-        Variable(
-            "loss_change",
-            _CELL,
-            "nat",
-            "loss of the texts' own next tokens, less that of the whole cache, mean over texts",
-        ),
-        Variable("same_token", _CELL, "1", "share of tokens whose most likely next token stays the same"),
-        Variable(
-            "greedy_kept", _CELL, "token", "tokens of greedy decoding before the first that differs, mean over texts"
-        ),
-        Variable(
-            "output_error", (*_CELL, "layer"), "1", "relative change of a layer's attention output, mean over texts"
-        ),
-        Variable("bytes_kept", _CELL, "B", "bytes of the keys and values that are kept, mean over texts"),
+        *changes(_CELL, "bytes of the keys and values that are kept, mean over texts"),
         Variable(
             "step_ratio",
             ("budget",),
@@ -48,8 +29,7 @@ _CELL = ("method", "budget")
             "time of a decode step over that behind the whole cache, mean over texts; NaN: not timed at this budget",
             optional=True,
         ),
-        Variable("bytes_whole", (), "B", "bytes of the whole cache, mean over texts"),
-        Variable("texts", _CELL, "count", "texts that were measured"),
+        *of_texts(_CELL),
     ),
     order=35,
 )
@@ -89,48 +69,16 @@ def eviction_cost(kv_eviction: xr.Dataset, decode_time: xr.Dataset | None = None
     [[0.2, 0.0]]
     """
     record = kv_eviction
-    counted = np.isfinite(record["divergence"].values)
-    result = xr.Dataset(
-        {
-            "divergence": (_CELL, _over(np.mean, record, "divergence")),
-            "divergence_least": (_CELL, _over(np.min, record, "divergence")),
-            "divergence_most": (_CELL, _over(np.max, record, "divergence")),
-            **{
-                name: (_CELL, _over(np.mean, record, name))
-                for name in ("loss_change", "same_token", "greedy_kept", "bytes_kept")
-            },
-            "output_error": ((*_CELL, "layer"), _over(np.mean, record, "output_error")),
-            "bytes_whole": ((), float(np.nanmean(record["bytes_whole"].values))),
-            "texts": (_CELL, counted.sum(axis=0)),
-        },
-        coords={name: record.coords[name] for name in ("method", "budget", "layer", "path") if name in record.coords},
-    )
+    coords = {name: record.coords[name] for name in ("method", "budget", "layer", "path") if name in record.coords}
+    result = xr.Dataset(averaged(record, _CELL), coords=coords)
     if decode_time is not None:
         timed = decode_time["step_ratio"].mean("sample").reindex(budget=record["budget"].values)
         result["step_ratio"] = ("budget", timed.values)
-    result.attrs = {
-        "model": str(record.attrs.get("model", "model")),
+    result.attrs = told_of(record) | {
         "aggregate": str(record.attrs.get("aggregate", "mean")),
-        "greedy": int(record.attrs.get("greedy", 0)),
-        "model_bytes": record.attrs.get("model_bytes"),
-        "tokens": [int(n) for n in record["tokens"].values],
-        "measured": [int(n) for n in record["measured"].values],
-        "loss": [float(n) for n in record["loss"].values],
         "skipped": list(record.attrs.get("skipped", [])),
     }
     return stamp(result, eviction_cost.spec.gives)  # type: ignore[attr-defined]
-
-
-def _over(how: Any, record: xr.Dataset, name: str) -> np.ndarray:
-    """A statistic over the texts that were measured; NaN where none was."""
-    values = record[name].values
-    found = np.full(values.shape[1:], np.nan)
-    for at in np.ndindex(found.shape):
-        some = values[(slice(None), *at)]
-        some = some[np.isfinite(some)]
-        if len(some):
-            found[at] = how(some)
-    return found
 
 
 def judge(result: xr.Dataset, *, divergence: float = 0.1, strained: float = 0.5) -> Judgement:
@@ -143,12 +91,7 @@ def judge(result: xr.Dataset, *, divergence: float = 0.1, strained: float = 0.5)
     strained : float
         Relative change of a layer's attention output, in the cache that is advised, from which the layer is named.
     """
-    attrs = result.attrs
-    texts = q.counted(len(attrs["tokens"]), "text")
-    subtitle = (
-        f"KL from the predictions behind the whole cache, in nat · {attrs['model']}, {texts}, prompts of "
-        f"{_range(attrs['tokens'])} tokens, {_range(attrs['measured'])} after them"
-    )
+    subtitle = f"KL from the predictions behind the whole cache, in nat · {sample_words(result.attrs)}"
     best = _smallest(result, divergence)
     findings: list[Finding] = []
     if best is None:
@@ -187,20 +130,12 @@ def _short(name: str) -> str:
     return name if len(name) <= 20 else f"{name[:19]}…"
 
 
-def _range(numbers: list[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return q.count(low) if low == high else f"{q.count(low)} to {q.count(high)}"
-
-
 def _finding(result: xr.Dataset, method: str, budget: float, limit: float) -> Finding:
     at = {"method": method, "budget": budget}
     found, kept, whole = (float(result[n].sel(at)) for n in ("divergence", "bytes_kept", "same_token"))
-    full, weights = float(result["bytes_whole"]), result.attrs["model_bytes"]
     chance = ""
     if NULL in result["method"].values:
         chance = f", random {q.written(float(result['divergence'].sel({'method': NULL, 'budget': budget})), 'nat')}"
-    of = full if weights is None else full + weights
-    how = "measured" + (", as a share of the KV cache" if weights is None else ", as a share of weights and KV cache")
     return Finding(
         code="eviction_cost/budget",
         sentence=f"A cache of {q.share(budget)} by {method} changes the next-token distribution by {q.written(found, 'nat')} "
@@ -210,7 +145,7 @@ def _finding(result: xr.Dataset, method: str, budget: float, limit: float) -> Fi
         limit=limit,
         unit="nat",
         advice=f"Evict by {method} to {q.share(budget)} after the prompt, and check it on texts of your own task and length.",
-        saving=Saving(full - kept, "B", (full - kept) / of, how),
+        saving=saved(result, kept),
     )
 
 
@@ -221,26 +156,14 @@ def _time(result: xr.Dataset, at: dict[str, Any]) -> str:
     return f", and a decode step takes {q.share(ratio)} of its time" if np.isfinite(ratio) else ""
 
 
-def _strained(result: xr.Dataset, method: str, budget: float, strained: float) -> list[Finding]:
-    error = result["output_error"].sel({"method": method, "budget": budget}).values
-    if not len(error) or not np.isfinite(error).any() or np.nanmax(error) < strained:
-        return []
-    worst = int(np.nanargmax(error))
-    where: dict[str, Any] = {"layer": int(result["layer"].values[worst])}
-    if "path" in result.coords:
-        where["path"] = str(result["path"].values[worst])
-    return [
-        Finding(
-            code="eviction_cost/layer",
-            sentence=f"In that cache the attention output of layer {where['layer']} changes by {q.share(float(error[worst]))} "
-            f"(limit {q.share(strained)}), the median layer's by {q.share(float(np.nanmedian(error)))}",
-            severity="low",
-            where=where,
-            value=float(error[worst]),
-            limit=strained,
-            advice="Give this layer more of the cache than the others (PyramidKV, arXiv:2406.02069) and measure again.",
-        )
-    ]
+def _strained(result: xr.Dataset, method: str, budget: float, limit: float) -> list[Finding]:
+    return most_changed(
+        result,
+        {"method": method, "budget": budget},
+        limit,
+        code="eviction_cost/layer",
+        advice="Give this layer more of the cache than the others (PyramidKV, arXiv:2406.02069) and measure again.",
+    )
 
 
 def _caveats(result: xr.Dataset) -> list[str]:

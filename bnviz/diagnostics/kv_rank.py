@@ -294,10 +294,15 @@ def _low(result: xr.Dataset, of: str, small: float, enough: float) -> list[Findi
             value=float((rank / size)[tuple(found[-1])]),
             limit=small,
             advice=f"Project them on so many leading directions (MatryoshkaKV, arXiv:2410.14731; result['{of}_rank'] has them) "
-            "and compare the loss on your own text: energy is not output.",
+            f'and measure what that changes: bnviz.experiment(model, batch, "kv_compression", {_option(result, of)}).',
             saving=_saving(result, of, found),
         )
     ]
+
+
+def _option(result: xr.Dataset, of: str) -> str:
+    """Of the experiment: these keys, or values, alone at this share of the energy."""
+    return f'energies=["{of[0]}{q.setting(float(result.attrs["threshold"]))}"]'
 
 
 def _saving(result: xr.Dataset, of: str, found: Any) -> Saving | None:
@@ -324,7 +329,10 @@ def _numbers(result: xr.Dataset, of: str) -> Floats:
 def _caveats(result: xr.Dataset, enough: float) -> list[str]:
     """What the numbers do not say, most general first."""
     attrs, lines = result.attrs, []
-    lines.append("Energy is not output: a direction with little energy can be the one that queries ask for.")
+    lines.append(
+        "Energy is not output: a direction with little energy can be the one that queries ask for; "
+        'bnviz.experiment(model, batch, "kv_compression") measures what the model then says.'
+    )
     lines.append("Directions are found and judged on the same tokens; another text can need others.")
     size, tokens = result["key_size"].values[:, None], result["tokens"].values
     short = (tokens > 0) & (tokens < enough * size)

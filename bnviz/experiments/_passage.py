@@ -1,21 +1,21 @@
-"""One text of an eviction experiment: its prompt read once and watched, and what follows read behind one cache after another."""
+"""One text of an eviction experiment: its prompt read once and watched, and each score's order of keeping its keys."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnviz.diagnostics._allocations import NAMES, UNIFORM, shared_out
 from bnviz.errors import BnvizError
 from bnviz.head_lists import neediest
 
-from ._cut import Reader, cut, layers_of, nbytes
+from ._continued import Behind, Continued, plainly
+from ._cut import cut
 from ._ragged import Kept, hidden, kept_of, readable
 from ._subject import Subject
 from ._ways import DUO, whole_heads
@@ -24,10 +24,7 @@ if TYPE_CHECKING:
     from .kv_eviction import KvEviction
 
 
-TOGETHER = 16  # tokens whose predictions are compared at once
-
-
-class Passage:
+class Passage(Continued):
     """A text, its prompt's cache, the order in which each score keeps keys, and the predictions behind the whole cache.
 
     Parameters
@@ -46,30 +43,15 @@ class Passage:
     """
 
     def __init__(self, of: Subject, sample: int, split: tuple[int, int], asked: KvEviction) -> None:
-        self.sample, self._asked = sample, asked
-        self._end, last = split
-        text = of.texts[sample]
-        self._rest, self._read = text[:, self._end : last], Reader(of.model)
-        watched = self._watched(of.model, text[:, : self._end])
-        self._layers = layers_of(self._cache)
-        self._ranked(watched)
-        self._modules = [of.model.get_submodule(path) for _, path in self.places]
+        super().__init__(of, sample, split, asked.lengths.greedy)
+        self._asked = asked
+        places = self._ranked(self._watch(_read_by(() if asked.ways is None else asked.ways.scores), asked.probes))
         if any(way != UNIFORM for _, way in self._ways.values()):
             readable(of.model)
-        self._whole, self._outputs = self._continued(None)
-        self._greedy = self._greedily(None)
+        self._begin(places)
 
-    def _watched(self, model: nn.Module, prompt: Tensor) -> Any:
-        from bnviz.capture import capture
-
-        ways = self._asked.ways
-        probes = _read_by(() if ways is None else ways.scores)
-        with capture(model, probes=probes, progress=False, **self._asked.probes) as recorder:
-            logits, self._cache = self._read(prompt)
-        self._next = int(logits[-1].argmax())
-        return recorder.run
-
-    def _ranked(self, run: Any) -> None:
+    def _ranked(self, run: Any) -> list[tuple[int, str]]:
+        """Rank the keys; layers and paths of the attention modules."""
         from bnviz.diagnostics.kv_importance import kv_importance
 
         asked = self._asked
@@ -85,7 +67,6 @@ class Passage:
         self._ways = {name: (ranked.index(score), way) for name, (score, way) in pairs.items()}
         self.methods = list(self._ways)
         self.skipped = list(result.attrs["skipped"].values())
-        self.places = [(int(n), str(p)) for n, p in zip(result["layer"].values, result["path"].values, strict=True)]
         self._ranks, self._scores = result["keep_rank"].values, result["score"].values
         self._heads, self._needs = int(result.attrs["heads"]), _needs(records, {way for _, way in self._ways.values()})
         found = [(keys.shape[1], keys.shape[2]) for keys, _ in self._layers]
@@ -95,28 +76,20 @@ class Passage:
                 f"kv_eviction: the cache holds (heads, tokens) {sorted(set(found))} in {len(found)} layers, expected "
                 f"{expected[0]} in {len(expected)}, as the scores rank; this model's cache is kept in another form."
             )
+        return [(int(n), str(p)) for n, p in zip(result["layer"].values, result["path"].values, strict=True)]
 
     def measured(self, method: str, budget: float) -> dict[str, Any]:
         """What this score, with its way to give tokens out, and this budget cost; numbers, JSON-able."""
         kept = self._kept(method, budget)
-        logits, outputs = self._continued(kept)
-        apart, losses = _compared(self._whole, logits, self._rest[0])
-        same = (self._whole.argmax(-1) == logits.argmax(-1)).float().mean()
-        return {
-            "divergence": float(apart.mean()),
-            "divergence_most": float(apart.max()),
-            "loss_change": losses[1] - losses[0],
-            "same_token": float(same),
-            "greedy_kept": self._same_greedy(kept),
-            "output_error": [_apart(one, other) for one, other in zip(outputs, self._outputs, strict=True)],
-            "bytes_kept": sum(one.tokens * _taken(*layer) for one, layer in zip(kept, self._layers, strict=True)),
-            "loss": losses[0],
-            "bytes_whole": nbytes(self._layers),
-            "tokens": self._end,
-            "measured": self._rest.shape[1],
-            "layers": self.places,
-            "skipped": self.skipped,
-        }
+        index = [one.index for one in kept]
+        even = len({one.index.shape[1] for one in kept}) == 1 and all(one.held.all() for one in kept)
+
+        def seen(rest: int) -> contextlib.AbstractContextManager[None]:
+            return plainly(rest) if even else hidden(self._modules, kept, self._heads, rest)
+
+        found = self._compared(Behind(lambda: cut(self._cache, self._layers, index), seen))
+        taken = sum(one.tokens * _taken(*layer) for one, layer in zip(kept, self._layers, strict=True))
+        return found | {"bytes_kept": taken, "skipped": self.skipped}
 
     def _kept(self, method: str, budget: float) -> list[Kept]:
         """What the heads of each layer keep."""
@@ -131,38 +104,6 @@ class Passage:
             needs = self._needs.of_layer, self._needs.share
             tokens = shared_out(own, ranks, most, budget, needs)[NAMES.index(way)]
         return [kept_of(*of) for of in zip(ranks, tokens, strict=True)]
-
-    def _behind(self, kept: list[Kept] | None) -> Any:
-        return cut(self._cache, self._layers, None if kept is None else [one.index for one in kept])
-
-    def _seen_as(self, kept: list[Kept] | None, rest: int = 0) -> contextlib.AbstractContextManager[None]:
-        """Queries see what heads keep: all that is in the cache, where heads and layers keep as many."""
-        if kept is None or (len({one.index.shape[1] for one in kept}) == 1 and all(one.held.all() for one in kept)):
-            return contextlib.nullcontext()
-        return hidden(self._modules, kept, self._heads, rest)
-
-    def _continued(self, kept: list[Kept] | None) -> tuple[Tensor, list[Tensor]]:
-        """Logits (tokens, vocabulary) of the rest of the text behind a cache, and each layer's attention output."""
-        with self._seen_as(kept), _outputs_of(self._modules) as outputs:
-            logits, _ = self._read(self._rest, self._behind(kept), self._end)
-        return logits, outputs
-
-    def _greedily(self, kept: list[Kept] | None, until: list[int] | None = None) -> list[int]:
-        """Tokens that greedy decoding gives after the prompt; it ends where they differ from `until`."""
-        found, cache, device = [self._next], self._behind(kept), self._rest.device
-        for step in range(self._asked.greedy):
-            with self._seen_as(kept, step):
-                logits, cache = self._read(torch.tensor([[found[-1]]], device=device), cache, self._end + step)
-            found.append(int(logits[-1].argmax()))
-            if until is not None and found[-1] != until[len(found) - 1]:
-                break
-        return found[1:]
-
-    def _same_greedy(self, kept: list[Kept]) -> float:
-        if not self._asked.greedy:
-            return float("nan")
-        found = self._greedily(kept, [self._next, *self._greedy])
-        return float(sum(one == other for one, other in zip(found, self._greedy, strict=False)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,41 +145,3 @@ def _read_by(methods: Collection[str]) -> list[str]:
     specs = [catalog.load("scores", name).spec for name in methods]
     read = (variable.partition(".")[0] for spec in specs for variable in (*spec.needs, *spec.wants))
     return list(dict.fromkeys(("attention", "keys_values", *read)))
-
-
-def _compared(whole: Tensor, found: Tensor, ids: Tensor) -> tuple[Tensor, list[float]]:
-    """KL of each prediction, and the mean loss of the next tokens behind both caches; in float64, some tokens at a time."""
-    apart, losses = [], [0.0, 0.0]
-    for at in range(0, len(whole), TOGETHER):
-        log_p, log_q = (one[at : at + TOGETHER].double().log_softmax(-1) for one in (whole, found))
-        apart.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0))
-        next_ids = ids[at + 1 : at + 1 + TOGETHER, None]
-        for which, log in enumerate((log_p, log_q)):
-            losses[which] -= float(log[: len(next_ids)].gather(-1, next_ids).sum())
-    return torch.cat(apart), [loss / (len(ids) - 1) for loss in losses]
-
-
-def _apart(found: Tensor, whole: Tensor) -> float:
-    return float((found - whole).norm() / whole.norm())
-
-
-@contextlib.contextmanager
-def _outputs_of(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """What each module gives, (tokens, features) in float32, in their order; nothing stays on them."""
-    found: dict[int, Tensor] = {}
-
-    def keep(number: int) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            tensor = output if isinstance(output, Tensor) else output[0]
-            found[number] = tensor.detach()[0].float()
-
-        return hook
-
-    outputs: list[Tensor] = []
-    handles = [module.register_forward_hook(keep(number)) for number, module in enumerate(modules)]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-    outputs += [found[number] for number in range(len(modules))]

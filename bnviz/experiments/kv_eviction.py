@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from bnviz.errors import BnvizError, SchemaError
+from bnviz.errors import SchemaError
 from bnviz.schema import ExperimentSpec, Variable, experiment
 
+from ._cells import assembled
+from ._lengths import Lengths
 from ._subject import Subject
 from ._ways import ways
 
@@ -113,14 +114,7 @@ class KvEviction:
             raise SchemaError(
                 f"kv_eviction: budgets are {list(budgets)}, expected shares of the cache above 0 and up to 1."
             )
-        if prompt <= 0 or (prompt >= 1 and prompt != int(prompt)):
-            raise SchemaError(
-                f"kv_eviction: prompt is {prompt}, expected a share of the text below 1 or a number of tokens."
-            )
-        for name, value, least in (("most", most, 2), ("greedy", greedy, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SchemaError(f"kv_eviction: {name} is {value!r}, expected a whole number, {least} or more.")
-        self.aggregate, self.prompt, self.most, self.greedy = aggregate, prompt, most, greedy
+        self.aggregate, self.lengths = aggregate, Lengths("kv_eviction", prompt, most, greedy)
         self.ways = None if methods is None else ways(methods)
         self.probes = dict(probes or {})
         self._passage: Passage | None = None
@@ -147,41 +141,19 @@ class KvEviction:
 
     def record(self, of: Subject, found: Mapping[tuple[int, str, float], Mapping[str, Any]]) -> xr.Dataset:
         """What was measured as a record; NaN where a score could not rank a text."""
-        import xarray as xr
-
-        samples, budgets = range(len(of.texts)), self.budgets.tolist()
-        methods = list(dict.fromkeys(method for _, method, _ in found))
-        layers: list[tuple[int, str]] = next((one["layers"] for one in found.values()), [])
-        shape = (len(samples), len(methods), len(budgets))
-        numbers = {v.name: np.full(shape, math.nan) for v in self.spec.variables if v.dims == _CELL}
-        errors = np.full((*shape, len(layers)), math.nan)
-        whole = {v.name: np.full(shape[0], math.nan) for v in self.spec.variables if v.dims == ("sample",)}
-        for (sample, method, budget), one in found.items():
-            at = (sample, methods.index(method), budgets.index(budget))
-            for name, values in numbers.items():
-                values[at] = one[name]
-            errors[at] = one["output_error"]
-            for name, of_text in whole.items():
-                of_text[sample] = one[name]
-        data = xr.Dataset(
-            {name: (_CELL, values) for name, values in numbers.items()}
-            | {"output_error": ((*_CELL, "layer"), errors)}
-            | {name: ("sample", values) for name, values in whole.items()},
-            coords={
-                "sample": list(samples),
-                "method": np.array(methods, object),
-                "budget": budgets,
-                "layer": [layer for layer, _ in layers],
-                "path": ("layer", np.array([path for _, path in layers], object)),
-            },
-        )
+        axes: dict[str, list[Any]] = {
+            "sample": list(range(len(of.texts))),
+            "method": list(dict.fromkeys(method for _, method, _ in found)),
+            "budget": self.budgets.tolist(),
+        }
+        data = assembled(self.spec.variables, axes, found)
         skipped = {why: None for one in found.values() for why in one["skipped"]}
         return data.assign_attrs(
             model=type(of.model).__name__,
             aggregate=self.aggregate,
             skipped=list(skipped),
-            greedy=self.greedy,
-            prompt=self.prompt,
+            greedy=self.lengths.greedy,
+            prompt=self.lengths.prompt,
         )
 
     def _of(self, of: Subject, sample: int) -> Passage:
@@ -190,16 +162,6 @@ class KvEviction:
 
         if self._passage is None or self._passage.sample != sample:
             self._passage = None  # its cache, before another one is made
-            self._passage = Passage(of, sample, self._split(of.texts[sample].shape[1], sample), self)
+            split = self.lengths.split(of.texts[sample].shape[1], sample)
+            self._passage = Passage(of, sample, split, self)
         return self._passage
-
-    def _split(self, tokens: int, sample: int) -> tuple[int, int]:
-        """Where the prompt ends, and where what is measured does."""
-        end = int(self.prompt) if self.prompt >= 1 else int(self.prompt * tokens)
-        last = min(tokens, end + self.most)
-        if end < 2 or last - end < 2:
-            raise BnvizError(
-                f"kv_eviction: text {sample} has {tokens} tokens and its prompt ends at {end}; expected 2 tokens or more before "
-                "and after it. Give a longer text, or another prompt=."
-            )
-        return end, last

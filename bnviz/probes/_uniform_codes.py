@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def ends(values: Tensor, here: Tensor | None, dim: int) -> tuple[Tensor, Tensor]
     return low.masked_fill(none, 0), high.masked_fill(none, 0)
 
 
-def grouped_errors(values: Tensor, here: Tensor | None, group: int, bits: Sequence[int]) -> list[Tensor]:
-    """Squared error of each value, for each number of bits: ends are those of groups of `group` along the last axis.
+def grouped(values: Tensor, here: Tensor | None, group: int, bits: Sequence[int]) -> Iterator[Tensor]:
+    """What codes in groups are read as, for each number of bits: ends are those of groups of `group` along the last axis.
 
     The last group is as long as what is left.
 
@@ -65,8 +65,8 @@ def grouped_errors(values: Tensor, here: Tensor | None, group: int, bits: Sequen
     Examples
     --------
     >>> import torch
-    >>> grouped_errors(torch.tensor([[[0.0, 1.0, 3.0, 5.0, 5.0]]]), None, 3, [1])[0].tolist()
-    [[[0.0, 1.0, 0.0, 0.0, 0.0]]]
+    >>> next(grouped(torch.tensor([[[0.0, 1.0, 3.0, 5.0, 5.0]]]), None, 3, [1])).tolist()
+    [[[0.0, 0.0, 3.0, 5.0, 5.0]]]
     """
     import torch
     from torch.nn.functional import pad
@@ -79,11 +79,25 @@ def grouped_errors(values: Tensor, here: Tensor | None, group: int, bits: Sequen
     parts = torch.unflatten(pad(values, (0, extra)), -1, (-1, group))
     marks = None if here is None else torch.unflatten(pad(here, (0, extra)), -1, (-1, group))
     low, high = ends(parts, marks, -1)
-    found = []
     for some in bits:
-        read = uniform(parts, low, high, some)[1]
-        found.append((read - parts).square_().flatten(-2)[..., :last])
-    return found
+        yield uniform(parts, low, high, some)[1].flatten(-2)[..., :last]
+
+
+def grouped_errors(values: Tensor, here: Tensor | None, group: int, bits: Sequence[int]) -> list[Tensor]:
+    """Squared error of each value by `grouped`, for each number of bits.
+
+    Parameters
+    ----------
+    values, here, group, bits
+        As for `grouped`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> grouped_errors(torch.tensor([[[0.0, 1.0, 3.0, 5.0, 5.0]]]), None, 3, [1])[0].tolist()
+    [[[0.0, 1.0, 0.0, 0.0, 0.0]]]
+    """
+    return [(read - values).square_() for read in grouped(values, here, group, bits)]
 
 
 def entropies(codes: Tensor, here: Tensor, levels: int) -> Tensor:
