@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ _SAID = {
 _PART = "hollow: keys alone, or values alone"
 _EVICTION = "dropping keys, the best score at each budget"
 _WIDTH, _AROUND = 235.0, 58  # pixels of the frame on a narrow page, in which names need room, and of what is under it
+_SIDES = ("right", "left", "above", "below", "below right", "below left", "above left")
 _TICKS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 
 
@@ -130,9 +130,8 @@ def _eviction(plot: Any, room: Room, result: xr.Dataset, dropped: tuple[np.ndarr
         },
         name="eviction",
     )
-    points = [room.pixel(float(a), float(b)) for a, b in zip(*dropped, strict=True)]
-    for start, end in pairwise(points):
-        room.stroke(start, end)
+    for share, change in zip(*dropped, strict=True):
+        room.take(room.pixel(float(share), float(change)), 3.0)
     grey = style.LIGHT["faint"]
     plot.line("x", "y", source=source, line_color=grey, line_width=1.5)
     return [plot.scatter("x", "y", source=source, size=5, fill_color=grey, line_color=None)]
@@ -174,13 +173,14 @@ def _columns(result: xr.Dataset, rows: list[int]) -> dict[str, Any]:
 
 
 def _names(plot: Any, room: Room, result: xr.Dataset, parts: list[str]) -> None:
-    """The name of each way beside its mark, those of both keys and values first; none where there is no room for it."""
+    """The name of each way beside its mark, those of both keys and values first; of the others where there is room."""
     x, y = result["share_kept"].values, np.maximum(result["divergence"].values, FLOOR)
     for row in sorted(range(len(x)), key=lambda row: parts[row] != "both"):
         name = str(result["method"].values[row]).removesuffix(" of energy")
         if not np.isfinite(y[row]):
             continue
-        options = room.beside(room.pixel(float(x[row]), float(y[row])), name, 8.0)
+        at = room.pixel(float(x[row]), float(y[row]))
+        options = room.beside(at, name, 8.0, _SIDES) or (room.anywhere(at, name, 8.0) if parts[row] == "both" else {})
         if options:
             style.label(plot, float(x[row]), float(y[row]), name, **options)
 
