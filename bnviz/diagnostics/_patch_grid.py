@@ -91,6 +91,18 @@ def grid_behind(first: int, tokens: int, height: int, width: int) -> Grid | None
     return Grid(*squares[most], first) if most else None
 
 
+def grid_that_holds(written: int, height: int, width: int) -> tuple[int, int] | None:
+    """Rows and columns of the grid of squares of which so many patches were read: all of them, or all but the last.
+
+    Examples
+    --------
+    >>> grid_that_holds(23, 8, 12), grid_that_holds(22, 8, 12)
+    ((4, 6), None)
+    """
+    squares = _squares(height, width)
+    return squares.get(written) or squares.get(written + 1)
+
+
 @cache
 def _squares(height: int, width: int) -> dict[int, tuple[int, int]]:
     """By the number of patches: rows and columns of a grid of squares, exact ones before those that leave a rest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from bnviz.schema import Judgement, Variable, diagnostic, stamp
 
 from ._patch_findings import findings
 from ._patch_maps import Asked, PatchMap, of_one_model, on, patch_map, pooled
+from ._patch_written import written_maps
 
 _PLACE = ("step", "layer")
 _USUAL = 5  # tokens before the patches that need no words: a class token and four registers
@@ -23,6 +25,7 @@ _SIZES = ("height", "width", "frames", "batch")
 @diagnostic(
     question="Which patches of the picture get the attention?",
     needs=("attention.mass", "pictures.picture"),
+    wants=("decode_attention.cells",),
     gives=(
         Variable(
             "attention",
@@ -51,6 +54,7 @@ _SIZES = ("height", "width", "frames", "batch")
 def patch_attention(
     attention: xr.Dataset,
     pictures: xr.Dataset,
+    decode_attention: xr.Dataset | None = None,
     *,
     sequence: int = 0,
     grid: tuple[int, int] | None = None,
@@ -69,6 +73,9 @@ def patch_attention(
         Record of the probe `attention`.
     pictures : Dataset
         Record of the probe `pictures`: which steps saw a picture, and how large it was.
+    decode_attention : Dataset, optional
+        Record of the probe `decode_attention`, whose cells are one key each: where the model was given no picture, that of the
+        tokens it wrote, in at most 16 stretches, each of which is a step.
     sequence : int
         Picture of the batch.
     grid : (int, int), optional
@@ -85,7 +92,8 @@ def patch_attention(
     Dataset
         See `patch_attention.spec.gives`. Coordinates: step, layer with path. attrs: model, sequence, height, width, rows,
         columns, moments (of a video, of which maps are the mean), cell (patches along a cell), before (tokens before the
-        patches), first_told, outlier, unmapped (layers without a map: how many, and why the first of them has none).
+        patches), first_told, outlier, unmapped (layers without a map: how many, and why the first of them has none),
+        written (steps are stretches of written tokens, named by their first, counted from 0).
 
     Raises
     ------
@@ -103,7 +111,7 @@ def patch_attention(
 
     The grid is of squares that cut the picture, row by row, behind as few other tokens as possible, at most 17; each layer has
     its own, that of most layers or one that is by a power of two finer or coarser, and coarser ones are drawn with larger cells.
-    `likeness` is Pearson's, NaN at the first step and where a map is flat. Decode steps have no map.
+    `likeness` is Pearson's, NaN at the first step and where a map is flat.
 
     Cost O(steps x layers x heads x tokens). Sources: outlier patches and registers, Darcet et al. 2023, arXiv:2309.16588;
     attention that stays alike between steps of diffusion, Zhao et al. 2024, arXiv:2408.12588.
@@ -120,27 +128,13 @@ def patch_attention(
     for name, value in {"outlier": outlier, "side": side}.items():
         if value < 1:
             raise SchemaError(f"patch_attention: {name} is {value}, expected 1 or more.")
-    steps = _steps(attention, pictures)
-    sizes = [{name: int(pictures[name].values[at]) for name in _SIZES} for _, _, at in steps]
-    if not 0 <= sequence < sizes[0]["batch"]:
-        raise SchemaError(f"patch_attention: sequence is {sequence}, expected 0 to {sizes[0]['batch'] - 1}.")
-    asked, layers = Asked(sequence, grid, first), range(attention.sizes["layer"])
-    maps = [
-        [patch_map(attention, row, n, size, asked) for n in layers]
-        for (_, row, _), size in zip(steps, sizes, strict=True)
-    ]
-    if grid is None:
-        maps = [of_one_model(some) for some in maps]
-    found = [one for some in maps for one in some if isinstance(one, PatchMap)]
-    if not found:
-        why = next(one for some in maps for one in some if isinstance(one, str))
-        raise NotCaptured(
-            f"patch_attention: {why}. Name the grid: options={{'patch_attention': {{'grid': (rows, columns), 'first': place}}}}."
-        )
+    asked = Asked(sequence, grid, first)
+    seen = _seen(attention, pictures, decode_attention, asked)
+    found, maps = [one for some in seen.maps for one in some if isinstance(one, PatchMap)], seen.maps
     shape = max(one.grid.rows for one in found), max(one.grid.columns for one in found)
     cell = -(-max(shape) // side)
     of_layers = np.stack([np.stack([_drawn(one, shape, cell) for one in some]) for some in maps])
-    picture = _pictures(pictures, [at for _, _, at in steps], sequence)
+    picture = _pictures(pictures, seen.rows, sequence)
     result = xr.Dataset(
         {
             "attention": ((*_PLACE, "row", "column"), of_layers.astype(np.float32)),
@@ -148,13 +142,56 @@ def patch_attention(
             **_numbers(maps, outlier),
             "picture_likeness": (("step",), _likenesses(list(picture))),
         },
-        coords=_coordinates(attention, [label for label, _, _ in steps]),
+        coords=_coordinates(attention, seen.steps) | {n: np.arange(k) * cell for n, k in _sides(of_layers)},
     )
     if picture.any():
         result["picture"] = (("step", "pixel_row", "pixel_column", "channel"), picture)
-    options = {"sequence": int(sequence), "outlier": float(outlier), "first_told": first is not None}
-    result.attrs = _attrs(attention, maps, sizes[0], cell) | options
+    options = {"sequence": int(sequence), "outlier": float(outlier), "first_told": first is not None or seen.written}
+    result.attrs = _attrs(attention, maps, seen.size, cell) | options | {"written": seen.written}
     return stamp(result, patch_attention.spec.gives)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Maps by step and layer, the steps' labels, their rows in `pictures`, and the size of the first picture."""
+
+    steps: list[int]
+    rows: list[int]
+    maps: list[list[PatchMap | str]]
+    size: dict[str, int]
+    written: bool = False
+
+
+def _seen(attention: xr.Dataset, pictures: xr.Dataset, decode: xr.Dataset | None, asked: Asked) -> _Seen:
+    """The maps of passages; where no picture was given, and tokens were written, of those."""
+    steps = _steps(attention, pictures)
+    sizes = [{name: int(pictures[name].values[at]) for name in _SIZES} for _, _, at in steps]
+    if not 0 <= asked.sequence < sizes[0]["batch"]:
+        raise SchemaError(f"patch_attention: sequence is {asked.sequence}, expected 0 to {sizes[0]['batch'] - 1}.")
+    of_steps = [label for label, _, _ in steps], [at for _, _, at in steps]
+    layers = range(attention.sizes["layer"])
+    given = bool((pictures["picture"].values > 0).any())
+    if not given and decode is not None and decode.sizes.get("step") and decode.sizes["layer"] == len(layers):
+        written = written_maps(decode, sizes[0], asked)
+        if isinstance(written, str):
+            raise NotCaptured(f"patch_attention: {written}.")
+        return _Seen(written[0], of_steps[1][:1] * len(written[0]), written[1], sizes[0], True)
+    maps = [
+        [patch_map(attention, row, n, size, asked) for n in layers]
+        for (_, row, _), size in zip(steps, sizes, strict=True)
+    ]
+    if asked.grid is None:
+        maps = [of_one_model(some) for some in maps]
+    if not any(isinstance(one, PatchMap) for some in maps for one in some):
+        raise NotCaptured(
+            f"patch_attention: {maps[0][0]}. Name the grid: options={{'patch_attention': {{'grid': (rows, columns), 'first': "
+            "place}}."
+        )
+    return _Seen(*of_steps, maps, sizes[0])
+
+
+def _sides(of_layers: np.ndarray) -> tuple[tuple[str, int], tuple[str, int]]:
+    return ("row", of_layers.shape[2]), ("column", of_layers.shape[3])
 
 
 def _steps(attention: xr.Dataset, pictures: xr.Dataset) -> list[tuple[int, int, int]]:
@@ -204,7 +241,7 @@ def _numbers(maps: list[list[PatchMap | str]], outlier: float) -> dict[str, Any]
         if isinstance(one, str):
             continue
         above = one.shares.ravel() > outlier
-        found["largest"][at] = one.shares.max()
+        found["largest"][at] = np.nanmax(one.shares)
         found["outlier_share"][at] = one.of_patches[above].sum()
         found["other_share"][at] = one.of_others.sum()
         counts["outliers"][at], counts["others"][at] = above.sum(), one.of_others.size
@@ -215,11 +252,15 @@ def _numbers(maps: list[list[PatchMap | str]], outlier: float) -> dict[str, Any]
 
 
 def _likenesses(values: list[np.ndarray]) -> np.ndarray:
-    """Pearson's correlation of each with the one before; NaN where either is flat, or of another shape."""
+    """Pearson's correlation of each with the one before, over what both have; NaN where either is flat, or of another shape."""
     found = np.full(len(values), np.nan)
     for at, (before, now) in enumerate(itertools.pairwise(values), 1):
-        if before.shape == now.shape and before.size > 1 and np.ptp(before) > 0 and np.ptp(now) > 0:
-            found[at] = np.corrcoef(before.ravel().astype(np.float64), now.ravel().astype(np.float64))[0, 1]
+        if before.shape != now.shape:
+            continue
+        pair = np.stack([before.ravel(), now.ravel()]).astype(np.float64)
+        pair = pair[:, np.isfinite(pair).all(0)]
+        if pair.shape[1] > 1 and (np.ptp(pair, axis=1) > 0).all():
+            found[at] = np.corrcoef(pair[0], pair[1])[0, 1]
     return found
 
 
@@ -291,8 +332,10 @@ def judge(
     step, row, column = np.unravel_index(int(np.nanargmax(mean)), mean.shape)
     where = f"row {row * attrs['cell']}, column {column * attrs['cell']}"
     most = f"{q.factor(round(float(mean[step, row, column]), 2))} an even share"
-    when = f"In step {int(result['step'].values[step])} the" if len(mean) > 1 else "The"
-    title = f"{when} {'patch' if attrs['cell'] == 1 else 'cell'} at {where} gets most attention: {most}"
+    label = int(result["step"].values[step])
+    when = "The" if len(mean) == 1 else f"From token {label} on the" if attrs["written"] else f"In step {label} the"
+    gets = f"gets {'most attention: ' if len(mean) == 1 else ''}{most}"
+    title = f"{when} {'patch' if attrs['cell'] == 1 else 'cell'} at {where} {gets}"
     if mean[step, row, column] < even:
         title = f"No patch gets more than {most} of attention"
     return Judgement(title, subtitle, f"{title}, mean over layers.", _caveats(attrs), tuple(told))
@@ -300,6 +343,10 @@ def judge(
 
 def _caveats(attrs: dict[str, Any]) -> tuple[str, ...]:
     said = ["Attention says where heads read, not what the answer depends on."]
+    if attrs["written"]:
+        said.append(
+            "A step is a stretch of written tokens, named by its first; a patch that was not there yet is empty."
+        )
     if attrs["cell"] > 1:
         said.append(f"A cell is the mean of {attrs['cell']} x {attrs['cell']} patches.")
     if attrs["moments"] > 1:

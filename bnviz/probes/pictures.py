@@ -37,8 +37,8 @@ class Pictures:
     """A small copy of the pictures, videos or latents that a model is called with, and how large they were.
 
     Asked for beside `attention`, so that the attention on patches can be shown on the picture. A model that is called with tokens
-    has none: one that writes pictures token by token is called once more with the finished tokens, and `picture_size` says how
-    large the picture is that they stand for.
+    has none: `picture_size` says how large the picture is that its tokens stand for. Watch one that writes a picture token by
+    token as it writes, with `decode_attention` too, or in one call with the finished tokens.
 
     Parameters
     ----------

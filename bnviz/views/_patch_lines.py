@@ -12,6 +12,8 @@ from bnviz import quantities as q
 
 from . import style
 
+_WIDE = 310  # pixels, which a narrow page has
+
 
 def lines(result: xr.Dataset, *, compact: bool = False) -> list[UIElement]:
     """Bars of the share on other tokens, where there are any, and bars of the likeness of steps, where there are several.
@@ -44,7 +46,7 @@ def _block(plot: Any) -> UIElement:
     """A drawing below its title, in a row that wraps."""
     block = style.column(plot)
     block.max_width = plot.width
-    block.styles = {"min-width": f"min({round(0.8 * plot.width)}px, 100%)"}
+    block.styles = {"min-width": f"min({plot.width}px, 100%)"}
     return block
 
 
@@ -61,12 +63,13 @@ def _bars(result: xr.Dataset, values: np.ndarray, words: list[str], title: str, 
     columns = {"layer": layers, "value": values.astype(np.float32), "words": words, "path": paths}
     low, high = min(0.0, float(np.nanmin(values))), max(1e-3, float(np.nanmax(values)))
     plot = style.figure(
-        width=400,
+        width=_WIDE,
         height=130 if compact else 160,
         x="layer",
         title=f"{title} (mean over steps)" if result.sizes["step"] > 1 else title,
         y_range=(1.1 * low, 1.1 * high),
         x_range=(float(layers.min()) - 0.6, float(layers.max()) + 0.6),
+        sizing_mode="fixed",
     )
     plot.xaxis.ticker = style.place_ticks(int(layers.max()) + 1)
     bars = plot.vbar(

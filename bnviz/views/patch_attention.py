@@ -18,8 +18,13 @@ from ._patch_share import clearness, codes, doublings_of, image, shown
 
 _BYTES = 1 << 17  # of all maps
 _PIXELS = 1 << 17  # of all pictures
-_SIZE = 240  # pixels of the longer side of a drawing
-_LEFT, _BAR, _BELOW = 50, 84, 66  # pixels of the axes, of an axis and the colour bar, and of what is above and below
+_SIZE = 222  # pixels of the longer side of a drawing
+_AXIS, _LABEL, _BAR, _BELOW = (
+    30,
+    20,
+    54,
+    66,
+)  # pixels: ticks, the label beside them, the colour bar, what is above and below
 _MEAN = "mean"
 _FAINT = 30  # opacity, of 255, of a part of the picture that gets the least
 _SHOW = """
@@ -27,7 +32,7 @@ const l = layer.value === 'mean' ? 0 : 1 + layers.indexOf(Number(layer.value)), 
 const map = maps.data.image[0], cells = map.length, first = (s * (1 + layers.length) + l) * cells;
 for (let i = 0; i < cells; i++) map[i] = bytes[first + i];
 maps.change.emit();
-words.text = `<b>step ${steps[s]}</b> · ${said[s * (1 + layers.length) + l]}`;
+words.text = `<b>${named} ${steps[s]}</b> · ${said[s * (1 + layers.length) + l]}`;
 if (pixels === null) return;
 const [high, wide, shades] = shape, shown = picture.data.image[0], begin = s * high * wide * shades;
 for (let y = 0; y < high; y++) for (let x = 0; x < wide; x++) {
@@ -84,7 +89,8 @@ def patch_attention(result: xr.Dataset, *, compact: bool = False) -> UIElement:
     coded = codes(every[parts.steps], doublings)
     maps = ColumnDataSource({"image": [coded[0, 0].copy()]}, name="bnviz-patches")
     picture = _picture(result, parts, coded[0, 0], doublings)
-    mapped = _figure(result, coded.shape[2:], "attention, multiple of an even share", bar=True)
+    named = "attention, multiple of an even share"
+    mapped = _figure(result, coded.shape[2:], named, bar=True, first=picture is None)
     drawn = image(mapped, maps, doublings, **_place(coded.shape[2:]))
     drawings = [mapped]
     _hover(mapped, drawn, result, doublings)
@@ -129,16 +135,16 @@ def _thinned(result: xr.Dataset, parts: _Parts) -> str:
     return f"Drawn are {' and '.join(said)}, at even distances; the mean is of all layers." if said else ""
 
 
-def _figure(result: xr.Dataset, shape: tuple[int, ...], title: str, *, bar: bool = False) -> Any:
-    """As wide and high as the picture, in cells of patches; row 0 at the top."""
+def _figure(result: xr.Dataset, shape: tuple[int, ...], title: str, *, bar: bool = False, first: bool = True) -> Any:
+    """As wide and high as the picture, in cells of patches; row 0 at the top; the `first` in its row names its rows."""
     high, wide = result.attrs["height"], result.attrs["width"]
     scale = _SIZE / max(high, wide)
     width, height = (max(60, round(side * scale)) for side in (wide, high))
     plot = style.figure(
-        width=width + (_BAR if bar else _LEFT),
+        width=width + _AXIS + _BAR * bar + _LABEL * first,
         height=height + _BELOW,
         x="column of patches",
-        y=None if bar else "row of patches",
+        y="row of patches" if first else None,
         grid="",
         title=title,
         x_range=(-0.5, shape[1] - 0.5),
@@ -208,7 +214,8 @@ def _controls(
         names = {"title": "step shown, of those watched", "show_value": True, "name": "bnviz-step"}
         step = Slider(start=0, end=len(steps) - 1, value=0, step=1, width=280, **names)
     said = _said(result, parts)
-    words = Div(text=f"<b>step {steps[0]}</b> · {said[0]}", stylesheets=[InlineStyleSheet(css=_WORDS_CSS)])
+    named = "tokens written from" if result.attrs["written"] else "step"
+    words = Div(text=f"<b>{named} {steps[0]}</b> · {said[0]}", stylesheets=[InlineStyleSheet(css=_WORDS_CSS)])
     maps, picture = sources
     kept = result["picture"].values[parts.steps].clip(0, 255).astype(np.uint8) if picture is not None else None
     told = {
@@ -223,6 +230,7 @@ def _controls(
         "steps": steps,
         "said": said,
         "words": words,
+        "named": named,
         "faint": _FAINT,
         "clearness": clearness(doublings).astype(np.float32),
     }

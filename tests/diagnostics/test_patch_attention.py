@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,10 @@ def test_maps_of_steps_are_compared_and_what_that_means_depends_on_the_pictures(
 
 
 def test_windows_and_tokens_without_a_grid_are_said() -> None:
-    with pytest.raises(NotCaptured, match=r"40 tokens are no grid .* of 4 x 4 pixels .*'grid': \(rows, columns\)"):
+    with pytest.raises(
+        NotCaptured,
+        match=r"40 tokens are no grid .* of 4 x 4 pixels .*'grid': \(rows, columns\), 'first': place\}\}\.$",
+    ):
         patch_attention(record([[[np.ones(40)]]]), pictures(4, 4))
     windows = record([[[np.ones(32)]]], key_sequence=(("step", "key"), [np.repeat(np.arange(2), 16)]))
     with pytest.raises(NotCaptured, match="2 sequences for a batch of 1, as within windows"):
@@ -257,12 +261,45 @@ def _mass(attention: Any, hidden: torch.Tensor) -> np.ndarray:
     return weights.sum(-2).mean(1)[0].numpy()
 
 
-def test_a_picture_that_was_written_token_by_token_is_read_once_more() -> None:
+def writer() -> nn.Module:
+    """A small model that writes token by token."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=40, attn_implementation="eager")
-    model = GPT2LMHeadModel(config).eval()
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=40, initializer_range=0.3)
+    config._attn_implementation = "eager"
+    return GPT2LMHeadModel(config).eval()
+
+
+def test_stretches_of_written_tokens_are_steps() -> None:
+    model, names = writer(), [*BOTH, "decode_attention"]
+    prompt = torch.randint(0, 40, (1, 3), generator=torch.Generator().manual_seed(3))
+    asked = {"picture_size": (8, 12), "steps": 24, "strict": True}
+    with torch.no_grad():
+        with bnviz.capture(model, probes=names, cells=27, **asked) as recorder:
+            ids = model.generate(prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0)
+        whole = torch.stack(model(ids, output_attentions=True, use_cache=False).attentions).double().numpy()
+    result = bnviz.diagnose(recorder.run, "patch_attention", strict=True)["patch_attention"]
+    stretches = np.array_split(np.arange(3, 26), 16)  # the 24th is written and not read
+    assert result["step"].values.tolist() == [int(some[0]) - 3 for some in stretches]
+    for at, some in enumerate(stretches):
+        sees = np.tri(27)[some]
+        even = (sees / (some + 1)[:, None]).sum(0)[3:]
+        given = whole[:, 0].mean(1)[:, some, 3:].sum(1)
+        expected = np.divide(given, even, out=np.full(given.shape, np.nan), where=even > 0).reshape(2, 4, 6)
+        np.testing.assert_allclose(result["attention"].values[at], expected, rtol=2e-4)
+    assert result["others"].values.tolist() == [[3, 3]] * 16
+    assert result.attrs["written"] and re.fullmatch(
+        r"From token \d+ on the patch at row \d, column \d gets ×[\d.]+ an even share", judge(result).title
+    )
+    with torch.no_grad(), bnviz.capture(model, probes=names, cells=9, **asked) as recorder:
+        model.generate(prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0)
+    with pytest.raises(NotCaptured, match="in cells of 3 keys; capture decode_attention with cells="):
+        bnviz.diagnose(recorder.run, "patch_attention", strict=True)
+
+
+def test_a_picture_that_was_written_token_by_token_is_read_once_more() -> None:
+    model = writer()
     ids = torch.randint(0, 40, (1, 3 + 4 * 6), generator=torch.Generator().manual_seed(3))
     with torch.no_grad(), bnviz.capture(model, probes=BOTH, picture_size=(8, 12), strict=True) as recorder:
         whole = torch.stack(model(ids, output_attentions=True, use_cache=False).attentions).double().numpy()
