@@ -19,6 +19,7 @@ from typing import Any
 from .errors import SchemaError, UnknownName, unknown
 
 ROOMS = ("probes", "experiments", "diagnostics", "views", "estimators", "scores", "reduce")
+USUAL = "..."  # among names of probes: all that are on by default, where Python's own ... cannot be written
 _SHARED = {"views": ("style",)}  # what the files of a room share stands beside them and is no object of the catalogue
 
 

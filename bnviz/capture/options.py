@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 from torch import nn
 
 from bnviz import catalog
+from bnviz.catalog import USUAL
 from bnviz.errors import CaptureError, unknown
 
 STEPS = ("forward", "optimizer", "manual")
@@ -43,19 +45,23 @@ class Options:
             )
 
 
-def make_probes(names: Sequence[str] | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Probes by name, each with the options it knows; an option no probe knows is refused."""
-    if isinstance(names, str):
-        names = [names]
-    if names is not None and not names:
+def make_probes(
+    names: Sequence[str | EllipsisType] | None, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """Probes by name, each with the options it knows, and which of them were named; an option no probe knows is refused."""
+    given = [names] if isinstance(names, str) else [USUAL] if names is None else list(names)
+    if not given:
         raise CaptureError(f"probes=[]: expected at least one name; valid: {', '.join(catalog.names('probes'))}.")
-    classes = {n: catalog.load("probes", n) for n in (catalog.names("probes") if names is None else names)}
-    classes = {n: c for n, c in classes.items() if names is not None or c.spec.default}
+    named = list(dict.fromkeys(name for name in given if isinstance(name, str) and name != USUAL))
+    usual = catalog.names("probes") if USUAL in given or ... in given else ()
+    classes = {n: catalog.load("probes", n) for n in dict.fromkeys((*usual, *named))}
+    classes = {n: c for n, c in classes.items() if n in named or c.spec.default}
     takes = {n: set(inspect.signature(c).parameters) for n, c in classes.items()}
     for option in options:
         if not any(option in some for some in takes.values()):
             raise unknown("option of capture", option, set(Options.__dataclass_fields__).union(*takes.values()))
-    return {n: c(**{k: v for k, v in options.items() if k in takes[n]}) for n, c in classes.items()}
+    made = {n: c(**{k: v for k, v in options.items() if k in takes[n]}) for n, c in classes.items()}
+    return made, frozenset(named)
 
 
 def told(probe: Any) -> dict[str, Any]:

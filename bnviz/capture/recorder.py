@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from .session import Session
 from .values import check_values
 
 
-def capture(model: nn.Module, *, probes: Sequence[str] | None = None, **options: Any) -> Recorder:
+def capture(model: nn.Module, *, probes: Sequence[str | EllipsisType] | None = None, **options: Any) -> Recorder:
     """Watch `model` for the length of a `with` block; `.run` afterwards holds what was seen.
 
     The model does not notice: outputs, gradients, random numbers, buffers and attributes are those it would have had, and
@@ -32,7 +33,8 @@ def capture(model: nn.Module, *, probes: Sequence[str] | None = None, **options:
     ----------
     model : torch.nn.Module
     probes : sequence of str, optional
-        Names from `bnviz.probes`; None: all that are on by default and find something to look at.
+        Names from `bnviz.probes`; None: all that are on by default and find something to look at. `...` among the names stands
+        for those: `probes=[..., "kv_spectra"]`.
     **options
         Of the capture: `step` ("forward": each forward is a step, and the decode steps of one generation share one; "optimizer":
         a step ends when an optimizer moves weights of the model; "manual": `recorder.step()` ends it), `when` ("always", "eval",
@@ -69,7 +71,8 @@ def capture(model: nn.Module, *, probes: Sequence[str] | None = None, **options:
         )
     model = plain(model)
     own = {k: options.pop(k) for k in list(options) if k in Options.__dataclass_fields__}
-    return Recorder(model, Options(**own), make_probes(probes, options), named=probes is not None)
+    made, named = make_probes(probes, options)
+    return Recorder(model, Options(**own), made, named=named)
 
 
 class Recorder:
@@ -83,7 +86,9 @@ class Recorder:
         What went otherwise than asked, a sentence each.
     """
 
-    def __init__(self, model: nn.Module, options: Options, probes: Mapping[str, Any], *, named: bool) -> None:
+    def __init__(
+        self, model: nn.Module, options: Options, probes: Mapping[str, Any], *, named: Collection[str]
+    ) -> None:
         self.options = options
         self.notes: list[str] = []
         self._model: nn.Module | None = model

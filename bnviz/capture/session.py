@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from bnviz.run import Run
 
 from .around import around, gated
 from .arrival import Pending
-from .attention.tap import FURTHER, tap_attention
+from .attention.tap import tap_attention
 from .audience import Audience
 from .beside import beside
 from .between import Between
@@ -66,8 +66,8 @@ class Session:
     model : nn.Module
     options : Options
     probes : mapping of str to probe
-    named : bool
-        The user named the probes: one that finds nothing to watch is refused.
+    named : collection of str
+        Probes that the user named: one that finds nothing to watch is refused.
     notes : list of str
         Where sentences go; the recorder's.
 
@@ -78,7 +78,7 @@ class Session:
     """
 
     def __init__(
-        self, model: nn.Module, options: Options, probes: Mapping[str, Any], *, named: bool, notes: list[str]
+        self, model: nn.Module, options: Options, probes: Mapping[str, Any], *, named: Collection[str], notes: list[str]
     ) -> None:
         self.model, self.options, self.notes = model, options, notes
         self._probes, self._named = dict(probes), named
@@ -115,14 +115,15 @@ class Session:
         """Drop probes that find nothing to watch; refuse when they were asked for by name."""
         for name, probe in list(self._probes.items()):
             kinds = probe.spec.sites
-            late = "cross_attention" in kinds and not self._named and plan.count("attention") > 0  # may show as it runs
+            unnamed = name not in self._named  # of cross attention one may show as the model runs
+            late = unnamed and "cross_attention" in kinds and plan.count("attention") > 0
             late |= bool(getattr(probe, "picture_size", None))
             if late or not kinds or any(plan.count(k) for k in kinds):
                 continue
             sentence = f"{name}: no {' or '.join(kinds)} found in {type(self.model).__name__}"
             if name == "attention" and plan.unknown:
                 sentence += f" ({plan.unknown[0]})"
-            if self._named:
+            if not unnamed:
                 raise CaptureError(f"{sentence}; bnviz.sites(model) lists what there is.")
             if name not in ("routing", "further_routing", "cross_attention"):
                 self.notes.append(f"{sentence}.")
@@ -165,8 +166,7 @@ class Session:
         elif wanted:
             follow_blocks(plan, watch, stack)
         if wanted & {"attention", "cross_attention"}:
-            further = {name for name in FURTHER for probe in self._probes.values() if getattr(probe, name, False)}
-            tap_attention(plan, watch, stack, further)
+            tap_attention(plan, watch, stack, self._probes.values())
         if wanted & {"router", "further_router"}:
             self._closing.remarks = tap_routers(plan, watch, stack)
         if "picture" in wanted:
@@ -350,10 +350,8 @@ class Session:
         self.notes.append(
             f"{name} stopped at call {max(self.clock.calls - 1, 0)}: {said.rstrip('.')}. The model was not affected."
         )
-        unasked = (
-            not self._named and isinstance(error, BnvizError) and probe is not None and "process" in probe.spec.uses
-        )
-        if self.options.strict and not unasked:
+        sampler = probe is not None and "process" in probe.spec.uses and isinstance(error, BnvizError)
+        if self.options.strict and (name in self._named or not sampler):
             raise CaptureError(f"Probe {name!r} failed: {said}") from error
 
     def _completing(self, audience: Audience) -> Callable[[bool], None]:

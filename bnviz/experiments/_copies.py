@@ -29,7 +29,7 @@ def watched(model: nn.Module, prompt: Tensor, block: int) -> dict[str, Any]:
         No attention was seen that reads the whole prompt at once.
     """
     seen = Copies(prompt, block)
-    recorder = Recorder(model, Options(progress=False, strict=True), {"copies": seen}, named=True)
+    recorder = Recorder(model, Options(progress=False, strict=True), {"copies": seen}, named=("copies",))
     device = next(model.parameters()).device
     with recorder:
         _read(model, prompt.to(device))

@@ -10,6 +10,7 @@ from typing import NoReturn
 from IPython.core.error import UsageError
 
 from bnviz import catalog
+from bnviz.catalog import USUAL
 
 HELP = """\
 %bnviz attach MODEL [-p attention,routing] [--budget 1GiB] [--path DIR]   watch a model from now on
@@ -54,8 +55,10 @@ def _words(text: str) -> list[str]:
 def _probes(text: str) -> tuple[str, ...]:
     chosen = tuple(name for name in text.split(",") if name)
     for name in chosen:
-        if name not in catalog.names("probes"):
-            raise argparse.ArgumentTypeError(f"unknown probe {name!r}; valid: {', '.join(catalog.names('probes'))}")
+        if name != USUAL and name not in catalog.names("probes"):
+            raise argparse.ArgumentTypeError(
+                f"unknown probe {name!r}; valid: {USUAL} (the usual ones), {', '.join(catalog.names('probes'))}"
+            )
     return chosen
 
 

@@ -1,7 +1,7 @@
 import { TranslationBundle } from '@jupyterlab/translation';
 
 import { h, replace } from './dom';
-import { IState } from './protocol';
+import { IProbe, IState } from './protocol';
 
 /** What is asked of the kernel; each says whether it was met. */
 export interface IWatchActs {
@@ -10,6 +10,7 @@ export interface IWatchActs {
   stop(): Promise<boolean>;
 }
 
+const USUAL = '...'; // among names of probes: those that are on by default, where the model has what they look at
 const PATIENCE = 2000; // ms from a request that was met to the state that shows it
 
 /** Which model is watched, with which probes: the models that live in the kernel, and what may be done with them. */
@@ -191,7 +192,7 @@ export class WatchSection {
   private probes(state: IState): HTMLElement {
     const { trans } = this;
     const chosen = this.set(state);
-    const rows = state.probes.map(probe =>
+    const row = (probe: IProbe) =>
       h(
         'label',
         { class: 'bnviz-Row', title: probe.summary },
@@ -204,8 +205,12 @@ export class WatchSection {
         }),
         h('code', {}, probe.name),
         h('span', { class: 'bnviz-muted bnviz-grow' }, probe.summary)
-      )
-    );
+      );
+    const asked = state.probes.filter(probe => !probe.default);
+    const rows: HTMLElement[] = state.probes.filter(probe => probe.default).map(row);
+    if (asked.length) {
+      rows.push(h('h4', {}, trans.__('On request')), ...asked.map(row));
+    }
     const details = h(
       'details',
       { open: this.unfolded },
@@ -238,7 +243,13 @@ export class WatchSection {
 
   /** What is asked for; undefined: what the kernel takes by default, for not all of it suits every model. */
   private chosen(state: IState): string[] | undefined {
-    return this.own === null && !this.preferred().length ? undefined : [...this.set(state)];
+    if (this.own === null && !this.preferred().length) {
+      return undefined;
+    }
+    const set = this.set(state);
+    const usual = state.probes.filter(probe => probe.default).map(probe => probe.name);
+    const more = [...set].filter(name => !usual.includes(name));
+    return usual.length && usual.every(name => set.has(name)) ? [USUAL, ...more] : [...set];
   }
 
   private toggle(state: IState, name: string, on: boolean): void {

@@ -187,7 +187,22 @@ describe('watching', () => {
     section.update(state);
     usual.filter(name => name !== 'attention').forEach(name => click(section, `probe-${name}`));
     click(section, 'watch');
-    expect(new Set((asked[0] as unknown[])[2] as string[])).toEqual(new Set(usual));
+    expect((asked[0] as unknown[])[2]).toEqual(['...']);
+    section.node.remove();
+  });
+
+  it('lists what is on request after the usual probes, and asks for it beside them', () => {
+    const section = new WatchSection(trans, acts, () => []);
+    document.body.append(section.node);
+    const state = idle();
+    const [asking] = state.probes.filter(probe => !probe.default).map(probe => probe.name);
+    const usual = state.probes.filter(probe => probe.default).map(probe => probe.name);
+    section.update(state);
+    const listed = [...section.node.querySelectorAll('details h4, details code')].map(node => node.textContent);
+    expect(listed.slice(0, usual.length + 2)).toEqual([...usual, 'On request', asking]);
+    click(section, `probe-${asking}`);
+    click(section, 'watch');
+    expect((asked[0] as unknown[])[2]).toEqual(['...', asking]);
     section.node.remove();
   });
 

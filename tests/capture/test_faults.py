@@ -204,7 +204,7 @@ class Broken:
 
 
 def broken(model: nn.Module, error: BaseException, **options: Any) -> Recorder:
-    return Recorder(model, Options(**options), {"broken": Broken(error)}, named=True)
+    return Recorder(model, Options(**options), {"broken": Broken(error)}, named=("broken",))
 
 
 def test_a_probe_raises_and_only_the_probe_ends() -> None:

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 FURTHER = ("rotary", "projection")  # what probes ask for by an attribute of that name: it costs more
 
 
-def tap_attention(plan: Plan, watch: Watch, stack: contextlib.ExitStack, further: Collection[str] = ()) -> None:
-    """Show every attention site, by whichever mechanism it is seen, with what of `FURTHER` is asked for."""
+def tap_attention(plan: Plan, watch: Watch, stack: contextlib.ExitStack, probes: Collection[Any] = ()) -> None:
+    """Show every attention site, by whichever mechanism it is seen, with what of `FURTHER` a probe asks for."""
+    further = {name for name in FURTHER for probe in probes if getattr(probe, name, False)}
     AttentionTap(plan, watch).attach(stack, further)
 
 
