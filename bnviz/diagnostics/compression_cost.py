@@ -131,13 +131,14 @@ def judge(
     strained : float
         Relative change of a layer's attention output, in the cache that is advised, from which the layer is named.
     uneven : float
-        Keys alone, or values alone, are named where they change this many times as much as the others.
+        Keys alone, or values alone, are named where they change this many times as much as the others; bits by attention where
+        they change this many times as much as the same bits for all, or as little.
     near : float
         Factor of bytes within which eviction is told beside it.
     """
     subtitle = f"KL from the predictions behind the whole cache, in nat · {sample_words(result.attrs)}"
     best = _smallest(result, divergence)
-    findings = _uneven(result, uneven)
+    findings = [*_uneven(result, uneven), *_splits(result, uneven)]
     if best is None:
         method = _nearest(result)
         least = float(result["divergence"].sel({"method": method}))
@@ -241,6 +242,38 @@ def _uneven(result: xr.Dataset, limit: float) -> list[Finding]:
             "measures it.",
         )
     ]
+
+
+def _splits(result: xr.Dataset, limit: float) -> list[Finding]:
+    """More bits where attention is against as many bits for all, where the two are apart."""
+    change = {str(m): float(v) for m, v in zip(result["method"].values, result["divergence"].values, strict=True)}
+    found = []
+    for name in (name for name in change if _way(result, name) == "split"):
+        told = name.removesuffix(" bits")
+        middle = q.setting(sum(float(bits) for bits in told.split("/")) / 2)
+        even = f"{middle} bits"
+        if not (change.get(even, 0.0) > 0 and change[name] > 0):
+            continue
+        ratio = change[name] / change[even]
+        pays = ratio <= 1 / limit
+        if not (pays or ratio >= limit):
+            continue
+        advice = (
+            "Give tokens bits by their attention (ZipVL, arXiv:2410.08584)" if pays else f"Keep all tokens at {even}"
+        )
+        call = f'bnviz.experiment(model, batch, "kv_compression", bits=[{middle}, "{told}"])'
+        found.append(
+            Finding(
+                code="compression_cost/split",
+                sentence=f"{name} by attention change predictions by {q.written(change[name], 'nat')} and {even} for all by "
+                f"{q.written(change[even], 'nat')}, {q.factor(ratio)} (limit {q.factor(1 / limit if pays else limit)})",
+                severity="note",
+                value=ratio,
+                limit=1 / limit if pays else limit,
+                advice=f"{advice}; {call} says whether other texts agree.",
+            )
+        )
+    return found
 
 
 def _more(level: str, more: str) -> str:

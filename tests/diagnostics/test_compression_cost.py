@@ -108,6 +108,18 @@ def test_keys_that_cost_more_than_values_are_named(level: str, call: str, load_m
     assert not [f for f in judge(compression_cost(record(even))).findings if f.code == "compression_cost/part"]
 
 
+@pytest.mark.parametrize(
+    ("split", "advice"), [(0.06, "Keep all tokens at 3 bits"), (0.01, "Give tokens bits by their")]
+)
+def test_bits_by_attention_stand_beside_as_many_bits_for_all(split: float, advice: str) -> None:
+    ways = {"3 bits": (0.02, 30), "4/2 bits": (split, 31), "8/3 bits": (0.9, 50)}  # no way has 5.5 bits for all
+    (finding,) = (f for f in judge(compression_cost(record(ways))).findings if f.code == "compression_cost/split")
+    assert finding.value == pytest.approx(split / 0.02) and advice in finding.advice
+    assert 'bits=[3, "4/2"]' in finding.advice and "3 bits for all by 0.0200 nat" in finding.sentence
+    near = ways | {"4/2 bits": (0.03, 31)}
+    assert not [f for f in judge(compression_cost(record(near))).findings if f.code == "compression_cost/split"]
+
+
 def test_the_call_of_the_advice_can_be_made(load_model: Any) -> None:
     ways = {"keys 2 bits": (0.3, 60), "values 2 bits": (0.1, 60)}
     (finding,) = judge(compression_cost(record(ways))).findings[-1:]
