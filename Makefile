@@ -20,7 +20,7 @@ demo: $(READY) ## watch real models, diagnose them, write demo/report.html
 	$(BIN)/bnviz demo demo
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 	$(if $(shell command -v npm),cd labextension && npm test --silent,@echo "no npm: the side panel's own tests were left out")
 
 lab: $(READY) ## open JupyterLab on the quickstart notebook

@@ -72,7 +72,7 @@ def hooked() -> np.ndarray:
     """Microseconds a block's forward takes longer: two hooks, the observation, and keeping it."""
     model, x = nn.Sequential(*(Block() for _ in range(BLOCKS))), torch.zeros(1, 1, 8)
     found = []
-    with torch.no_grad(), Recorder(model, Options(strict=True), {"constant": Constant()}, named=True):
+    with torch.no_grad(), Recorder(model, Options(strict=True), {"constant": Constant()}, named=("constant",)):
         for number in range(EVENTS // BLOCKS + 2):
             start = time.thread_time_ns()
             model(x)

@@ -167,7 +167,7 @@ def _captured(model: nn.Module, call: Callable[[], Any], plain: Any, result: Res
     plan = bnviz.sites(model)
     result.blocks, result.unknown = len(plan.blocks), [str(line) for line in plan.unknown][:6]
     result.mechanisms = sorted({a.mechanism for a in plan.attention})
-    recorder = bnviz.Recorder(model, Options(), site_probes() | {"shapes": shapes}, named=False)
+    recorder = bnviz.Recorder(model, Options(), site_probes() | {"shapes": shapes})
     with recorder:
         output = seeded(call)
         generator = torch.random.get_rng_state()

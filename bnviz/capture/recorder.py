@@ -87,7 +87,7 @@ class Recorder:
     """
 
     def __init__(
-        self, model: nn.Module, options: Options, probes: Mapping[str, Any], *, named: Collection[str]
+        self, model: nn.Module, options: Options, probes: Mapping[str, Any], *, named: Collection[str] = ()
     ) -> None:
         self.options = options
         self.notes: list[str] = []

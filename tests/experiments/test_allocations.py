@@ -17,7 +17,7 @@ from bnviz.experiments._ragged import Kept, hidden, kept_of, readable
 from bnviz.experiments._ways import whole_heads
 from tests.probes.test_query_moments import ids_of, small
 
-from .test_kv_eviction import measured, text
+from .test_kv_eviction import hooks, measured, text
 
 
 def ragged(model: nn.Module, ids: torch.Tensor, end: int, kept: list[Kept]) -> torch.Tensor:
@@ -178,5 +178,6 @@ def test_names_and_attention_that_do_not_fit(load_model: Any) -> None:
 
 def test_nothing_is_left_on_the_model(load_model: Any) -> None:
     model = load_model("llama-bard")
+    before = hooks(model)
     measured(model, text(64), methods=["h2o+adakv"], budgets=[0.5], greedy=1)
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert hooks(model) == before

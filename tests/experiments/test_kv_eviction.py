@@ -29,6 +29,11 @@ def text(tokens: int, begin: int = 5) -> torch.Tensor:
     return torch.randint(5, 900, (1, tokens), generator=made)
 
 
+def hooks(model: Any) -> list[tuple[int, ...]]:
+    """What hangs on each module; transformers leaves hooks of its own where attention weights were asked for once."""
+    return [(*m._forward_pre_hooks, *m._forward_hooks) for m in model.modules()]
+
+
 def measured(model: Any, ids: Any, **options: Any) -> xr.Dataset:
     return bnviz.experiment(model, ids, "kv_eviction", progress=False, **options)["kv_eviction"]
 
