@@ -1,4 +1,4 @@
-"""The numbers of all cases of an experiment, put together as one Dataset."""
+"""What an experiment on a cache tells of each case, and the numbers of all cases put together as one Dataset."""
 
 from __future__ import annotations
 
@@ -12,6 +12,38 @@ from bnviz.schema import Variable
 
 if TYPE_CHECKING:
     import xarray as xr
+
+
+def changes(cell: tuple[str, ...], kept: str) -> tuple[Variable, ...]:
+    """What `_continued` tells of a cache, by case, and of a text.
+
+    Parameters
+    ----------
+    cell : tuple of str
+        Dimensions of a case.
+    kept : str
+        What `bytes_kept` is.
+    """
+    return (
+        Variable(
+            "divergence",
+            cell,
+            "nat",
+            "KL of the next-token distribution from that of the whole cache, mean over tokens",
+        ),
+        Variable("divergence_most", cell, "nat", "the same of the token where it is largest"),
+        Variable("loss_change", cell, "nat", "mean loss of the text's own next tokens, less that of the whole cache"),
+        Variable("same_token", cell, "1", "share of tokens whose most likely next token stays the same"),
+        Variable("greedy_kept", cell, "token", "tokens that greedy decoding gives before it first differs"),
+        Variable(
+            "output_error", (*cell, "layer"), "1", "change of a layer's attention output, relative, over all tokens"
+        ),
+        Variable("bytes_kept", cell, "B", kept),
+        Variable("loss", ("sample",), "nat", "mean loss of the text's own next tokens with the whole cache"),
+        Variable("bytes_whole", ("sample",), "B", "bytes of the whole cache after the prompt"),
+        Variable("tokens", ("sample",), "token", "tokens of the prompt"),
+        Variable("measured", ("sample",), "token", "tokens after the prompt that were measured"),
+    )
 
 
 def assembled(

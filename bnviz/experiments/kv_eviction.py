@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from bnviz.errors import SchemaError
-from bnviz.schema import ExperimentSpec, Variable, experiment
+from bnviz.schema import ExperimentSpec, experiment
 
-from ._cells import assembled
+from ._cells import assembled, changes
 from ._lengths import Lengths
 from ._subject import Subject
 from ._ways import ways
@@ -20,31 +20,10 @@ if TYPE_CHECKING:
 
     from ._passage import Passage
 
-_CELL = ("sample", "method", "budget")
-
 
 @experiment(
     sites=("attention",),
-    variables=(
-        Variable(
-            "divergence",
-            _CELL,
-            "nat",
-            "KL of the next-token distribution from that of the whole cache, mean over tokens",
-        ),
-        Variable("divergence_most", _CELL, "nat", "the same of the token where it is largest"),
-        Variable("loss_change", _CELL, "nat", "mean loss of the text's own next tokens, less that of the whole cache"),
-        Variable("same_token", _CELL, "1", "share of tokens whose most likely next token stays the same"),
-        Variable("greedy_kept", _CELL, "token", "tokens that greedy decoding gives before it first differs"),
-        Variable(
-            "output_error", (*_CELL, "layer"), "1", "change of a layer's attention output, relative, over all tokens"
-        ),
-        Variable("bytes_kept", _CELL, "B", "bytes of the keys and values that are kept"),
-        Variable("loss", ("sample",), "nat", "mean loss of the text's own next tokens with the whole cache"),
-        Variable("bytes_whole", ("sample",), "B", "bytes of the whole cache after the prompt"),
-        Variable("tokens", ("sample",), "token", "tokens of the prompt"),
-        Variable("measured", ("sample",), "token", "tokens after the prompt that were measured"),
-    ),
+    variables=changes(("sample", "method", "budget"), "bytes of the keys and values that are kept"),
 )
 class KvEviction:
     """The change of a model's predictions when its cache is cut after the prompt, for each score and budget.

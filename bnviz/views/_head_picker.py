@@ -12,7 +12,7 @@ from bokeh.models import CustomJS, CustomJSHover, NumeralTickFormatter, Select
 from . import style
 from ._head_map import CELLS, head_map
 
-MEAN = "mean"
+_MEAN = "mean"
 _PERCENT = "return Number.isFinite(value) ? (100 * value).toFixed(value < 0.0995 ? 1 : 0) + ' %' : 'not known';"
 _FOLLOW = """
 const row = source.selected.indices[0];
@@ -29,7 +29,7 @@ class Picker:
     Parameters
     ----------
     layer, head : Select
-        Values are labels, or `MEAN`.
+        Values are labels, or "mean".
     plot : figure, optional
     """
 
@@ -38,31 +38,28 @@ class Picker:
     plot: Any
 
 
-def picker(shares: np.ndarray, layers: list[int], paths: list[str], *, title: str, start: tuple[str, str]) -> Picker:
-    """A map coloured by `shares` (layer, head), which `title` names.
+def picker(result: xr.Dataset, of: str, *, title: str) -> Picker:
+    """A map coloured by the variable `of` (layer, head), shares, which `title` names; at first means are chosen.
 
     Parameters
     ----------
-    shares : array (layer, head)
-    layers : list of int
-        Labels.
-    paths : list of str
-        Of the layers' modules.
+    result : Dataset
+        With layer and head, perhaps path.
+    of : str
     title : str
-    start : tuple of str
-        What is chosen at first.
     """
-    every = [(MEAN, "mean of all layers"), *((str(n), f"layer {n}") for n in layers)]
-    heads = [(MEAN, "mean of all heads"), *((str(n), f"head {n}") for n in range(shares.shape[1]))]
-    layer = Select(options=every, value=start[0], width=160, name="bnviz-layer")
-    head = Select(options=heads, value=start[1], width=160, name="bnviz-head")
+    shares = result[of].values
+    layers = result["layer"].values.astype(int).tolist()
+    every = [(_MEAN, "mean of all layers"), *((str(n), f"layer {n}") for n in layers)]
+    heads = [(_MEAN, "mean of all heads"), *((str(n), f"head {n}") for n in range(shares.shape[1]))]
+    layer = Select(options=every, value=_MEAN, width=160, name="bnviz-layer")
+    head = Select(options=heads, value=_MEAN, width=160, name="bnviz-head")
     if shares.size > CELLS:  # an image has no rows that could be selected: the controls alone choose
         return Picker(layer, head, None)
-    of = xr.Dataset(coords={"layer": layers, "path": ("layer", paths), "head": np.arange(shares.shape[1])})
     top = float(np.nanmax(shares)) if np.isfinite(shares).any() else 1.0
     colours = style.mapper("ramp", 0, top or 1.0)
     rows, code = [(title, "@shown{custom}")], {"@shown": CustomJSHover(code=_PERCENT)}
-    plot, source = head_map(of, {"shown": shares}, colours, title=title, rows=rows, code=code)
+    plot, source = head_map(result, {"shown": shares}, colours, title=title, rows=rows, code=code)
     plot.add_layout(style.color_bar(colours, formatter=NumeralTickFormatter(format="0 %")), "right")
     source.selected.js_on_change(
         "indices", CustomJS(args={"source": source, "layer": layer, "head": head}, code=_FOLLOW)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from bokeh.models import BasicTicker, ColumnDataSource, CustomJS, CustomJSHover, NumeralTickFormatter
+from bokeh.models import BasicTicker, ColumnDataSource, CustomJS, CustomJSHover, NumeralTickFormatter, UIElement
 
 from . import style
 from ._head_picker import Picker
@@ -42,6 +42,15 @@ def every_map(mean: np.ndarray, of_layers: np.ndarray, of_heads: np.ndarray) -> 
     """(1 + layers + layers x heads, rows, columns): the mean of all, of each layer, each head; NaN: seen by none."""
     maps = np.concatenate([mean[None], of_layers, of_heads.reshape(-1, *of_heads.shape[2:])])
     return np.where(mean == 0, np.nan, maps)
+
+
+def beside(chosen: Picker, plot: Any, *, compact: bool) -> list[UIElement]:
+    """The controls, and below them the small map beside the large one; under one another in a panel."""
+    drawn = [one for one in (chosen.plot, plot) if one is not None]
+    return [
+        style.row(chosen.layer, chosen.head),
+        style.column(*drawn) if compact else style.row(*drawn, spacing=16),
+    ]
 
 
 def pair_map(maps: np.ndarray, chosen: Picker, sides: tuple[Axis, Axis], words: Sequence[str]) -> Any:

@@ -10,8 +10,8 @@ from bnviz import quantities as q
 from bnviz.schema import view
 
 from . import style
-from ._head_picker import MEAN, picker
-from ._pair_map import Axis, every_map, pair_map
+from ._head_picker import picker
+from ._pair_map import Axis, beside, every_map, pair_map
 
 _CALL = """
 const from = (value, wide) => Math.max(0, Math.floor((value + 0.5) / wide) * wide);
@@ -48,8 +48,7 @@ def attention_map(result: xr.Dataset, *, compact: bool = False) -> UIElement:
     """
     if "share" not in result or not np.isfinite(result["share"].values).any():
         return style.empty("No map of attention: capture a whole passage with probes=['attention']", 200)
-    layers, paths = result["layer"].values.astype(int).tolist(), [str(p) for p in result["path"].values]
-    chosen = picker(result["near"].values, layers, paths, title="near the query", start=(MEAN, MEAN))
+    chosen = picker(result, "near", title="near the query")
     attrs = result.attrs
     sides = Axis(0, attrs["tokens"], attrs["cell_queries"]), Axis(0, attrs["keys"], attrs["cell_keys"])
     maps = every_map(*(result[name].values for name in ("share_mean", "share_of_layer", "share")))
@@ -57,9 +56,7 @@ def attention_map(result: xr.Dataset, *, compact: bool = False) -> UIElement:
     call = Div(text=_words(result), sizing_mode="stretch_width", stylesheets=[InlineStyleSheet(css=_CODE_CSS)])
     size = {"wide": attrs["cell_keys"], "tall": attrs["cell_queries"], "tokens": attrs["tokens"], "keys": attrs["keys"]}
     plot.js_on_event("tap", CustomJS(args={**size, "layer": chosen.layer, "div": call}, code=_CALL))
-    drawn = [one for one in (chosen.plot, plot) if one is not None]
-    body = style.column(*drawn) if compact else style.row(*drawn, spacing=16)
-    return style.column(style.row(chosen.layer, chosen.head), body, call)
+    return style.column(*beside(chosen, plot, compact=compact), call)
 
 
 def _words(result: xr.Dataset) -> str:

@@ -9,8 +9,8 @@ from bokeh.models import UIElement
 from bnviz.schema import view
 
 from . import style
-from ._head_picker import MEAN, picker
-from ._pair_map import Axis, every_map, pair_map
+from ._head_picker import picker
+from ._pair_map import Axis, beside, every_map, pair_map
 
 
 @view(of="attention_window")
@@ -33,12 +33,8 @@ def attention_window(result: xr.Dataset, *, compact: bool = False) -> UIElement:
     """
     if "weight" not in result or not np.isfinite(result["weight"].values).any():
         return style.empty("No weights: the text has no token in this window", 200)
-    layers, paths = result["layer"].values.astype(int).tolist(), [str(p) for p in result["path"].values]
-    title = "inside the window"
-    chosen = picker(result["inside"].values, layers, paths, title=title, start=(MEAN, MEAN))
+    chosen = picker(result, "inside", title="inside the window")
     sides = [Axis(int(result[name].values[0]), int(result[name].values[-1]) + 1) for name in ("row", "column")]
     maps = every_map(*(result[name].values for name in ("weight_mean", "weight_of_layer", "weight")))
     plot = pair_map(maps, chosen, (sides[0], sides[1]), result.attrs.get("tokens_text", []))
-    drawn = [one for one in (chosen.plot, plot) if one is not None]
-    body = style.column(*drawn) if compact else style.row(*drawn, spacing=16)
-    return style.column(style.row(chosen.layer, chosen.head), body)
+    return style.column(*beside(chosen, plot, compact=compact))

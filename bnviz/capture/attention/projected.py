@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnviz.capture.around import around
-from bnviz.capture.clock import Clock
 from bnviz.observation import Projection
 
 from .explained import OUTPUTS, mixed
-from .find import NATIVE, AttentionSite
+from .find import AttentionSite
+from .inside import Inside
 from .turns import moved
 
 if TYPE_CHECKING:
@@ -42,37 +41,12 @@ class _Given(NamedTuple):
         return now == self.versions
 
 
-class Outputs:
-    """What modules with a matrix inside attention are given, while it runs, and the one that the heads' output goes through.
-
-    Parameters
-    ----------
-    clock : Clock
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._made: dict[nn.Module, list[_Given]] = {}
-        self.on = False
+class Outputs(Inside[_Given]):
+    """What modules with a matrix inside attention are given, while it runs, and the one that the heads' output goes through."""
 
     def attach(self, places: Sequence[AttentionSite], stack: contextlib.ExitStack) -> None:
         """Listen to the modules in every place until the stack ends."""
-        self.on = True
-        stack.callback(self._end)
-        for place in places:
-            if place.mechanism == NATIVE:
-                continue
-            for name, child in place.module.named_modules():
-                if name and _matrix(child) is not None:
-                    stack.enter_context(around(child, None, self._hearing(place.module)))
-            stack.enter_context(around(place.module, self._clear, self._clear))
-
-    def _end(self) -> None:
-        self.on = False
-        self._made.clear()
-
-    def _clear(self, module: nn.Module, *_: Any) -> None:
-        self._made.pop(module, None)
+        self._listen(places, stack, lambda owner, _, child: None if _matrix(child) is None else self._hearing(owner))
 
     def _hearing(self, owner: nn.Module) -> Any:
         def hear(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnviz.capture.around import around
 from bnviz.capture.clock import Clock
 from bnviz.observation import Rotary
 
 from .find import NATIVE, AttentionSite
+from .inside import Inside
 from .turns import SAMPLED, Ways, misfits, moved, spread, tolerated, turned, ways
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class _Settled:
     sure: Tensor | None = None  # () bool: one of them fits; None: it does
 
 
-class Projections:
+class Projections(Inside[_Kept]):
     """What modules inside attention give, while it runs, and the queries before rotation that are among it.
 
     Parameters
@@ -69,34 +69,20 @@ class Projections:
     """
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._made: dict[nn.Module, list[_Kept]] = {}
+        super().__init__(clock)
         self._settled: dict[nn.Module, _Settled] = {}
         self._latest: _Settled | None = None
         self._layouts = lru_cache(maxsize=64)(_layouts)
-        self.on = False
 
     def attach(self, places: Sequence[AttentionSite], stack: contextlib.ExitStack) -> None:
         """Listen to the modules in every place until the stack ends."""
-        self.on = True
-        stack.callback(self._end)
-        for place in places:
-            if place.mechanism == NATIVE:
-                continue
-            for name, child in place.module.named_modules():
-                if name:
-                    stack.enter_context(around(child, None, self._hearing(place.module, name)))
-            stack.enter_context(around(place.module, self._clear, self._clear))
+        self._listen(places, stack, lambda owner, name, _: self._hearing(owner, name))
 
     def _end(self) -> None:
-        self.on = False
-        self._made.clear()
+        super()._end()
         self._settled.clear()
         self._layouts.cache_clear()
         self._latest = None
-
-    def _clear(self, module: nn.Module, *_: Any) -> None:
-        self._made.pop(module, None)
 
     def _hearing(self, owner: nn.Module, name: str) -> Any:
         def hear(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
