@@ -62,7 +62,7 @@ sys.modules[__name__].__class__ = Package
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"bnviz.{_HOMES[name]}"), name)
-    if name in _ROOMS:
+    if name in _ROOMS or name == "head_lists":
         return importlib.import_module(f"bnviz.{name}")
     raise AttributeError(f"module 'bnviz' has no attribute {name!r}")
 

@@ -225,7 +225,7 @@ class AttentionSeen:
         What the output of the heads is multiplied by, where a probe asks for it and a module of the model's does that; never
         while decoding.
     cached : float
-        Bytes that a token takes in this layer of the cache, as it holds them; 0: without a cache, or one that is not understood.
+        Bytes that a token takes in this layer of the cache, as it holds them; -1: none is given, or not understood.
 
     Notes
     -----
@@ -252,7 +252,7 @@ class AttentionSeen:
     grows: int = 0
     rotary: Rotary | None = None
     projection: Projection | None = None
-    cached: float = 0.0
+    cached: float = -1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,7 +182,7 @@ class Report:
             return self.outcomes[name]
         if name in self.failures:
             raise BnvizError(
-                f"{name} did not finish: {self.failures[name]}. diagnose(run, {name!r}, strict=True) raises it."
+                f"{name} did not finish: {self.failures[name].rstrip('.')}. diagnose(run, {name!r}, strict=True) raises it."
             )
         if name in self.absent:
             raise NotCaptured(f"{name}: {self.absent[name]}.")

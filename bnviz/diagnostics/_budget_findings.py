@@ -12,6 +12,7 @@ from bnviz.head_lists import neediest
 from bnviz.schema import Finding, Saving
 
 from ._allocations import UNIFORM
+from ._passage import one_of
 
 _PLACES = 64  # of one finding, surest first
 _LAYERS = 6  # named in a caveat
@@ -120,7 +121,7 @@ def better(result: xr.Dataset, limit: float) -> list[Finding]:
 def caveats(result: xr.Dataset) -> list[str]:
     """What the numbers do not say, most general first."""
     attrs = result.attrs
-    lines = ["Mass is not output error: a key with little attention can still matter. One passage of text."]
+    lines = ["Mass is not output error: a key with little attention can still matter. " + one_of(attrs)]
     if attrs["mass_of"] != "decode queries":
         lines.append(
             "What is kept is judged by the queries that keys are ranked by, which flatters adakv; capture decoding for others."

@@ -139,7 +139,9 @@ def _further(
     for name, record in records.items():
         if record is None or name not in read:
             continue
-        with suppress(NotCaptured, UnknownName):
+        with suppress(
+            NotCaptured, UnknownName, SchemaError
+        ):  # of another step, of other layers, or of a part of the passage
             found[name] = _of_keys(attention, record, row, sequence, keys, name=name)
     return found
 

@@ -76,3 +76,30 @@ def text(record: xr.Dataset, row: int, where: np.ndarray) -> list[str]:
     if held is None or len(held) <= int(where.max(initial=0)):
         return []
     return [str(held[i]) for i in where]
+
+
+def sequences(record: xr.Dataset, row: int) -> int:
+    """How many sequences step `row` has."""
+    if "key_sequence" not in record.coords:
+        return 1
+    of = np.atleast_2d(record["key_sequence"].values)[row]
+    return len(np.unique(of[of >= 0]))
+
+
+def one_of(attrs: Any) -> str:
+    """Which passage of how many a result is of."""
+    many = int(attrs.get("sequences", 1))
+    if many < 2:
+        return "One passage of text."
+    return f"Sequence {attrs['sequence']} of the {many} in the batch; the option sequence= chooses another."
+
+
+def cached(record: xr.Dataset, row: int, where: np.ndarray) -> bool:
+    """Whether every query sees what came before it and nothing else: such keys a cache holds, all of them."""
+    if "visible" not in record:
+        return True
+    visible = record["visible"].values[row]
+    told = visible[:, np.isfinite(visible).all(axis=0)]
+    if not told.shape[1] or told.shape[1] < len(where) or len(where) < 2:
+        return True
+    return bool((told[:, 0] < len(where)).all() and (np.nanmax(told, axis=1) >= len(where)).all())

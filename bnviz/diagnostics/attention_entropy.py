@@ -21,7 +21,7 @@ FEWEST = 8  # steps from which a fall is told: two in a quarter
 @diagnostic(
     question="Which heads have collapsed onto one key, or see no difference between keys?",
     needs=("attention.entropy",),
-    wants=("attention.visible",),
+    wants=("attention.visible", "attention.mass"),
     gives=(
         Variable("ratio", _HEADS, "1", "entropy over its largest possible, mean over queries: 0 one key, 1 all alike"),
         Variable("collapsed", _HEADS, "1", "share of the queries whose ratio is below `low`"),
@@ -87,7 +87,8 @@ def attention_entropy(attention: xr.Dataset, *, low: float = 0.1, high: float = 
     visible = _visible(record)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = record["entropy"].values.astype(np.float64) / np.log(visible)[:, :, None]
-    counts = np.isfinite(ratio) & (visible >= fewest)[:, :, None]
+    aside = _aside(record)
+    counts = np.isfinite(ratio) & (visible >= fewest)[:, :, None] & ~aside[:, :, :, None]
     of_step = _mean(ratio, counts, -1)
     begin, end = _ends(of_step)
     layers = record.sizes["layer"]
@@ -110,7 +111,18 @@ def attention_entropy(attention: xr.Dataset, *, low: float = 0.1, high: float = 
     )
     attrs = {"model": str(attention.attrs.get("model", "model")), "steps": len(chosen)}
     result.attrs = attrs | {"low": float(low), "high": float(high), "fewest": int(fewest)}
+    result.attrs["aside"] = int(aside.any(axis=0).sum())
     return stamp(result, attention_entropy.spec.gives)  # type: ignore[attr-defined]
+
+
+def _aside(record: xr.Dataset) -> np.ndarray:
+    """(step, layer, head): heads that give part of their attention to no key (learned sinks), whose entropy tells nothing."""
+    shape = tuple(record.sizes[dim] for dim in ("step", "layer", "head"))
+    if "mass" not in record:
+        return np.zeros(shape, bool)
+    mass = np.nansum(record["mass"].values.astype(np.float64), axis=-1)
+    queries = np.isfinite(record["entropy"].values).sum(axis=-1)
+    return np.asarray(mass < 0.99 * queries)
 
 
 def _visible(record: xr.Dataset) -> np.ndarray:
@@ -171,6 +183,10 @@ def judge(result: xr.Dataset, *, most: float = 0.9, fall: float = 0.5) -> Judgem
         f"A query counts as collapsed below {q.share(attrs['low'])} and as overloaded above {q.share(attrs['high'])} of the "
         "largest entropy it can have."
     ]
+    if attrs.get("aside"):
+        caveats.append(
+            f"Left out: {q.counted(attrs['aside'], 'head')} with learned sinks, of which a part of the attention goes to no key."
+        )
     if attrs["steps"] < FEWEST:
         caveats.append(
             f"{q.counted(attrs['steps'], 'step')} seen: a fall of entropy is told from {FEWEST} on. Watch training steps, one in "

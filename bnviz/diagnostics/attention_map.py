@@ -58,7 +58,7 @@ def attention_map(attention: xr.Dataset, *, step: int | None = None, cells: int 
     Raises
     ------
     NotCaptured
-        The step has no map: decoding has none.
+        The step has no map: decoding has none, and neither has a text that was read in several calls.
     SchemaError
         `cells` is not positive.
 
@@ -84,6 +84,7 @@ def attention_map(attention: xr.Dataset, *, step: int | None = None, cells: int 
         raise NotCaptured(
             f"attention_map: step {row} has no map of attention, as decoding has none; name another step."
         )
+    _whole(attention, row, pooled)
     joined, by = _joined(pooled, cells)
     total = np.nansum(joined, axis=-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -108,6 +109,18 @@ def attention_map(attention: xr.Dataset, *, step: int | None = None, cells: int 
 
 
 _STARTS = (("query_bin", 2, "cell_queries"), ("key_bin", 3, "cell_keys"))
+
+
+def _whole(attention: xr.Dataset, row: int, pooled: np.ndarray) -> None:
+    """Whether the map is of all queries: of a passage that was read in several calls it is of the first alone."""
+    if "mass" not in attention:
+        return
+    mass = np.nansum(attention["mass"].values[row].astype(np.float64), axis=-1)
+    apart = np.abs(np.nansum(pooled, axis=(-1, -2)) - mass) > 1e-3 * mass
+    if apart[np.isfinite(pooled).any(axis=(-1, -2))].any():
+        raise NotCaptured(
+            "attention_map: the text was read in several calls, and maps were kept of the first alone; read it in one call."
+        )
 
 
 def _mean(values: np.ndarray, axis: int) -> np.ndarray:
@@ -194,7 +207,7 @@ def judge(result: xr.Dataset) -> Judgement:
         return Judgement("The text is too short for a map: fewer than three cells", subtitle)
     wide = attrs["cell_keys"]
     title = f"{q.share(near)} of attention lies within {q.counted(2 * wide, 'token')}"
-    title += f", {q.share(first)} on the first {q.count(wide)}"
+    title += f", {q.share(first)} on the first {q.count(wide) if wide > 1 else 'one'}"
     exact = (
         'For exact weights of a part: bnviz.capture(model, probes=["attention_window"], rows=(first, last), '
         "columns=(first, last)); a click on a cell writes them out."

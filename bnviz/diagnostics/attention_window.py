@@ -71,7 +71,8 @@ def attention_window(
     weight = record["weight"].values[at].astype(np.float64)
     if not np.isfinite(weight).any():
         raise NotCaptured(
-            "attention_window: the text has no token in this window; capture with other rows= and columns=, or a longer text."
+            "attention_window: no token of the first call of the text lies in this window, and later calls and generated tokens "
+            "have no weights; capture with other rows= and columns=, or read the whole text in one call."
         )
     held = np.isfinite(weight)
     rows, columns = (_positions(record, dim, at) for dim in ("row", "column"))

@@ -81,7 +81,7 @@ def eviction_cost(kv_eviction: xr.Dataset, decode_time: xr.Dataset | None = None
     return stamp(result, eviction_cost.spec.gives)  # type: ignore[attr-defined]
 
 
-def judge(result: xr.Dataset, *, divergence: float = 0.1, strained: float = 0.5) -> Judgement:
+def judge(result: xr.Dataset, *, divergence: float = 0.1, strained: float = 0.5, same: float = 0.8) -> Judgement:
     """The smallest cache that changes the predictions by no more than a limit, and the layer that suffers most in it.
 
     Parameters
@@ -90,14 +90,17 @@ def judge(result: xr.Dataset, *, divergence: float = 0.1, strained: float = 0.5)
         In nat: what the next-token distribution may change by.
     strained : float
         Relative change of a layer's attention output, in the cache that is advised, from which the layer is named.
+    same : float
+        Share of the most likely next tokens that must stay; a score must also change less than random at the same budget.
     """
     subtitle = f"KL from the predictions behind the whole cache, in nat · {sample_words(result.attrs)}"
-    best = _smallest(result, divergence)
+    best = _smallest(result, divergence, same)
     findings: list[Finding] = []
     if best is None:
         method, budget = _nearest(result)
         least = float(result["divergence"].sel({"method": method, "budget": budget}))
-        title = f"No cache that was tried keeps predictions within {q.written(divergence, 'nat')}"
+        better = " better than random" if least <= divergence else ""
+        title = f"No cache that was tried keeps predictions within {q.written(divergence, 'nat')}{better}"
         summary = f"{title}; the nearest is {q.share(budget)} by {method}, {q.written(least, 'nat')}."
     else:
         method, budget = best
@@ -109,13 +112,17 @@ def judge(result: xr.Dataset, *, divergence: float = 0.1, strained: float = 0.5)
     return Judgement(title, subtitle, summary, tuple(_caveats(result)), tuple(findings))
 
 
-def _smallest(result: xr.Dataset, limit: float) -> tuple[str, float] | None:
-    """The score and budget that keep least within the limit; of several scores the one that changes least."""
-    found = result["divergence"].values
+def _smallest(result: xr.Dataset, limit: float, same: float) -> tuple[str, float] | None:
+    """The score and budget that keep least within the limits; of several scores the one that changes least."""
+    found, names = result["divergence"].values, [str(name) for name in result["method"].values]
+    null = found[names.index(NULL)] if NULL in names else np.full(found.shape[1], np.inf)
+    whole = result["budget"].values >= 1
+    with np.errstate(invalid="ignore"):
+        within = (found <= limit) & (whole | ((found < null) & ~(result["same_token"].values < same)))
     able = [
-        (float(result["budget"].values[b]), float(found[m, b]), str(result["method"].values[m]))
-        for m, b in np.argwhere(found <= limit)
-        if str(result["method"].values[m]) != NULL
+        (float(result["budget"].values[b]), float(found[m, b]), names[m])
+        for m, b in np.argwhere(within)
+        if names[m].partition("+")[0] != NULL
     ]
     return None if not able else (min(able)[2], min(able)[0])
 

@@ -28,7 +28,7 @@ from ._head_needs import (
     shares,
     variance,
 )
-from ._passage import phases, places, step_row
+from ._passage import cached, phases, places, sequences, step_row
 
 _PAPER = 0.975  # ZipVL's threshold
 _HEADS = ("layer", "head")
@@ -190,6 +190,8 @@ def kv_budget(
     )
     result.attrs = _attrs(attention, keys_values, of, rest) | {
         "sequence": int(sequence),
+        "sequences": sequences(attention, of.row),
+        "cached": cached(attention, of.row, of.where),
         "budget": float(budget),
         "budget_tokens": int(given.tokens[NAMES.index(UNIFORM)].sum()),
         "alpha": float(alpha),
@@ -354,7 +356,8 @@ def judge(result: xr.Dataset, *, retrieval: float = 0.05, uneven: float = 0.3, g
         else:
             title = f"Heads need {q.share(low)} to {q.share(high)} of their keys for {held} of their mass"
             title += f", half under {q.share(middle)}" if len(title) <= 66 else ""
-        findings = [*streaming(result, retrieval), *uneven_layers(result, uneven), *better(result, gain)]
+        if result.attrs.get("cached", True):  # else there is no cache of all these keys to make smaller
+            findings = [*streaming(result, retrieval), *uneven_layers(result, uneven), *better(result, gain)]
     return Judgement(title, subtitle, _summary(result, title), tuple(caveats(result)), tuple(findings))
 
 

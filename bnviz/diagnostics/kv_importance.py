@@ -24,7 +24,7 @@ from ._eviction import (
     tokens_kept,
 )
 from ._mass_check import mass_check, mass_words
-from ._passage import phases, text
+from ._passage import cached, one_of, phases, sequences, text
 
 NULL = "random"
 _BUDGETS = tuple(round(0.1 * i, 1) for i in range(1, 11))
@@ -172,6 +172,8 @@ def kv_importance(
         "model_bytes": None if keys_values is None else keys_values.attrs.get("model_bytes"),
         "skipped": methods_ranked.skipped,
         "on_request": methods_ranked.on_request,
+        "sequences": sequences(attention, of.row),
+        "cached": cached(attention, of.row, of.where),
         "mass_check": mass_check(attention, of.row, sequence, of.where),
         "tokens_text": text(attention, of.row, of.where),
     }
@@ -241,7 +243,7 @@ def judge(result: xr.Dataset, *, lost: float = 0.05, uneven: float = 0.3) -> Jud
         f"kv heads · {q.count(tokens)} tokens, {attrs['phase']}, mass of {attrs['mass_of']}"
     )
     ranking = sorted((b, -_mass_at(result, m, b), m) for m, b in least.items() if np.isfinite(b))
-    ahead = [entry for entry in ranking if not np.isfinite(null) or entry[0] < null]
+    ahead = [entry for entry in ranking if entry[0] < (null if np.isfinite(null) else 1.0)]
     held = q.share(1 - lost)
     findings: list[Finding] = []
     if tokens < 2:
@@ -250,7 +252,8 @@ def judge(result: xr.Dataset, *, lost: float = 0.05, uneven: float = 0.3) -> Jud
         budget, _, best = ahead[0]
         named = best if len(best) <= 20 else f"{best[:19]}…"
         title = f"{q.share(budget)} of the keys hold {held} of the attention mass when ranked by {named}"
-        findings = [_shrink(result, best, budget, null, lost), *_uneven(result, best, lost, uneven)]
+        if attrs.get("cached", True):
+            findings = [_shrink(result, best, budget, null, lost), *_uneven(result, best, lost, uneven)]
     else:
         title = f"No score holds {held} of the attention mass with fewer keys than chance"
     others = ", ".join(f"{m} {q.share(b)}" for b, _, m in ranking[1:])
@@ -329,8 +332,12 @@ def _caveats(result: xr.Dataset) -> list[str]:
     attrs = result.attrs
     lines = [
         'Mass is not output error: a key with little attention can still matter; bnviz.experiment(model, batch, "kv_eviction") '
-        "measures that. One passage of text."
+        f"measures that. {one_of(attrs)}"
     ]
+    if not attrs.get("cached", True):
+        lines.append(
+            "There is no cache of all these keys to make smaller: queries see later keys too, or a window has dropped some."
+        )
     if attrs["mass_of"] != "decode queries":
         lines.append(
             "Judged by the passage's own queries, which h2o ranks by; capture decoding for queries no score has seen."

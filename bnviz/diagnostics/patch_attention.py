@@ -337,7 +337,8 @@ def judge(
     gets = f"gets {'most attention: ' if len(mean) == 1 else ''}{most}"
     title = f"{when} {'patch' if attrs['cell'] == 1 else 'cell'} at {where} {gets}"
     if mean[step, row, column] < even:
-        title = f"No patch gets more than {most} of attention"
+        times = q.significant(round(float(mean[step, row, column]), 2))
+        title = f"No patch gets more than {times} times an even share of attention"
     return Judgement(title, subtitle, f"{title}, mean over layers.", _caveats(attrs), tuple(told))
 
 

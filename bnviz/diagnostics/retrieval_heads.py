@@ -222,7 +222,7 @@ def _finding(result: xr.Dataset, found: list[tuple[float, str, int, int]]) -> Fi
     of = f"{q.count(len(found))} of {q.counted(attrs['heads'], 'head')} {'finds' if len(found) == 1 else 'find'}"
     return Finding(
         code="retrieval_heads/retrieval",
-        sentence=f"{of} earlier copies (at most {what} {q.ratio(value)}, limit {q.setting(attrs['least'])} above "
+        sentence=f"{of} earlier copies ({what} {q.ratio(value)}, limit {q.setting(attrs['least'])} above "
         f"chance){others}",
         severity="low",
         where={

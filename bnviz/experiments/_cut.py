@@ -88,6 +88,11 @@ class Reader:
                 f"experiment: {type(model).__name__}.forward takes no {'position_ids' if names else 'cache'}; expected a "
                 "decoder of transformers, which goes on behind a cache that was cut."
             )
+        if getattr(getattr(model, "config", None), "alibi", False):
+            raise BnvizError(
+                f"experiment: attention of {type(model).__name__} adds a bias by distance in the cache (ALiBi), which a cut "
+                "changes; expected a decoder whose positions are given by position_ids."
+            )
         self._model, self._name = model, names[0]
 
     def __call__(self, ids: Tensor, cache: Any = None, first: int = 0) -> tuple[Tensor, Any]:

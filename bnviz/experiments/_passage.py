@@ -56,6 +56,7 @@ class Passage(Continued):
 
         asked = self._asked
         records = {name: run[name] for name in run.kinds}
+        _sees_all(records["attention"], self._end)
         result = kv_importance(
             **records,
             methods=None if asked.ways is None else asked.ways.scores,
@@ -104,6 +105,17 @@ class Passage(Continued):
             needs = self._needs.of_layer, self._needs.share
             tokens = shared_out(own, ranks, most, budget, needs)[NAMES.index(way)]
         return [kept_of(*of) for of in zip(ranks, tokens, strict=True)]
+
+
+def _sees_all(attention: Any, tokens: int) -> None:
+    """Whether the prompt's last query sees every token: behind a cache that was cut a window would count places in it."""
+    seen = attention["visible"].values[0, :, tokens - 1] if "visible" in attention else np.full(1, tokens)
+    if (seen < tokens).any():
+        layer = int(attention["layer"].values[int(np.argmin(seen))])
+        raise BnvizError(
+            f"kv_eviction: queries of layer {layer} see {int(seen.min())} of the prompt's {tokens} tokens, expected all; a "
+            "window has dropped keys already. Give a prompt that fits into it."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,18 +65,36 @@ def subject(model: Any, batch: Any) -> Subject:
         if "input_ids" not in batch:
             raise BnvizError(f"experiment: the batch holds {', '.join(batch)}, expected 'input_ids'.")
         batch, mask = batch["input_ids"], batch.get("attention_mask")
-    ids = torch.as_tensor(batch)
+    try:
+        ids = torch.as_tensor(batch)
+    except (TypeError, ValueError, RuntimeError):
+        raise BnvizError(
+            f"experiment: found a batch of {type(batch).__name__} that is no array of numbers, expected token ids (batch, "
+            "tokens) in rows of one length; give what the tokenizer returns."
+        ) from None
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim not in (1, 2) or not ids.numel():
         raise BnvizError(
             f"experiment: found a batch of {ids.dtype} of shape {tuple(ids.shape)}, expected token ids (batch, tokens)."
         )
     ids = ids[None] if ids.ndim == 1 else ids
+    _known(model, ids)
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool().to(ids.device)
     if real.shape != ids.shape:
         raise BnvizError(f"experiment: attention_mask is {tuple(real.shape)}, expected {tuple(ids.shape)}, as the ids.")
     device = next(model.parameters()).device
     texts = (row[keep][None].long().to(device) for row, keep in zip(ids, real, strict=True))
     return Subject(model, tuple(texts))
+
+
+def _known(model: nn.Module, ids: Tensor) -> None:
+    """Whether the model has an embedding for every id."""
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    many = getattr(table, "num_embeddings", None)
+    if isinstance(many, int) and (int(ids.max()) >= many or int(ids.min()) < 0):
+        raise BnvizError(
+            f"experiment: the batch holds ids from {int(ids.min())} to {int(ids.max())}, and {type(model).__name__} knows 0 to "
+            f"{many - 1}; use the model's own tokenizer."
+        )
 
 
 @contextlib.contextmanager

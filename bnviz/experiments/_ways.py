@@ -67,9 +67,9 @@ def ways(methods: Collection[str] | Mapping[str, Mapping[str, Any]]) -> Ways:
 
 
 def whole_heads(share: npt.NDArray[np.floating[Any]], keys: int, even: int, least: int) -> npt.NDArray[np.int64]:
-    """(layer, kv_head): tokens of heads that keep all their keys, neediest first, and of the others, which keep `least`.
+    """(layer, kv_head): tokens of heads that keep all their keys, neediest first, and of the others, `least` or more.
 
-    As many keep all as the total of `even` tokens a head allows; what is left over is not given out.
+    As many keep all as the total of `even` tokens a head allows; the others share what is left of it.
 
     Parameters
     ----------
@@ -81,11 +81,14 @@ def whole_heads(share: npt.NDArray[np.floating[Any]], keys: int, even: int, leas
     Examples
     --------
     >>> whole_heads(np.array([[0.1, 0.4], [0.0, 0.2]]), 10, 5, 2).tolist()
-    [[2, 10], [2, 2]]
+    [[3, 10], [3, 4]]
     """
     least = min(least, even)
     many = (even - least) * share.size // max(1, keys - least)
     order = np.argsort(-np.where(np.isfinite(share), share, np.inf), axis=None, kind="stable")
-    tokens = np.full(share.size, least, np.int64)
-    tokens[order[:many]] = keys
+    tokens = np.full(share.size, keys, np.int64)
+    if many < share.size:
+        each, over = divmod(even * share.size - many * keys, share.size - many)
+        tokens[order[many:]] = each
+        tokens[order[many : many + over]] += 1
     return tokens.reshape(share.shape)

@@ -55,8 +55,8 @@ class AttentionWindow:
     Notes
     -----
     weight_ij = exp(s_ij - ln sum_k exp(s_ik)), s the model's own logits under its mask, the sum over all keys that query i sees.
-    Tokens are counted from 0 without padding. Of passages alone: decode steps have none, and neither has attention to another
-    text. Cost: one product of the window's queries with all keys.
+    Tokens are counted from 0 without padding. Of a text that is read in one call: decode steps and calls that go on with a cache
+    have none, and neither has attention to another text. Cost: one product of the window's queries with all keys.
 
     Examples
     --------
@@ -161,10 +161,14 @@ class _Sequence:
 
 
 def _window(name: str, given: Sequence[int]) -> tuple[int, int]:
-    whole = len(given) == 2 and all(isinstance(one, int) and not isinstance(one, bool) for one in given)
+    whole = (
+        isinstance(given, Sequence)
+        and len(given) == 2
+        and all(isinstance(one, int) and not isinstance(one, bool) for one in given)
+    )
     if not whole or not 0 <= given[0] < given[1] <= given[0] + MOST:
         raise SchemaError(
-            f"Probe attention_window: {name} is {tuple(given)}, expected the first token and the one after the last, at most "
+            f"Probe attention_window: {name} is {given}, expected the first token and the one after the last, at most "
             f"{MOST} tokens."
         )
     return int(given[0]), int(given[1])

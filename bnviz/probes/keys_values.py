@@ -115,8 +115,8 @@ class KeysValues:
             kept |= self._passage(seen, kept)
         dims = key.shape[-1], seen.value.shape[-1]
         taken = key.shape[1] * (dims[0] * key.element_size() + dims[1] * seen.value.element_size())
-        if seen.cached or all(dims):
-            kept["bytes_per_token"] = torch.tensor(seen.cached or taken, dtype=torch.float64)
+        if seen.cached >= 0 or all(dims):
+            kept["bytes_per_token"] = torch.tensor(seen.cached if seen.cached >= 0 else taken, dtype=torch.float64)
         return kept
 
     def _passage(self, seen: AttentionSeen, norms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +17,13 @@ cache_utils = pytest.importorskip("transformers.cache_utils")
 WHOLE = 2 * (16 + 16) * 4  # kv heads, channels of keys and values, float32
 
 
+def cache_name(model: Any) -> str:
+    """What its forward calls a cache: newer versions of transformers have another name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def told(model: Any, ids: torch.Tensor, cache: Any = None, **more: Any) -> list[float]:
-    name = "cache" if "cache" in model.forward.__annotations__ else "past_key_values"
-    given = {} if cache is None else {name: cache, "use_cache": True}
+    given = {} if cache is None else {cache_name(model): cache, "use_cache": True}
     with bnviz.capture(model, probes=["keys_values"], strict=True) as recorder, torch.no_grad():
         model(ids, **given, **more)
     found: list[float] = recorder.run["keys_values"]["bytes_per_token"].values[-1].tolist()
@@ -93,6 +98,11 @@ def test_tensors_of_a_subclass_take_what_they_are_made_of() -> None:
     assert cached_bytes(cache, module, call(10)) == (2 * 2 * 3 * 4 * 4 + 2 * 2 * 7 * 4 + 7 * 4) / 10  # type: ignore[arg-type]
 
 
+def test_a_layer_that_keeps_nothing_takes_nothing() -> None:
+    cache = SimpleNamespace(layers=[SimpleNamespace(keys=None)])
+    assert cached_bytes(cache, SimpleNamespace(layer_idx=0), call(10)) == 0  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("cache", "module"),
     [
@@ -101,8 +111,7 @@ def test_tensors_of_a_subclass_take_what_they_are_made_of() -> None:
         (SimpleNamespace(layers=[]), SimpleNamespace(layer_idx=0)),
         (SimpleNamespace(layers=[SimpleNamespace()]), SimpleNamespace()),
         (SimpleNamespace(layers=[SimpleNamespace()]), SimpleNamespace(layer_idx=3)),
-        (SimpleNamespace(layers=[SimpleNamespace(keys=None)]), SimpleNamespace(layer_idx=0)),
     ],
 )
 def test_what_is_not_understood_is_not_told(cache: Any, module: Any) -> None:
-    assert cached_bytes(cache, module, call(10)) == 0
+    assert cached_bytes(cache, module, call(10)) == -1

@@ -103,3 +103,13 @@ def test_it_is_drawn(size: tuple[int, int, int], compact: bool) -> None:
     Document().add_root(drawing)
     titles = {plot.title.text for plot in drawing.select({"name": None}) if hasattr(plot, "title") and plot.title}
     assert ("change over the steps" in titles) is (size[0] >= 8)
+
+
+def test_heads_with_learned_sinks_are_left_out() -> None:
+    even = np.log(np.arange(1, 33.0))
+    data = record(np.stack([even, 0.01 * even])[None, None])
+    data["mass"] = (("step", "layer", "head", "key"), np.array([np.ones(32), np.full(32, 0.02)])[None, None])
+    result = attention_entropy(data)
+    assert result["ratio"].values[0, 0] == pytest.approx(1) and np.isnan(result["ratio"].values[0, 1])
+    told = judge(result)
+    assert told.findings == () and any("1 head with learned sinks" in line for line in told.caveats)

@@ -12,6 +12,7 @@ import xarray as xr
 import bnviz
 from bnviz.diagnostics.attention_map import attention_map, judge
 from bnviz.errors import NotCaptured, SchemaError
+from tests.capture.test_cached_bytes import cache_name
 from tests.probes.test_attention_window import whole
 from tests.probes.test_query_moments import ids_of, small
 
@@ -67,8 +68,18 @@ def test_heads_solved_on_paper() -> None:
     result = attention_map(record)
     assert result["near"].values.tolist() == [[1.0, 0.0]] and result["first"].values.tolist() == [[0.0, 1.0]]
     told = judge(result)
-    assert told.title == "50 % of attention lies within 2 tokens, 50 % on the first 1"
+    assert told.title == "50 % of attention lies within 2 tokens, 50 % on the first one"
     assert 'probes=["attention_window"]' in told.caveats[0]
+
+
+def test_a_text_that_was_read_in_several_calls_is_refused() -> None:
+    model = small("llama")
+    ids = ids_of(model, 1, 40)
+    with bnviz.capture(model, probes=["attention"], strict=True) as recorder, torch.no_grad():
+        cache = model(ids[:, :15], use_cache=True).past_key_values
+        model(ids[:, 15:], **{cache_name(model): cache}, use_cache=True)
+    with pytest.raises(NotCaptured, match="read in several calls, and maps were kept of the first alone"):
+        attention_map(recorder.run["attention"])
 
 
 def test_texts_that_are_short_or_were_not_seen() -> None:
@@ -115,5 +126,7 @@ def test_a_window_beyond_the_text_is_said(run: Any) -> None:
     model = small("llama")
     with bnviz.capture(model, probes=["attention_window"], rows=(80, 90), columns=(4, 12)) as recorder:
         model(ids_of(model, 1, 50))
-    with pytest.raises(NotCaptured, match="the text has no token in this window; capture with other rows="):
+    with pytest.raises(
+        NotCaptured, match=r"no token of the first call of the text lies in this window, .*with other rows="
+    ):
         bnviz.diagnose(recorder.run, "attention_window", strict=True)

@@ -15,6 +15,7 @@ NAMES = ("divergence", "divergence_most", "loss_change", "same_token", "greedy_k
 def record(divergence: np.ndarray, methods: list[str], budgets: list[float], layers: int = 2) -> xr.Dataset:
     """Other numbers follow: a budget keeps so many of 100 bytes, the second layer's error is the divergence."""
     data = xr.Dataset({name: (CELL, divergence.astype(float)) for name in NAMES})
+    data["same_token"] = (CELL, np.ones(divergence.shape))
     data["bytes_kept"] = (CELL, np.broadcast_to(np.array(budgets) * 100, divergence.shape).astype(float))
     data["output_error"] = ((*CELL, "layer"), np.stack([divergence * n for n in range(layers)], -1))
     data = data.assign(dict.fromkeys(("loss", "tokens", "measured"), ("sample", [8.0] * len(divergence))))
@@ -37,7 +38,7 @@ def test_means_and_ranges_over_texts_leave_out_what_was_not_measured() -> None:
 
 
 def test_the_smallest_cache_within_the_limit_is_advised_by_the_score_that_changes_least() -> None:
-    values = np.array([[[0.3, 0.05, 0.01], [0.2, 0.08, 0.04], [0.01, 0.01, 0.01]]])
+    values = np.array([[[0.3, 0.05, 0.01], [0.2, 0.08, 0.04], [0.4, 0.3, 0.2]]])
     result = eviction_cost(record(values, ["snapkv", "tova", "random"], [0.1, 0.3, 0.5]))
     told = judge(result)
     assert told.title == "30 % of the cache by snapkv changes predictions by 0.0500 nat"
@@ -48,8 +49,25 @@ def test_the_smallest_cache_within_the_limit_is_advised_by_the_score_that_change
         and finding.saving.amount == pytest.approx(70)
         and finding.saving.share == pytest.approx(0.7)
     )
-    assert "random 0.0100 nat" in finding.sentence
+    assert "random 0.300 nat" in finding.sentence
     assert judge(result, divergence=0.25).findings[0].value == 0.2  # tova at a tenth
+
+
+def test_a_score_that_is_no_better_than_random_is_not_advised() -> None:
+    values = np.array([[[0.3, 0.05, 0.01], [0.01, 0.01, 0.01]]])
+    told = judge(eviction_cost(record(values, ["snapkv", "random"], [0.1, 0.3, 0.5])))
+    assert told.title == "No cache that was tried keeps predictions within 0.100 nat better than random"
+    assert told.findings == ()
+    whole = judge(eviction_cost(record(values, ["snapkv", "random"], [0.1, 0.3, 1.0])))
+    assert whole.title.startswith("100 % of the cache by snapkv") and whole.findings == ()
+
+
+def test_most_likely_tokens_must_stay() -> None:
+    data = record(np.array([[[0.05, 0.04]]]), ["snapkv"], [0.1, 0.3])
+    data["same_token"] = (data["same_token"].dims, np.array([[[0.5, 0.9]]]))
+    result = eviction_cost(data)
+    assert judge(result).title.startswith("30 % of the cache by snapkv")
+    assert judge(result, same=0.4).title.startswith("10 % of the cache by snapkv")
 
 
 def test_a_layer_that_suffers_most_is_named() -> None:

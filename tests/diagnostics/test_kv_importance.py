@@ -18,6 +18,7 @@ import bnviz
 from bnviz.catalog import names
 from bnviz.diagnostics.kv_importance import judge, kv_importance
 from bnviz.errors import NotCaptured, SchemaError, UnknownName
+from tests.capture.test_cached_bytes import cache_name
 from tests.reduce._gumbel_definition import noisy, uniform
 
 KEY = ("step", "layer", "head", "key")
@@ -475,3 +476,45 @@ def test_random_is_the_same_every_time_and_attrs_survive_json() -> None:
     xr.testing.assert_identical(one, two)
     assert one.attrs["tokens_text"][3] == "3"
     assert json.loads(json.dumps(one.attrs)) == one.attrs
+
+
+# ---------------------------------------------------------------------------------------------------------- what is no cache
+def test_where_no_cache_holds_all_keys_nothing_is_advised() -> None:
+    mass = np.zeros((1, 2, 40))
+    mass[..., :4] = 10.0
+    data = record(mass)
+    for visible, cached in (
+        (np.arange(1, 41.0), True),
+        (np.full(40, 40.0), False),
+        (np.minimum(np.arange(1, 41.0), 8), False),
+    ):
+        seen = data.assign(visible=(("step", "layer", "query"), np.broadcast_to(visible, (1, 1, 40))))
+        told = judge(kv_importance(seen, methods=["h2o", "random"]))
+        assert bool(told.findings) is cached
+        assert any("There is no cache of all these keys" in line for line in told.caveats) is not cached
+
+
+def test_all_of_the_keys_are_no_smaller_cache() -> None:
+    told = judge(kv_importance(record(np.ones((1, 2, 50))), methods={"h2o": {"recent": 0.0}}))
+    assert told.findings == () and told.title.startswith("No score holds")
+
+
+def test_a_passage_of_a_batch_says_which(load_model: Any) -> None:
+    model = load_model("llama-bard")
+    ids = torch.randint(5, 900, (3, 70), generator=torch.Generator().manual_seed(0))
+    with bnviz.capture(model, probes=["attention", "keys_values"]) as recorder, torch.no_grad():
+        model(ids)
+    for name in ("kv_importance", "kv_budget"):
+        caveats = bnviz.diagnose(recorder.run, name, strict=True).judgement(name).caveats
+        assert "Sequence 0 of the 3 in the batch; the option sequence= chooses another." in caveats[0]
+
+
+def test_a_record_of_a_part_of_the_passage_costs_its_score_alone(load_model: Any) -> None:
+    model = load_model("llama-bard")
+    ids = torch.randint(5, 900, (1, 90), generator=torch.Generator().manual_seed(0))
+    probes = ["attention", "keys_values", "query_moments"]
+    with bnviz.capture(model, probes=probes) as recorder, torch.no_grad():
+        cache = model(ids[:, :40], use_cache=True).past_key_values
+        model(ids[:, 40:], **{cache_name(model): cache}, use_cache=True)
+    result = bnviz.diagnose(recorder.run, "kv_importance", strict=True)["kv_importance"]
+    assert "h2o" in result["method"].values and "expected_attention" not in result["method"].values

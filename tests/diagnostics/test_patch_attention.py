@@ -118,7 +118,7 @@ def test_outliers_and_other_tokens_are_found() -> None:
         judge(result).title == f"The patch at row 2, column 3 gets most attention: ×{30 / total * 65:.1f} an even share"
     )
     even = patch_attention(record([[[np.ones(64)]]]), pictures(16, 16))
-    assert judge(even).title == "No patch gets more than ×1.00 an even share of attention"
+    assert judge(even).title == "No patch gets more than 1.00 times an even share of attention"
     assert judge(even).findings == ()
 
 

@@ -122,7 +122,7 @@ def test_heads_that_look_far_keep_all_and_the_others_sinks_and_recent_tokens(loa
     many = (32 - 8) * 8 // (80 - 8)  # of 8 heads with 32 tokens each: those of 80 that fit beside those of 8
     assert many == 2 and record["bytes_kept"].values[0, 1].tolist() == [
         8 * 4 * token,
-        (2 * 80 + 6 * 8) * token,
+        8 * 32 * token,
         8 * 80 * token,
     ]
     assert (
@@ -130,6 +130,7 @@ def test_heads_that_look_far_keep_all_and_the_others_sinks_and_recent_tokens(loa
     )  # too little for any head to keep all
     assert abs(record["divergence"].values[0, 1, 2]) < 1e-9
     tokens = whole_heads(share, 80, 32, 8)
+    assert tokens.sum() == 8 * 32 and set(tokens[tokens < 80].tolist()) == {16}  # the others share what is left
     assert sorted(np.argwhere(tokens == 80).tolist()) == sorted(np.argwhere(share >= np.sort(share, None)[-2]).tolist())
 
 
@@ -152,6 +153,33 @@ def test_the_report_ranks_them_with_the_others_and_tells_the_time(load_model: An
             if one.code == "eviction_cost/budget":
                 assert ("a decode step takes" in one.sentence) is ("+adakv" not in one.sentence), budget
     assert report.view("eviction_cost") is not None
+
+
+def test_positions_that_are_places_in_the_cache_are_refused() -> None:
+    from transformers import FalconConfig, FalconForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
+
+    sizes = {"vocab_size": 128, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(BnvizError, match=r"FalconForCausalLM adds a bias by distance in the cache \(ALiBi\)"):
+        measured(FalconForCausalLM(FalconConfig(alibi=True, **sizes, **heads)).eval(), text(40) % 128, methods=["h2o"])
+    local = {
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["local"], 2]],
+        "window_size": 8,
+        "intermediate_size": 48,
+    }
+    with pytest.raises(BnvizError, match=r"queries of layer 0 see 8 of the prompt's 30 tokens, expected all"):
+        measured(GPTNeoForCausalLM(GPTNeoConfig(**sizes, **local)).eval(), text(40) % 128, methods=["h2o"])
+
+
+def test_batches_that_are_no_ids_of_the_model(load_model: Any) -> None:
+    model = load_model("llama-bard")
+    for batch in ("Shall I compare thee", [[1, 2, 3], [4, 5]]):
+        with pytest.raises(BnvizError, match=r"is no array of numbers, expected token ids"):
+            measured(model, batch)
+    with pytest.raises(BnvizError, match=r"holds ids from 5 to 5000, and LlamaForCausalLM knows 0 to 1023"):
+        measured(model, [[5, 5000, 7]])
 
 
 def test_names_and_attention_that_do_not_fit(load_model: Any) -> None:

@@ -229,3 +229,101 @@ def test_an_eviction_captures_what_its_scores_read() -> None:
     run = bnviz.experiment(model, ids_of(model, 1, 40), "kv_eviction", methods=methods, budgets=[0.5], greedy=0)
     assert run["kv_eviction"]["method"].values.tolist() == list(methods)
     assert np.isfinite(run["kv_eviction"]["divergence"].values).all()
+
+
+# ---------------------------------------------------------------------------------------------------- what looks like it
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_parametrized_matrix_is_never_read(noisy: bool) -> None:
+    class Noise(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + 0.1 * torch.randn_like(weight)
+
+    def run(watch: bool) -> tuple[Tensor, Tensor]:
+        model = Body().train()
+        for layer in model.layers:
+            out = layer["attn"].out
+            if noisy:
+                nn.utils.parametrize.register_parametrization(out, "weight", Noise())
+            else:
+                nn.utils.parametrizations.spectral_norm(out)
+        torch.manual_seed(3)
+        x = torch.randn(1, 11, 16)
+        if not watch:
+            return model(x).detach(), torch.get_rng_state()
+        with bnviz.capture(model, probes="projected_values", strict=True) as recorder:
+            made = model(x).detach()
+        assert recorder.run["projected_values"]["verified"].values.tolist() == [[0.0, 0.0]]
+        return made, torch.get_rng_state()
+
+    for plain, watched in zip(run(False), run(True), strict=True):
+        assert torch.equal(plain, watched)
+
+
+def test_an_adapter_beside_the_matrix_is_not_taken_for_it() -> None:
+    class Adapted(nn.Module):
+        """LoRA as its libraries have it: the matrix, and a narrow pair of matrices beside it that reads the same."""
+
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.down, self.up = base, nn.Linear(16, 4, bias=False), nn.Linear(4, 16, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.base(x) + self.up(self.down(x))
+            return made
+
+    model, x = Body().eval(), torch.randn(1, 11, 16)
+    before = captured(model, x)["projected_values"]["value_norm_projected"].values[0, 0]
+    for layer in model.layers:
+        layer["attn"].out = Adapted(layer["attn"].out)
+    record = captured(model, x)["projected_values"]
+    np.testing.assert_array_equal(record["value_norm_projected"].values[0, 0], before)
+
+
+def test_two_matrices_that_read_the_heads_are_none() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.one(x) + self.two(x)
+            return made
+
+    model = Body().eval()
+    for layer in model.layers:
+        layer["attn"].out = Both()
+    assert captured(model, torch.randn(1, 11, 16))["projected_values"]["verified"].values.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("between", [lambda x: x * x.sigmoid(), lambda x: x.flip(-1)])
+def test_what_is_done_before_the_projection_is_noticed_in_half_precision(between: Any) -> None:
+    model = Body(between=between).to(torch.bfloat16).eval()
+    record = captured(model, torch.randn(1, 40, 16, dtype=torch.bfloat16))["projected_values"]
+    assert record["verified"].values.tolist() == [[0.0, 0.0]]
+
+
+def test_a_forward_of_ones_own_on_torchs_attention_is_asked() -> None:
+    class Gated(nn.MultiheadAttention):
+        def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
+            q, k, v = (
+                F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+            )
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.out_proj(10 * mixed * x.sigmoid()), None
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = Gated(24, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.attn(x)[0]
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block()).eval()
+    with bnviz.capture(model, probes=["attention", "projected_values"]) as recorder, torch.no_grad():
+        model(torch.randn(1, 9, 24))
+    kept = (
+        recorder.run["projected_values"]["verified"].values if "projected_values" in recorder.run.kinds else np.zeros(1)
+    )
+    assert not kept.any()

@@ -30,7 +30,7 @@ def mapped(layers: int, heads: int, bins: int, tokens: int = 10_000) -> xr.Datas
     record = xr.Dataset(
         {
             "pooled": (("step", "layer", "head", "query_bin", "key_bin"), pooled),
-            "mass": (("step", "layer", "head", "key"), np.ones((1, layers, heads, tokens), np.float32)),
+            "key_sum": (("step", "layer", "key"), np.ones((1, layers, tokens), np.float32)),
             "visible": (("step", "layer", "query"), np.ones((1, layers, tokens), np.float32)),
         },
         coords={"layer": np.arange(layers), "path": ("layer", [f"model.layers.{i}.self_attn" for i in range(layers)])},

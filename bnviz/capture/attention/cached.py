@@ -15,7 +15,7 @@ _DEEP = 3  # tuples and mappings in one another, as quantised keys lie beside th
 
 
 def cached_bytes(cache: Any, module: nn.Module, call: Call) -> float:
-    """Bytes of one token of one sequence in the layer of a cache that a module writes to; 0: not known.
+    """Bytes of one token of one sequence in the layer of a cache that a module writes to; -1: not known.
 
     Parameters
     ----------
@@ -32,13 +32,13 @@ def cached_bytes(cache: Any, module: nn.Module, call: Call) -> float:
     """
     layers, number = getattr(cache, "layers", None), getattr(module, "layer_idx", None)
     if not isinstance(layers, list) or not isinstance(number, int) or not 0 <= number < len(layers):
-        return 0.0
+        return -1.0
     layer = layers[number]
     total = sum(_bytes(one) for one in _tensors(vars(layer), _DEEP))
     plain = [one for one in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(one, Tensor)]
     alone = sum(_bytes(one) for one in plain) > _ALL * total and plain[0].dim() == 4
     shape = plain[0].shape if alone else call.key.shape
-    return total / (shape[0] * shape[-2]) if total and shape[0] and shape[-2] else 0.0
+    return total / (shape[0] * shape[-2]) if shape[0] and shape[-2] else -1.0
 
 
 def _tensors(of: Any, deep: int) -> Iterator[Tensor]:

@@ -103,8 +103,10 @@ def _explains(call: Call, output: Tensor | None, weights: Tensor | None) -> bool
         return bool(((again - weights.detach()[:1, :, rows].float()).abs().amax(-1)[seen] <= wide).all())
     off = (_mixed(again, call) - output.detach()[:1, rows].transpose(1, 2).float()).abs().amax(-1)
     eps = max(torch.finfo(one).eps for one in (output.dtype, torch.float32))  # in which it is made again
-    most = OUTPUTS * math.sqrt(eps) * call.value.detach()[:1].abs().max()
-    return bool((off[seen] <= most).all())
+    logits = call.scale * product_of(call.query.detach()[:1, :, rows], call.key.detach()[:1], torch.float32)
+    rounded = OUTPUTS * eps * (1 + logits.abs().max().item())  # logits of 16 bits are off by their own rounding
+    near_by = min(OUTPUTS * math.sqrt(eps), max(rounded, OUTPUTS * math.sqrt(torch.finfo(torch.float32).eps)))
+    return bool((off[seen] <= near_by * call.value.detach()[:1].abs().max()).all())
 
 
 def mixed(call: Call, rows: Tensor) -> Tensor:

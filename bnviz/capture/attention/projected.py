@@ -7,13 +7,13 @@ each channel of every head is taken, and only where that input is the output of 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bnviz.capture.clock import Clock
 from bnviz.observation import Projection
 
 from .explained import OUTPUTS, mixed
@@ -23,6 +23,9 @@ from .turns import moved
 
 if TYPE_CHECKING:
     from .call import Call
+
+
+FLOAT32 = 1e-3  # of the largest value: sums in another order differ by less
 
 
 class _Given(NamedTuple):
@@ -44,9 +47,27 @@ class _Given(NamedTuple):
 class Outputs(Inside[_Given]):
     """What modules with a matrix inside attention are given, while it runs, and the one that the heads' output goes through."""
 
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self._width: dict[nn.Module, int] = {}
+
     def attach(self, places: Sequence[AttentionSite], stack: contextlib.ExitStack) -> None:
         """Listen to the modules in every place until the stack ends."""
         self._listen(places, stack, lambda owner, _, child: None if _matrix(child) is None else self._hearing(owner))
+
+    def _end(self) -> None:
+        super()._end()
+        self._width.clear()
+
+    def _clear(self, module: nn.Module, *given: Any) -> None:
+        """Also how wide the stream is that the attention reads: as wide is what it writes."""
+        super()._clear(module)
+        if len(given) != 2:  # after the call
+            return
+        for one in (*given[0], *given[1].values()):
+            if isinstance(one, Tensor) and one.is_floating_point() and one.dim() > 1:
+                self._width[module] = one.shape[-1]
+                return
 
     def _hearing(self, owner: nn.Module) -> Any:
         def hear(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -72,27 +93,33 @@ class Outputs(Inside[_Given]):
         heads, dim = call.query.shape[1], call.value.shape[-1]
         if not self.on or not dim or not call.query.shape[2] or not call.query.shape[0]:
             return None
-        native = place.module.out_proj if isinstance(place.module, nn.MultiheadAttention) else None
-        if native is not None:  # torch's own function multiplies by it without a call
-            known = _matrix(native)
+        if type(place.module).forward is nn.MultiheadAttention.forward:  # it multiplies by it without a call
+            known = _matrix(place.module.out_proj)  # type: ignore[arg-type]
             holds = torch.ones((), dtype=torch.bool, device=call.value.device)
             return None if known is None else Projection(known.view(heads, dim, -1), holds)
         made = self._made.get(place.module, [])
         rows = _rows(call)
         again = mixed(call, rows)
-        for given in reversed(made):
-            if not given.whole or given.matrix.shape[0] != heads * dim:
-                continue
+        shape = (heads * dim, self._width.get(place.module))
+        able = [
+            one
+            for one in made
+            if one.whole and one.matrix.shape[0] == shape[0] and shape[1] in (None, one.matrix.shape[1])
+        ]
+        found = list[Projection]()
+        for given in reversed(able):
             for value, output in _laid(given, call.query.shape[0], call.query.shape[2]):
                 holds = _holds(again, value[:, rows], output[:, rows], given, call)
                 if not holds.is_cpu or bool(holds):  # another device is not waited for: the last that may be it
-                    return Projection(given.matrix.view(heads, dim, -1), holds)
-        return None
+                    found.append(Projection(given.matrix.view(heads, dim, -1), holds))
+                    break
+        alone = len(found) == 1 or (bool(found) and not found[0].holds.is_cpu)  # of two that add up neither is all
+        return found[0] if alone else None
 
 
 def _matrix(module: nn.Module) -> Tensor | None:
     """(in, out) of a module that multiplies by one, in plain numbers."""
-    weight = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")  # never a property: a parametrization draws or steps when it is read
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         return None
     if isinstance(weight, nn.parameter.UninitializedParameter) or weight.is_meta:
@@ -123,10 +150,11 @@ def _laid(given: _Given, batch: int, tokens: int) -> Iterator[tuple[Tensor, Tens
 def _holds(again: Tensor, value: Tensor, output: Tensor, given: _Given, call: Call) -> Tensor:
     """() bool: the input is the output of the heads, and the output is its product with the matrix."""
     flat = again.transpose(1, 2).flatten(2)  # (1, rows, heads x dim)
-    eps = max(torch.finfo(one).eps for one in (value.dtype, torch.float32))
+    eps = torch.finfo(value.dtype).eps
+    near_by = max(OUTPUTS * eps, FLOAT32)
     seen = ~flat.isnan().any(-1)
-    near = (flat - value.float()).abs().amax(-1) <= OUTPUTS * math.sqrt(eps) * call.value.detach().abs().amax().float()
+    near = (flat - value.float()).abs().amax(-1) <= near_by * call.value.detach().abs().amax().float()
     product = value.float() @ given.matrix.float()
     product = product if given.bias is None else product + given.bias.detach().float()
-    like = (product - output.float()).abs().amax(-1) <= OUTPUTS * math.sqrt(eps) * output.float().abs().amax()
+    like = (product - output.float()).abs().amax(-1) <= near_by * output.float().abs().amax()
     return ((near & like) | ~seen).all() & seen.any()

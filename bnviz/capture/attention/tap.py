@@ -195,7 +195,7 @@ class AttentionTap:
             grows,
             rotary,
             projection,
-            0.0 if across else cached_bytes(self._clock.cache, place.module, call),
+            -1.0 if across else cached_bytes(self._clock.cache, place.module, call),
         )
 
     def _looked(self, listener: Any, what: str, place: AttentionSite, *given: Any) -> Any:
