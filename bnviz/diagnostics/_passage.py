@@ -41,7 +41,7 @@ def step_row(record: xr.Dataset, step: int | None = None, *, name: str = "attent
 
 
 def places(record: xr.Dataset, row: int, sequence: int, *, dim: str = "key") -> np.ndarray:
-    """Indices along `dim` of the tokens of one sequence in step `row`, in the order of their positions.
+    """Indices along `dim` of the tokens of one sequence in step `row`, in the order of their positions; 0: the first there is.
 
     Raises
     ------
@@ -53,6 +53,8 @@ def places(record: xr.Dataset, row: int, sequence: int, *, dim: str = "key") -> 
             raise unknown("sequence", str(sequence), ["0"])
         return np.arange(record.sizes[dim])
     of = np.atleast_2d(record[f"{dim}_sequence"].values)[row]
+    if sequence == 0 and (of >= 0).any():  # a row of padding alone has none
+        sequence = int(of[of >= 0].min())
     found = np.flatnonzero(of == sequence)
     if not len(found):
         raise UnknownName(f"Unknown sequence {sequence}. Valid: {', '.join(str(s) for s in np.unique(of[of >= 0]))}.")

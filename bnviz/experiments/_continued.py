@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnviz.errors import BnvizError
+
 from ._cut import Reader, cut, layers_of, nbytes
 from ._subject import Subject
 
@@ -68,6 +70,11 @@ class Continued:
 
         with capture(self._model, probes=list(probes), progress=False, **options) as recorder:
             logits, self._cache = self._read(self._prompt)
+        if not bool(torch.isfinite(logits).all()):
+            raise BnvizError(
+                f"experiment: {type(self._model).__name__} gives values that are not finite on text {self.sample}, so nothing "
+                "can be compared; capture it, and the findings name the first layer that does."
+            )
         self._next = int(logits[-1].argmax())
         self._layers = layers_of(self._cache)
         return recorder.run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from bnviz.diagnostics._allocations import NAMES, UNIFORM, shared_out
-from bnviz.errors import BnvizError
+from bnviz.errors import BnvizError, SchemaError
 from bnviz.head_lists import neediest
 
 from ._continued import Behind, Continued, plainly
@@ -57,17 +57,14 @@ class Passage(Continued):
         asked = self._asked
         records = {name: run[name] for name in run.kinds}
         _sees_all(records["attention"], self._end)
-        result = kv_importance(
-            **records,
-            methods=None if asked.ways is None else asked.ways.scores,
-            budgets=asked.budgets.tolist(),
-            aggregate=asked.aggregate,
-        )
+        options = {"budgets": asked.budgets.tolist(), "aggregate": asked.aggregate}
+        scores, short = (None, {}) if asked.ways is None else _able(records, asked.ways.scores, options, self.sample)
+        result = kv_importance(**records, methods=scores, **options)
         ranked = [str(name) for name in result["method"].values]
         pairs = {name: (name, UNIFORM) for name in ranked} if asked.ways is None else asked.ways.pairs
-        self._ways = {name: (ranked.index(score), way) for name, (score, way) in pairs.items()}
+        self._ways = {name: (ranked.index(score), way) for name, (score, way) in pairs.items() if score in ranked}
         self.methods = list(self._ways)
-        self.skipped = list(result.attrs["skipped"].values())
+        self.skipped = [*result.attrs["skipped"].values(), *short.values()]
         self._ranks, self._scores = result["keep_rank"].values, result["score"].values
         self._heads, self._needs = int(result.attrs["heads"]), _needs(records, {way for _, way in self._ways.values()})
         found = [(keys.shape[1], keys.shape[2]) for keys, _ in self._layers]
@@ -105,6 +102,25 @@ class Passage(Continued):
             needs = self._needs.of_layer, self._needs.share
             tokens = shared_out(own, ranks, most, budget, needs)[NAMES.index(way)]
         return [kept_of(*of) for of in zip(ranks, tokens, strict=True)]
+
+
+def _able(
+    records: dict[str, Any], scores: Mapping[str, Any], options: dict[str, Any], sample: int
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The scores that can rank this text, and why the others cannot, as a text that is too short for one; not all of them."""
+    from bnviz.diagnostics.kv_importance import kv_importance
+
+    able, short = dict[str, Any](), dict[str, str]()
+    for name, given in scores.items():
+        try:
+            kv_importance(**records, methods={name: given}, **options)
+        except SchemaError as error:
+            short[name] = f"text {sample}, {error}"
+            if len(short) == len(scores):
+                raise
+        else:
+            able[name] = given
+    return able, short
 
 
 def _sees_all(attention: Any, tokens: int) -> None:

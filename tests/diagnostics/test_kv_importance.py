@@ -518,3 +518,14 @@ def test_a_record_of_a_part_of_the_passage_costs_its_score_alone(load_model: Any
         model(ids[:, 40:], **{cache_name(model): cache}, use_cache=True)
     result = bnviz.diagnose(recorder.run, "kv_importance", strict=True)["kv_importance"]
     assert "h2o" in result["method"].values and "expected_attention" not in result["method"].values
+
+
+def test_a_row_of_padding_alone_is_no_sequence(load_model: Any) -> None:
+    model = load_model("llama-bard")
+    ids = torch.randint(5, 900, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0] = 0
+    with bnviz.capture(model, probes=["attention", "keys_values"]) as recorder, torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    report = bnviz.diagnose(recorder.run)
+    assert not report.failures and report["kv_importance"].attrs["tokens"] == 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,22 @@ def test_positions_that_are_places_in_the_cache_are_refused() -> None:
     }
     with pytest.raises(BnvizError, match=r"queries of layer 0 see 8 of the prompt's 30 tokens, expected all"):
         measured(GPTNeoForCausalLM(GPTNeoConfig(**sizes, **local)).eval(), text(40) % 128, methods=["h2o"])
+
+
+def test_a_text_that_is_too_short_for_a_score_costs_that_score_alone(load_model: Any) -> None:
+    found = measured(load_model("llama-bard"), text(60), methods=["h2o", "snapkv+adakv"], budgets=[0.3], greedy=0)
+    assert found["method"].values.tolist() == ["h2o"]
+    assert any(why.startswith("text 0, snapkv: the sequence has 45 keys") for why in found.attrs["skipped"])
+    with pytest.raises(SchemaError, match=r"^snapkv: the sequence has 45 keys"):
+        measured(load_model("llama-bard"), text(60), methods=["snapkv"], budgets=[0.3])
+
+
+def test_a_model_that_gives_nan_is_told_so(load_model: Any) -> None:
+    broken = copy.deepcopy(load_model("llama-bard"))
+    with torch.no_grad():
+        broken.model.layers[1].mlp.down_proj.weight[0] = torch.nan
+    with pytest.raises(BnvizError, match=r"gives values that are not finite on text 0"):
+        measured(broken, text(60), methods=["h2o"])
 
 
 def test_batches_that_are_no_ids_of_the_model(load_model: Any) -> None:

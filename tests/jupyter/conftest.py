@@ -196,8 +196,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(server: Server) -> Iterator[Any]:
+    """Closed with its file: while Playwright is open, no other file of the same worker can open one."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
@@ -206,7 +207,7 @@ def browser(server: Server) -> Iterator[Any]:
         opened.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def new_tab(browser: Any, server: Server) -> Callable[[], AbstractContextManager[Tab]]:
     """Opens a tab with cookies and storage of its own, for the length of a `with` block."""
 
