@@ -103,7 +103,7 @@ class KvCodes:
     the first of its run; codes are whole numbers, so nothing is lost by it. With n tokens an entropy is at most log2 n, and is
     too low by about (2^b - 1) / (2 n ln 2).
     `locality` = sum over channels of Var(x_j - x_first) over sum of Var(x_j): 2 for independent tokens, small where neighbours
-    are alike; CacheGen reports 1 / 2.9 to 1 / 2.4.
+    are alike.
     `token_error` = ||x_j - read_j||^2 in groups. Several sequences are put together by tokens; each has ends of its own.
     Keys as they lie in the cache, after rotation. Of passages alone: decoding, calls that go on with a cache and other texts have
     none. A head that holds a value that is not finite is NaN.

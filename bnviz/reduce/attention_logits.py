@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,11 +15,11 @@ from ._attention_marks import dtype_of
 from ._attention_pattern import Pattern
 from ._attention_sight import HIDDEN, Look, Sight, Tokens, of_heads, tokens
 from ._given import as_arrays, as_tensor, quiet
+from ._row_cuts import RowCuts
 from ._scratch import scratch
 from .attention_stats import _check, _checked, _of_tokens
 
-ELEMENTS, ELSEWHERE = 1 << 18, 1 << 25  # of the logits that are held at once: 1 MiB on a CPU in float32, measured best
-MOST, FEWEST = 64, 32  # rows of a strip
+CUTS = RowCuts(1 << 18, 1 << 25, 64, 32)  # 1 MiB of logits at once on a CPU in float32, measured best
 FLOOR = {torch.float32: -60.0, torch.float64: -700.0}  # below it exponentials would become subnormal, and slow
 
 
@@ -109,36 +108,12 @@ def _rows(query: Tensor, key: Tensor, pattern: Pattern, of: Tokens) -> Logits:
     scale = max(1, dim) ** -0.5 if pattern.scale is None else pattern.scale
     look = Look(pattern, of, found, tame=False)
     group = heads // key.shape[1]
-    for some, rows in _cuts(query, of, pattern):
+    for some, rows in CUTS.rows(query, of, pattern):
         sight = look.at(some, rows)
         if sight.start < sight.stop:
-            for part in _heads(sight, some, heads, group):
+            for part in CUTS.heads(sight, some, heads, group):
                 found[:, some, part, rows] = _Strip(pattern, scale, group, sight, some, part).rows(query, key)
     return Logits(*found)
-
-
-def _budget(like: Tensor) -> int:
-    return ELEMENTS if like.device.type == "cpu" else ELSEWHERE
-
-
-def _cuts(query: Tensor, of: Tokens, pattern: Pattern) -> Iterator[tuple[slice, slice]]:
-    """Sequences and rows that are taken at once."""
-    width, budget = of.keys, _budget(query)
-    if pattern.window is not None:
-        width = min(of.keys, (1 if pattern.causal else 2) * pattern.window + MOST)
-    height = min(of.queries, max(FEWEST, min(MOST, budget // width)))
-    together = max(1, budget // (query.shape[1] * height * width))
-    for first in range(0, len(query), together):
-        for start in range(0, of.queries, height):
-            yield slice(first, min(len(query), first + together)), slice(start, min(of.queries, start + height))
-
-
-def _heads(sight: Sight, batch: slice, heads: int, group: int) -> Iterator[slice]:
-    """Heads that are taken at once: whole groups, or an equal part of one."""
-    each = (batch.stop - batch.start) * sight.count * (sight.stop - sight.start)
-    step = max(1, min(heads, _budget(sight.visible) // each))
-    step = step // group * group if step >= group else max(n for n in range(1, step + 1) if group % n == 0)
-    yield from (slice(first, min(heads, first + step)) for first in range(0, heads, step))
 
 
 @dataclass(frozen=True, slots=True)

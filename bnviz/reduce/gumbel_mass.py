@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from ._attention_pattern import Pattern
 from ._attention_sight import HIDDEN, Look, Sight, Tokens, of_heads, tokens
 from ._counted_noise import Noise
 from ._given import as_tensor, quiet
+from ._row_cuts import RowCuts
 from ._scratch import Scratch, scratch
 from .attention_stats import _check, _checked, _of_tokens
 
@@ -137,11 +138,12 @@ def _sums(query: Tensor, key: Tensor, asked: tuple[Pattern, tuple[int, ...], int
     call = _Call(pattern, heads // key.shape[1], scale, tau, noise)
     look = Look(pattern, of, out, tame=False)
     buffers = scratch(out.dtype, out.device), scratch(torch.int32, out.device)
-    for some, rows in _cuts(call, of, query):
+    cuts = RowCuts(ELEMENTS, ELSEWHERE, MOST, FEWEST)
+    for some, rows in cuts.rows(query, of, pattern):
         sight = look.at(some, rows)
         if sight.start < sight.stop:
-            for strip in _strips(call, sight, some, heads):
-                strip.add(query, key, out, buffers)
+            for part in cuts.heads(sight, some, heads, call.group):
+                _Strip(call, sight, some, part).add(query, key, out, buffers)
     return out
 
 
@@ -154,32 +156,6 @@ class _Call:
     scale: float
     tau: float
     noise: Noise
-
-
-def _budget(like: Tensor) -> int:
-    return ELEMENTS if like.device.type == "cpu" else ELSEWHERE
-
-
-def _cuts(call: _Call, of: Tokens, query: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Sequences and rows that are taken at once."""
-    width, window, budget = of.keys, call.pattern.window, _budget(query)
-    if window is not None:
-        width = min(of.keys, (1 if call.pattern.causal else 2) * window + MOST)
-    height = min(of.queries, max(FEWEST, min(MOST, budget // width)))
-    together = max(1, budget // (query.shape[1] * height * width))
-    for first in range(0, len(query), together):
-        for start in range(0, of.queries, height):
-            yield slice(first, min(len(query), first + together)), slice(start, min(of.queries, start + height))
-
-
-def _strips(call: _Call, sight: Sight, batch: slice, heads: int) -> Iterator[_Strip]:
-    """Heads that are taken at once: whole groups, or an equal part of one."""
-    each = (batch.stop - batch.start) * sight.count * (sight.stop - sight.start)
-    step = max(1, min(heads, _budget(sight.visible) // each))
-    group = call.group
-    step = step // group * group if step >= group else max(n for n in range(1, step + 1) if group % n == 0)
-    for first in range(0, heads, step):
-        yield _Strip(call, sight, batch, slice(first, min(heads, first + step)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from ._attention_marks import dtype_of
 from ._attention_pattern import Pattern
 from ._attention_sight import Look, Tokens, tokens
 from ._given import as_arrays, as_tensor, quiet
-from .attention_logits import _cuts, _heads, _Strip
+from .attention_logits import CUTS, _Strip
 from .attention_stats import _check, _checked, _of_tokens
 
 
@@ -119,13 +119,13 @@ def _outputs(
     look = Look(pattern, of, torch.empty(0, dtype=dtype, device=query.device), tame=False)
     group, every = heads // key.shape[1], max(1, -(-of.queries // max(1, most)))
     parts, reals = [], []
-    cuts = _cuts(query, of, pattern) if of.keys and query.numel() else ()
+    cuts = CUTS.rows(query, of, pattern) if of.keys and query.numel() else ()
     for at, (some, rows) in enumerate(cuts):
         sight = look.at(some, rows)
         if at % every or sight.start >= sight.stop:
             continue
         of_heads = []
-        for part in _heads(sight, some, heads, group):
+        for part in CUTS.heads(sight, some, heads, group):
             strip = _Strip(pattern, scale, group, sight, some, part)
             of_heads.append(strip.outputs(query, key, value))
         parts.append(torch.cat(of_heads, 1).transpose(0, 1).flatten(1, 2))

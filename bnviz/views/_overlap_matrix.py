@@ -11,6 +11,7 @@ from bokeh.models import ColumnDataSource, CustomJSHover, NumeralTickFormatter
 from bnviz import quantities as q
 
 from . import style
+from ._cell_numbers import cell_numbers
 
 _RECTANGLES = 48  # layers beyond which it is one image
 _NUMBERS = 10  # layers up to which a cell has room for its number
@@ -79,18 +80,8 @@ def _cells(plot: Any, values: np.ndarray, result: xr.Dataset, colours: Any) -> N
     fill = {"field": "value", "transform": colours}
     cells = plot.rect("x", "y", 0.94, 0.94, source=source, fill_color=fill, line_color=None)
     style.tap(cells, plot)
-    for text, ink in (("light", "ink"), ("dark", "surface")) if "light" in data else ():
-        plot.text(
-            "x",
-            "y",
-            text,
-            source=source,
-            text_align="center",
-            text_baseline="middle",
-            text_font={"value": style.FONT},
-            text_font_size=style.SIZE["tick"],
-            text_color=style.LIGHT[ink],
-        )
+    if "light" in data:
+        cell_numbers(plot, source)
     plot.add_tools(style.hover(cells, [("", "@pair"), ("in common", "@shown"), ("", "@how")]))
 
 

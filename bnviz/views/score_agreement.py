@@ -13,6 +13,7 @@ from bnviz.schema import view
 
 from . import style
 from ._budget import methods, nothing_to_draw, slider, start
+from ._cell_numbers import cell_numbers
 
 _MOVE = """
 const at = cb_obj.value, data = {...source.data};
@@ -136,18 +137,7 @@ def _matrix(source: ColumnDataSource, names: list[str], compact: bool) -> Any:
     cells = plot.rect(
         "x", "y", 0.94, 0.94, source=source, fill_color={"field": "value", "transform": colours}, line_color=None
     )
-    for text, ink in (("light", "ink"), ("dark", "surface")):
-        plot.text(
-            "x",
-            "y",
-            text,
-            source=source,
-            text_align="center",
-            text_baseline="middle",
-            text_font={"value": style.FONT},
-            text_font_size=style.SIZE["tick"],
-            text_color=style.LIGHT[ink],
-        )
+    cell_numbers(plot, source)
     plot.add_tools(style.hover(cells, [("", "@pair"), ("@what", "@shown")]))
     plot.add_layout(style.color_bar(colours), "right")
     return plot
