@@ -175,8 +175,8 @@ def judge(result: xr.Dataset, *, most: float = 0.9, fall: float = 0.5) -> Judgem
         return Judgement(f"No query sees {attrs['fewest']} keys, so no entropy tells anything", subtitle)
     with np.errstate(invalid="ignore"):
         collapsed, overloaded = (result[name].values >= most for name in ("collapsed", "overloaded"))
-    of = f"{int(collapsed.sum())} of {q.counted(ratio.size, 'head')}"
-    title = f"{of} collapsed onto one key, {int(overloaded.sum())} overloaded"
+    of = f"{q.count(collapsed.sum())} of {q.counted(ratio.size, 'head')}"
+    title = f"{of} collapsed onto one key, {q.count(overloaded.sum())} overloaded"
     summary = f"{title}; the median head is at {q.share(float(np.nanmedian(ratio)))} of the largest entropy."
     findings = [one for one in (_collapsed(result, collapsed, most), _falling(result, fall)) if one is not None]
     caveats = [
@@ -196,7 +196,7 @@ def judge(result: xr.Dataset, *, most: float = 0.9, fall: float = 0.5) -> Judgem
 
 
 def _counted(heads: np.ndarray) -> str:
-    return f"{q.counted(int(heads.sum()), 'head')} of {heads.size} {'has' if heads.sum() == 1 else 'have'}"
+    return f"{q.counted(int(heads.sum()), 'head')} of {q.count(heads.size)} {'has' if heads.sum() == 1 else 'have'}"
 
 
 def _where(result: xr.Dataset, found: np.ndarray) -> dict[str, Any]:
